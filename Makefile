@@ -1,0 +1,73 @@
+# make demo    set everything up and run the main job
+# make test    set everything up and run lint and tests
+#
+# TORCH        what to install as torch, "torch==2.13.0" by default
+# TORCH_INDEX  package index for torch alone, such as the one for CPU wheels
+# PYTHON       Python 3.11 or newer, "python3" by default
+# VENV         where the virtual environment is made, ".venv" by default
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+TRITON ?= triton==3.7.1
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+STAMPS := $(VENV)/.stamps
+# Every later install is held to the torch that is there, so that none of them fetches another.
+HELD := -c $(STAMPS)/torch.txt
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.DELETE_ON_ERROR:
+.PHONY: install demo test lint format bench triton clean distclean
+
+demo: install
+	$(PY) -m flowkernels demo $(DEMO_ARGS)
+
+test: lint
+	$(PY) -m pytest -q $(PYTEST_ARGS) python_tests
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: install
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: install
+	$(PY) -m benchmarks $(BENCH_ARGS)
+
+install: $(STAMPS)/installed
+
+$(STAMPS)/installed: $(STAMPS)/$(TORCH) $(SOURCES)
+	@echo "building flowkernels ..."
+	$(PIP) install $(HELD) --no-build-isolation -e ".[test,demo,bench]"
+	@touch $@
+
+$(STAMPS)/$(TORCH): | $(PY)
+	@mkdir -p $(STAMPS) && rm -f $(STAMPS)/*
+	@echo "installing $(TORCH) ..."
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(STAMPS)/torch.txt
+	$(PIP) install $(HELD) "setuptools>=77" ninja numpy
+	@touch $@
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "flowkernels needs Python 3.11 or newer: install it, or name it with make PYTHON=..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no virtual environment: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+
+# Triton's kernels are tested in its interpreter, which needs no GPU.
+triton: install
+	$(PIP) install $(HELD) "$(TRITON)"
+
+clean:
+	rm -rf build dist *.egg-info flowkernels/_build.json flowkernels/*.so $(STAMPS)/installed
+
+distclean: clean
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

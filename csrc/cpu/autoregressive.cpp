@@ -1,0 +1,140 @@
+// The fused sequential loop for CPU tensors: arguments, schedule, threads, registration. The loop itself is in autoregressive_kernel.h.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/autoregressive.h"
+#include "cpu/scratch.h"
+
+#define FK_KERNEL "cpu/autoregressive_tiles.h"
+#include "cpu/for_each_target.h"
+
+namespace flowkernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void check(bool ok, const std::string& what) { STD_TORCH_CHECK(ok, "flowkernels::autoregressive: ", what); }
+
+Tensor rows_contiguous(const Tensor& weight) {
+  return weight.size(0) <= 1 || weight.size(1) <= 1 || weight.stride(1) == 1 ? weight : torch::stable::contiguous(weight);
+}
+
+// Python has checked what users get wrong; here only what would corrupt memory.
+template <class T>
+std::tuple<Tensor, Tensor> launch(const Tensor& x, const std::optional<Tensor>& context, const std::vector<Tensor>& weights,
+                                  const std::vector<Tensor>& biases, const std::vector<Tensor>& context_weights,
+                                  const std::vector<Tensor>& visible, const std::optional<Tensor>& order,
+                                  const std::vector<int64_t>& activations, ScaleMapParams scale, int form, bool inverse) {
+  const size_t n_layers = weights.size();
+  check(x.dim() == 2, "x must have two dimensions");
+  check(n_layers >= 1 && biases.size() == n_layers && visible.size() == n_layers && activations.size() == n_layers &&
+            (context_weights.empty() || context_weights.size() == n_layers),
+        "weights, biases, visible and activations must have one entry per layer");
+  check(context_weights.empty() != context.has_value(), "context and context_weights go together");
+  const int64_t batch = x.size(0), features = x.size(1);
+  const int64_t context_features = context ? context->size(1) : 0;
+
+  std::vector<Tensor> kept;  // contiguous copies must outlive the loop
+  auto contiguous = [&](const Tensor& t, int64_t length, ScalarType type, const char* name) {
+    check(t.dim() == 1 && t.size(0) == length && t.scalar_type() == type && t.is_cpu(), std::string(name) + " does not fit its layer");
+    kept.push_back(torch::stable::contiguous(t));
+    return kept.back().const_data_ptr();
+  };
+  auto matrix = [&](const Tensor& t, int64_t rows, int64_t columns, const char* name) {
+    check(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.scalar_type() == x.scalar_type() && t.is_cpu(),
+          std::string(name) + " does not fit");
+    kept.push_back(rows_contiguous(t));
+    return static_cast<const T*>(kept.back().const_data_ptr());
+  };
+
+  std::vector<MaskedLayer<T>> layers;
+  int64_t inputs = features;
+  for (size_t i = 0; i < n_layers; ++i) {
+    const int64_t outputs = weights[i].dim() == 2 ? weights[i].size(1) : -1;
+    MaskedLayer<T> layer{};
+    layer.inputs = inputs;
+    layer.outputs = outputs;
+    layer.weight = matrix(weights[i], inputs, outputs, "weight");
+    layer.ld = kept.back().stride(0);
+    layer.bias = static_cast<const T*>(contiguous(biases[i], outputs, x.scalar_type(), "bias"));
+    layer.visible = static_cast<const int32_t*>(contiguous(visible[i], outputs, ScalarType::Int, "visible"));
+    if (!context_weights.empty()) {
+      layer.context_weight = matrix(context_weights[i], context_features, outputs, "context_weight");
+      layer.context_ld = kept.back().stride(0);
+    }
+    layer.activation = static_cast<int>(activations[i]);
+    check(layer.activation >= 0 && layer.activation <= static_cast<int>(Activation::sigmoid), "unknown activation");
+    for (int64_t j = 0; j < outputs; ++j)
+      check(layer.visible[j] >= (j ? layer.visible[j - 1] : 0) && layer.visible[j] <= inputs, "visible must ascend from 0 to the number of inputs");
+    layers.push_back(layer);
+    inputs = outputs;
+  }
+  check(inputs == 2 * features, "the last layer must give shift and raw scale of each feature");
+
+  AutoregressiveArgs<T> args{};
+  args.layers = layers.data();
+  args.n_layers = static_cast<int>(n_layers);
+  args.x = {static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1)};
+  if (context) {
+    check(context->dim() == 2 && context->size(0) == batch && context->scalar_type() == x.scalar_type() && context->is_cpu(),
+          "context does not fit x");
+    args.context = {static_cast<const T*>(context->const_data_ptr()), context->stride(0), context->stride(1)};
+  }
+  args.batch = batch;
+  args.features = features;
+  args.context_features = context_features;
+  if (order) {
+    args.order = static_cast<const int64_t*>(contiguous(*order, features, ScalarType::Long, "order"));
+    for (int64_t p = 0; p < features; ++p) check(args.order[p] >= 0 && args.order[p] < features, "order must be a permutation");
+  }
+  args.scale = scale;
+  args.form = form;
+  args.inverse = inverse;
+  const std::vector<int64_t> ends = make_schedule(layers.data(), args.n_layers, features, inverse);
+  check(features == 0 || !ends.empty(), "the network is not autoregressive");
+  args.ends = ends.data();
+  args.n_steps = static_cast<int64_t>(ends.size() / (n_layers + 1));
+
+  Tensor y = torch::stable::new_empty(x, {batch, features});
+  Tensor logabsdet = torch::stable::new_empty(x, {batch});
+  args.y = static_cast<T*>(y.mutable_data_ptr());
+  args.logabsdet = static_cast<T*>(logabsdet.mutable_data_ptr());
+  if (batch > 0) {
+    const Tiling tiling = FK_DISPATCH(plan_tiles<T>(args, batch, static_cast<int64_t>(torch::stable::get_num_threads())));
+    auto run = [&](int64_t first, int64_t last) { FK_DISPATCH(run_tiles<T>(args, tiling, first, last)); };
+    if (tiling.tiles == 1)
+      run(0, 1);
+    else
+      torch::stable::parallel_for(0, tiling.tiles, 1, run);
+  }
+  return {y, logabsdet};
+}
+
+std::tuple<Tensor, Tensor> autoregressive(Tensor x, std::optional<Tensor> context, std::vector<Tensor> weights, std::vector<Tensor> biases,
+                                          std::vector<Tensor> context_weights, std::vector<Tensor> visible, std::optional<Tensor> order,
+                                          std::vector<int64_t> activations, int64_t scale_kind, double scale_p0, double scale_p1,
+                                          int64_t form, bool inverse) {
+  const ScaleMapParams scale{static_cast<int>(scale_kind), scale_p0, scale_p1};
+  check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double, "x must be float32 or float64");
+  auto go = x.scalar_type() == ScalarType::Float ? launch<float> : launch<double>;
+  return go(x, context, weights, biases, context_weights, visible, order, activations, scale, static_cast<int>(form), inverse);
+}
+
+}  // namespace
+}  // namespace flowkernels
+
+STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
+  if (flowkernels::hardware_target() != flowkernels::Target::none) m.impl("autoregressive", TORCH_BOX(&flowkernels::autoregressive));
+}

@@ -1,0 +1,75 @@
+// What the sequential loop works on, for every instruction set: plain views and the schedule of steps.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/for_each_target.h"  // declares the codes of maps, forms and activations
+
+namespace flowkernels {
+
+template <class T>
+struct MaskedLayer {
+  const T* weight;  // [inputs, outputs], row stride ld
+  int64_t ld;
+  const T* bias;            // [outputs]
+  const T* context_weight;  // [context features, outputs], row stride context_ld; null without context
+  int64_t context_ld;
+  const int32_t* visible;  // [outputs], ascending
+  int64_t inputs, outputs;
+  int activation;
+};
+
+template <class T>
+struct Strided {  // a matrix [rows, columns] read through its strides
+  const T* data;
+  int64_t row, column;
+};
+
+template <class T>
+struct AutoregressiveArgs {
+  const MaskedLayer<T>* layers;
+  int n_layers;
+  Strided<T> x, context;
+  int64_t batch, features, context_features;
+  const int64_t* order;  // feature generated k-th; null for 0, 1, 2, ...
+  ScaleMapParams scale;
+  int form;
+  bool inverse;
+  const int64_t* ends;  // ends[s * (n_layers + 1) + l]: units of layer l known after step s; layer 0 is the features
+  int64_t n_steps;
+  T* y;  // [rows, features], contiguous
+  T* logabsdet;
+};
+
+struct Tiling {
+  int64_t rows, tiles;  // rows of one tile
+  bool few;             // lanes are units rather than rows
+};
+
+// The steps of the inverse, one per distinct degree: step s computes the hidden units that see only the features known before it,
+// then the features whose outputs those complete. The forward direction is one step that knows every feature.
+// Returns an empty vector where the staircases are not autoregressive.
+template <class T>
+std::vector<int64_t> make_schedule(const MaskedLayer<T>* layers, int n_layers, int64_t features, bool inverse) {
+  std::vector<int64_t> ready(n_layers + 1, 0), ends;
+  if (!inverse) {
+    ready[0] = features;
+    for (int l = 0; l < n_layers; ++l) ready[l + 1] = layers[l].outputs;
+    return ready;
+  }
+  while (ready[0] < features) {
+    const int64_t known = ready[0];
+    for (int l = 1; l <= n_layers; ++l) {
+      const MaskedLayer<T>& layer = layers[l - 1];
+      while (ready[l] < layer.outputs && layer.visible[ready[l]] <= ready[l - 1]) ++ready[l];
+    }
+    ready[n_layers] -= ready[n_layers] % 2;  // a feature is known when both its shift and its raw scale are
+    if (ready[n_layers] / 2 == known) return {};
+    ends.insert(ends.end(), ready.begin(), ready.end());
+    ready[0] = ready[n_layers] / 2;
+  }
+  return ends;
+}
+
+}  // namespace flowkernels

@@ -1,0 +1,334 @@
+// The fused sequential loop. Included once per instruction set (for_each_target.h), after staircase_kernel.h.
+//
+// The steps are visited by recursion: run(a, b) runs the first half of the steps, pushes what it produced into the pending sums of
+// the second half as dense blocks, and runs the second half. Each weight inside the staircase is used once, nearly all of them in
+// large blocks, at every size and without a panel width to choose; each sum still receives its inputs in ascending order.
+// Two forms of it differ in what the lanes of a vector hold, and give the same bits:
+//   RowLanes   lanes are batch rows: state [unit][row], each weight broadcast to several vectors of rows
+//   UnitLanes  lanes are units, for few rows: state [row][unit], each known value pushed down its contiguous row of weights;
+//              a value that is zero for all rows (a rectified unit) skips its row, which halves the weights that are read
+
+namespace flowkernels {
+namespace FK_TARGET {
+
+constexpr int64_t kLogChunk = 16;  // log-derivatives are summed in chunks, as inputs are
+
+template <class T>
+FK_INLINE ValueAndLog<Vec<T>> transform(const AutoregressiveArgs<T>& args, Vec<T> x, Vec<T> shift, Vec<T> raw) {
+  const Form form = static_cast<Form>(args.form);
+  return args.inverse ? invert_form(form, args.scale, x, shift, raw) : apply_form(form, args.scale, x, shift, raw);
+}
+
+// adds the log-derivative of the p-th feature
+template <class T>
+FK_INLINE void add_log(T* chunk, T* total, Vec<T> log_derivative, int64_t p) {
+  if (p % kLogChunk == 0) {
+    store(total, load(total) + load(chunk));
+    store(chunk, log_derivative);
+  } else {
+    store(chunk, load(chunk) + log_derivative);
+  }
+}
+
+template <class T>
+struct RowLanes {
+  const AutoregressiveArgs<T>& args;
+  int64_t first_row, n_rows, rows;  // rows: padded to whole vectors
+  T* values;                        // [layer][unit][row]: pending sums, then the values themselves; layer 0 is the features
+  T* totals;
+  const int64_t* offsets;           // first unit of each layer in values
+  T *context, *log, *log_total;
+
+  RowLanes(const AutoregressiveArgs<T>& args, const int64_t* offsets, int64_t units, int64_t first_row, int64_t n_rows, int64_t rows,
+           T* scratch)
+      : args(args), first_row(first_row), n_rows(n_rows), rows(rows), values(scratch), totals(values + units * rows), offsets(offsets) {
+    context = totals + units * rows;
+    log = context + args.context_features * rows;
+    log_total = log + rows;
+  }
+
+  static int64_t scratch(const AutoregressiveArgs<T>& args, int64_t units, int64_t rows) {
+    return rows * (2 * units + args.context_features + 2);
+  }
+
+  bool one_chunk(int l) const { return args.layers[l - 1].inputs <= kChunk && !args.layers[l - 1].context_weight; }
+  T* layer_values(int l) const { return values + offsets[l] * rows; }
+  T* layer_totals(int l) const { return one_chunk(l) ? nullptr : totals + offsets[l] * rows; }
+
+  void read(const Strided<T>& from, int64_t columns, const int64_t* order, T* to) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; ++c)
+        to[c * rows + r] = r < n_rows ? from.data[(first_row + r) * from.row + (order ? order[c] : c) * from.column] : T(0);
+  }
+
+  void begin() {
+    read(args.x, args.features, args.order, values);
+    if (args.context_features) read(args.context, args.context_features, nullptr, context);
+    for (int l = 1; l <= args.n_layers; ++l) {
+      const MaskedLayer<T>& layer = args.layers[l - 1];
+      Tile<T> tile{context, layer_values(l), layer_totals(l), rows};
+      for (int64_t i = 0; i < layer.outputs * rows; i += lanes<T>) store(tile.acc + i, zero<T>());
+      if (!tile.total) continue;
+      for (int64_t j = 0; j < layer.outputs; ++j)
+        for (int64_t r = 0; r < rows; r += lanes<T>) store(tile.total + j * rows + r, broadcast<T>(layer.bias[j]));
+      if (layer.context_weight) {
+        push<T>(layer.context_weight, layer.context_ld, nullptr, tile, 0, args.context_features, 0, layer.outputs);
+        flush_chunk(tile, 0, layer.outputs);
+      }
+    }
+    for (int64_t r = 0; r < rows; r += lanes<T>) {
+      store(log + r, zero<T>());
+      store(log_total + r, zero<T>());
+    }
+  }
+
+  void push_layer(int l, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    push<T>(layer.weight, layer.ld, layer.visible, {layer_values(l - 1), layer_values(l), layer_totals(l), rows}, k0, k1, j0, j1);
+  }
+
+  FK_INLINE Vec<T> sum(const MaskedLayer<T>& layer, const T* acc, const T* total, int64_t j, int64_t r) const {
+    return (total ? load(total + j * rows + r) : broadcast<T>(layer.bias[j])) + load(acc + j * rows + r);
+  }
+
+  void finish_hidden(int l, int64_t j0, int64_t j1) {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    T* h = layer_values(l);
+    const T* total = layer_totals(l);
+    with_activation(static_cast<Activation>(layer.activation), [&](auto code) {
+      for (int64_t j = j0; j < j1; ++j)
+        for (int64_t r = 0; r < rows; r += lanes<T>) store(h + j * rows + r, activate<decltype(code)::value>(sum(layer, h, total, j, r)));
+    });
+  }
+
+  void finish_features(int64_t p0, int64_t p1) {
+    const int last = args.n_layers;
+    const MaskedLayer<T>& layer = args.layers[last - 1];
+    const T *acc = layer_values(last), *total = layer_totals(last);
+    for (int64_t p = p0; p < p1; ++p)
+      for (int64_t r = 0; r < rows; r += lanes<T>) {
+        const Vec<T> shift = sum(layer, acc, total, 2 * p, r), raw = sum(layer, acc, total, 2 * p + 1, r);
+        T* at = values + p * rows + r;
+        const ValueAndLog<Vec<T>> out = transform(args, load(at), shift, raw);
+        store(at, out.value);
+        add_log(log + r, log_total + r, out.log, p);
+      }
+  }
+
+  void end() const {
+    for (int64_t r = 0; r < n_rows; ++r) {
+      T* y = args.y + (first_row + r) * args.features;
+      for (int64_t p = 0; p < args.features; ++p) y[args.order ? args.order[p] : p] = values[p * rows + r];
+      args.logabsdet[first_row + r] = log_total[r] + log[r];
+    }
+  }
+};
+
+template <class T, int B>
+struct UnitLanes {
+  static constexpr int kGroup = B == 1 ? 8 : B == 2 ? 4 : 2;  // values pushed together: B * kGroup broadcasts stay in registers
+
+  const AutoregressiveArgs<T>& args;
+  int64_t first_row;
+  int64_t units;  // of all layers, padded
+  T* values;      // [row][layer][unit]
+  T* totals;
+  T* context;
+  const int64_t* offsets;
+  T log[lanes<T>] = {}, log_total[lanes<T>] = {};
+
+  UnitLanes(const AutoregressiveArgs<T>& args, const int64_t* offsets, int64_t units, int64_t first_row, T* scratch)
+      : args(args), first_row(first_row), units(units), values(scratch), totals(values + B * units), context(totals + B * units),
+        offsets(offsets) {}
+
+  static int64_t scratch(const AutoregressiveArgs<T>& args, int64_t units) { return B * (2 * units + args.context_features); }
+
+  bool one_chunk(int l) const { return args.layers[l - 1].inputs <= kChunk && !args.layers[l - 1].context_weight; }
+
+  template <int K>
+  FK_INLINE void push_group(const T* const* weight, const Vec<T> (*h)[kGroup], T* acc, int64_t n) const {
+    int64_t j = 0;
+    for (; j + lanes<T> <= n; j += lanes<T>) {
+      Vec<T> a[B];
+      for (int b = 0; b < B; ++b) a[b] = load(acc + b * units + j);
+      for (int k = 0; k < K; ++k) {
+        const Vec<T> w = load(weight[k] + j);
+        for (int b = 0; b < B; ++b) a[b] = fma(h[b][k], w, a[b]);
+      }
+      for (int b = 0; b < B; ++b) store(acc + b * units + j, a[b]);
+    }
+    if (j < n)
+      for (int b = 0; b < B; ++b) {
+        Vec<T> a = load_partial(acc + b * units + j, n - j);
+        for (int k = 0; k < K; ++k) a = fma(h[b][k], load_partial(weight[k] + j, n - j), a);
+        store_partial(acc + b * units + j, a, n - j);
+      }
+  }
+
+  // every unit in [j0, j1) sees every input in [k0, k1); h and acc are those of row 0, other rows follow at the stride given
+  void push_dense(const T* weight, int64_t ld, const T* h, int64_t h_stride, T* acc, int64_t k0, int64_t k1, int64_t j0, int64_t j1) const {
+    const T* rows[kGroup];
+    Vec<T> value[B][kGroup];
+    const int64_t n = j1 - j0;
+    int filled = 0;
+    for (int64_t k = k0; k < k1; ++k) {
+      bool zero_everywhere = true;
+      for (int b = 0; b < B; ++b) {
+        value[b][filled] = broadcast<T>(h[b * h_stride + k]);
+        zero_everywhere &= h[b * h_stride + k] == T(0);
+      }
+      rows[filled] = weight + k * ld + j0;
+      filled += !zero_everywhere;  // no branch: it would be mispredicted half of the time
+      if (filled == kGroup) {
+        push_group<kGroup>(rows, value, acc + j0, n);
+        filled = 0;
+      }
+    }
+    if constexpr (kGroup > 4)
+      if (filled >= 4) {
+        push_group<4>(rows, value, acc + j0, n);
+        for (int i = 4; i < filled; ++i) {
+          rows[i - 4] = rows[i];
+          for (int b = 0; b < B; ++b) value[b][i - 4] = value[b][i];
+        }
+        filled -= 4;
+      }
+    if constexpr (kGroup > 2) {
+      if (filled == 3) push_group<3>(rows, value, acc + j0, n);
+      if (filled == 2) push_group<2>(rows, value, acc + j0, n);
+    }
+    if (filled == 1) push_group<1>(rows, value, acc + j0, n);
+  }
+
+  void flush_chunk(int l, int64_t j0, int64_t j1) {
+    for (int b = 0; b < B; ++b) {
+      T *acc = values + b * units + offsets[l], *total = totals + b * units + offsets[l];
+      for (int64_t j = j0; j < j1; ++j) {
+        total[j] += acc[j];
+        acc[j] = T(0);
+      }
+    }
+  }
+
+  void push(int l, const T* weight, int64_t ld, const int32_t* visible, const T* h, int64_t h_stride, int64_t k0, int64_t k1, int64_t j0,
+            int64_t j1) {
+    T* acc = values + offsets[l];
+    while (k0 < k1 && j0 < j1) {
+      if (visible && visible[j0] <= k0) {
+        ++j0;
+        continue;
+      }
+      if (k0 > 0 && k0 % kChunk == 0) flush_chunk(l, j0, j1);
+      // up to where all units from j0 on see, within one chunk
+      int64_t k = smaller(k1, (k0 / kChunk + 1) * kChunk);
+      if (visible) k = smaller(k, visible[j0]);
+      push_dense(weight, ld, h, h_stride, acc, k0, k, j0, j1);
+      k0 = k;
+    }
+  }
+
+  void begin() {
+    for (int b = 0; b < B; ++b) {
+      const T* x = args.x.data + (first_row + b) * args.x.row;
+      T* row = values + b * units;
+      for (int64_t p = 0; p < args.features; ++p) row[p] = x[(args.order ? args.order[p] : p) * args.x.column];
+      for (int64_t c = 0; c < args.context_features; ++c)
+        context[b * args.context_features + c] = args.context.data[(first_row + b) * args.context.row + c * args.context.column];
+      for (int64_t i = args.features; i < units; ++i) row[i] = T(0);
+      for (int l = 1; l <= args.n_layers; ++l)
+        for (int64_t j = 0; j < args.layers[l - 1].outputs; ++j) totals[b * units + offsets[l] + j] = args.layers[l - 1].bias[j];
+    }
+    for (int l = 1; l <= args.n_layers; ++l) {
+      const MaskedLayer<T>& layer = args.layers[l - 1];
+      if (!layer.context_weight) continue;
+      push(l, layer.context_weight, layer.context_ld, nullptr, context, args.context_features, 0, args.context_features, 0, layer.outputs);
+      flush_chunk(l, 0, layer.outputs);
+    }
+  }
+
+  void push_layer(int l, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    push(l, layer.weight, layer.ld, layer.visible, values + offsets[l - 1], units, k0, k1, j0, j1);
+  }
+
+  void finish_hidden(int l, int64_t j0, int64_t j1) {
+    with_activation(static_cast<Activation>(args.layers[l - 1].activation), [&](auto code) {
+      for (int b = 0; b < B; ++b) {
+        T *h = values + b * units + offsets[l], *total = totals + b * units + offsets[l];
+        for (int64_t j = j0; j < j1; j += lanes<T>) {
+          const int n = static_cast<int>(smaller(lanes<T>, j1 - j));
+          const Vec<T> v = activate<decltype(code)::value>(load_partial(total + j, n) + load_partial(h + j, n));
+          store_partial(h + j, v, n);
+        }
+      }
+    });
+  }
+
+  void finish_features(int64_t p0, int64_t p1) {
+    for (int64_t p = p0; p < p1; ++p) {
+      T x[lanes<T>] = {}, shift[lanes<T>] = {}, raw[lanes<T>] = {};
+      for (int b = 0; b < B; ++b) {
+        const int64_t at = b * units + offsets[args.n_layers] + 2 * p;
+        x[b] = values[b * units + p];
+        shift[b] = totals[at] + values[at];
+        raw[b] = totals[at + 1] + values[at + 1];
+      }
+      const ValueAndLog<Vec<T>> out = transform(args, load(x), load(shift), load(raw));
+      add_log(log, log_total, out.log, p);
+      store(x, out.value);
+      for (int b = 0; b < B; ++b) values[b * units + p] = x[b];
+    }
+  }
+
+  void end() const {
+    for (int b = 0; b < B; ++b) {
+      T* y = args.y + (first_row + b) * args.features;
+      for (int64_t p = 0; p < args.features; ++p) y[args.order ? args.order[p] : p] = values[b * units + p];
+      args.logabsdet[first_row + b] = log_total[b] + log[b];
+    }
+  }
+};
+
+// units of layer l known after step s, and before it; layer 0 is the features
+template <class T>
+FK_INLINE int64_t step_end(const AutoregressiveArgs<T>& args, int64_t s, int l) {
+  return args.ends[s * (args.n_layers + 1) + l];
+}
+template <class T>
+FK_INLINE int64_t step_begin(const AutoregressiveArgs<T>& args, int64_t s, int l) {
+  return s == 0 ? 0 : step_end(args, s - 1, l);
+}
+
+// One step: the hidden units that the newest features complete, layer by layer, then the features that those complete.
+template <class State, class T>
+void run_step(State& state, const AutoregressiveArgs<T>& args, int64_t s) {
+  for (int l = 1; l <= args.n_layers; ++l) {
+    const int64_t j0 = step_begin(args, s, l), j1 = step_end(args, s, l);
+    if (j0 == j1) continue;
+    state.push_layer(l, step_begin(args, s, l - 1), step_end(args, s, l - 1), j0, j1);
+    if (l < args.n_layers)
+      state.finish_hidden(l, j0, j1);
+    else
+      state.finish_features(j0 / 2, j1 / 2);
+  }
+}
+
+template <class State, class T>
+void run_steps(State& state, const AutoregressiveArgs<T>& args, int64_t a, int64_t b) {
+  if (b - a == 1) return run_step(state, args, a);
+  const int64_t middle = a + (b - a) / 2;
+  run_steps(state, args, a, middle);
+  for (int l = 1; l <= args.n_layers; ++l)
+    state.push_layer(l, step_begin(args, a, l - 1), step_end(args, middle - 1, l - 1), step_end(args, middle - 1, l), step_end(args, b - 1, l));
+  run_steps(state, args, middle, b);
+}
+
+template <class State, class T>
+void run_tile(State& state, const AutoregressiveArgs<T>& args) {
+  state.begin();
+  if (args.n_steps) run_steps(state, args, int64_t(0), args.n_steps);
+  state.end();
+}
+
+}  // namespace FK_TARGET
+}  // namespace flowkernels

@@ -1,0 +1,65 @@
+// How a batch is cut into tiles of rows, and which form of the loop each tile runs. Included once per instruction set.
+
+#include "cpu/staircase_kernel.h"
+#include "cpu/autoregressive_kernel.h"
+
+namespace flowkernels {
+namespace FK_TARGET {
+
+constexpr int64_t kFewRows = 4;                      // up to here, lanes are units
+constexpr int64_t kTileRows = 2 * kRowVectors;       // vectors of rows in a full tile
+constexpr int64_t kScratchBytes = 3 * 1024 * 1024;   // of one thread; larger networks take narrower tiles
+
+template <class T>
+int64_t padded_units(const AutoregressiveArgs<T>& args) {
+  int64_t units = args.features;
+  for (int l = 0; l < args.n_layers; ++l) units += args.layers[l].outputs;
+  return (units + lanes<T> - 1) / lanes<T> * lanes<T>;
+}
+
+template <class T>
+Tiling plan_tiles(const AutoregressiveArgs<T>& args, int64_t batch, int64_t threads) {
+  const int64_t units = padded_units(args), per_thread = (batch + threads - 1) / threads;
+  if (per_thread <= kFewRows) return {per_thread, (batch + per_thread - 1) / per_thread, true};
+  int64_t vectors = kTileRows;
+  while (vectors > 1 && RowLanes<T>::scratch(args, units, vectors * lanes<T>) * int64_t(sizeof(T)) > kScratchBytes) vectors = (vectors + 1) / 2;
+  // as many tiles as rows need, rounded up to a multiple of the threads, and the rows spread evenly over them
+  int64_t tiles = (batch + vectors * lanes<T> - 1) / (vectors * lanes<T>);
+  tiles = (tiles + threads - 1) / threads * threads;
+  const int64_t rows = ((batch + tiles - 1) / tiles + lanes<T> - 1) / lanes<T> * lanes<T>;
+  return {rows, (batch + rows - 1) / rows, false};
+}
+
+template <class T, int B>
+void run_few(const AutoregressiveArgs<T>& args, int64_t first_row, const int64_t* offsets, int64_t units) {
+  T* scratch = static_cast<T*>(thread_scratch(UnitLanes<T, B>::scratch(args, units) * sizeof(T)));
+  UnitLanes<T, B> state(args, offsets, units, first_row, scratch);
+  run_tile(state, args);
+}
+
+template <class T>
+void run_tiles(const AutoregressiveArgs<T>& args, const Tiling& tiling, int64_t first, int64_t last) {
+  const int64_t units = padded_units(args);
+  int64_t* offsets = static_cast<int64_t*>(__builtin_alloca((args.n_layers + 1) * sizeof(int64_t)));
+  offsets[0] = 0;
+  for (int l = 0; l < args.n_layers; ++l) offsets[l + 1] = offsets[l] + (l ? args.layers[l - 1].outputs : args.features);
+  for (int64_t tile = first; tile < last; ++tile) {
+    const int64_t row = tile * tiling.rows, n = smaller(tiling.rows, args.batch - row);
+    if (tiling.few) {
+      switch (n) {
+        case 1: run_few<T, 1>(args, row, offsets, units); break;
+        case 2: run_few<T, 2>(args, row, offsets, units); break;
+        case 3: run_few<T, 3>(args, row, offsets, units); break;
+        default: run_few<T, 4>(args, row, offsets, units);
+      }
+      continue;
+    }
+    const int64_t padded = (n + lanes<T> - 1) / lanes<T> * lanes<T>;
+    T* scratch = static_cast<T*>(thread_scratch(RowLanes<T>::scratch(args, units, padded) * sizeof(T)));
+    RowLanes<T> state(args, offsets, units, row, n, padded, scratch);
+    run_tile(state, args);
+  }
+}
+
+}  // namespace FK_TARGET
+}  // namespace flowkernels

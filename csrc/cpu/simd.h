@@ -1,0 +1,222 @@
+// The vector type of one instruction set. No include guard: cpu/for_each_target.h includes this once per instruction set.
+//
+// Vec<T> is a vector of GCC's and clang's own kind, so + - * / and comparisons work, also with a scalar. Operations that the
+// language lacks are here; all of them round as IEEE 754 says, so every instruction set gives the same bits.
+
+namespace flowkernels {
+namespace FK_TARGET {
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(FK_VECTOR_BYTES)));
+  typedef int32_t mask __attribute__((vector_size(FK_VECTOR_BYTES)));
+  typedef uint32_t bits __attribute__((vector_size(FK_VECTOR_BYTES)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(FK_VECTOR_BYTES)));
+  typedef int64_t mask __attribute__((vector_size(FK_VECTOR_BYTES)));
+  typedef uint64_t bits __attribute__((vector_size(FK_VECTOR_BYTES)));
+};
+
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+using IVec = typename VecOf<T>::mask;  // what comparisons give: -1 true, 0 false
+template <class T>
+using UVec = typename VecOf<T>::bits;
+
+template <class T>
+constexpr int lanes = FK_VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+template <class V>
+struct ScalarOf;
+template <>
+struct ScalarOf<Vec<float>> {
+  using type = float;
+};
+template <>
+struct ScalarOf<Vec<double>> {
+  using type = double;
+};
+template <class V>
+using scalar_t = typename ScalarOf<V>::type;
+
+template <class T>
+FK_INLINE Vec<T> broadcast(T value) {
+  return value - Vec<T>{};  // x - 0 keeps -0; the compiler turns it into one broadcast
+}
+
+template <class T>
+FK_INLINE Vec<T> zero() {
+  return Vec<T>{};
+}
+
+// the same for code that is also written for scalars
+template <class V>
+FK_INLINE V splat(scalar_t<V> value) {
+  return broadcast<scalar_t<V>>(value);
+}
+
+template <class T>
+FK_INLINE IVec<T> iota() {
+  IVec<T> v{};
+  for (int i = 0; i < lanes<T>; ++i) v[i] = i;
+  return v;
+}
+
+// ---- memory, of any alignment; the partial ones touch the first n elements alone, 0 <= n <= lanes
+
+template <class T>
+FK_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+FK_INLINE void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+#if defined(FK_TARGET_AVX2)
+
+FK_INLINE Vec<float> load_partial(const float* p, int n) { return _mm256_maskload_ps(p, (__m256i)(iota<float>() < n)); }
+FK_INLINE Vec<double> load_partial(const double* p, int n) { return _mm256_maskload_pd(p, (__m256i)(iota<double>() < n)); }
+FK_INLINE void store_partial(float* p, Vec<float> v, int n) { _mm256_maskstore_ps(p, (__m256i)(iota<float>() < n), v); }
+FK_INLINE void store_partial(double* p, Vec<double> v, int n) { _mm256_maskstore_pd(p, (__m256i)(iota<double>() < n), v); }
+
+FK_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
+FK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
+FK_INLINE Vec<float> sqrt(Vec<float> a) { return _mm256_sqrt_ps(a); }
+FK_INLINE Vec<double> sqrt(Vec<double> a) { return _mm256_sqrt_pd(a); }
+FK_INLINE Vec<float> floor(Vec<float> a) { return _mm256_floor_ps(a); }
+FK_INLINE Vec<double> floor(Vec<double> a) { return _mm256_floor_pd(a); }
+
+#elif defined(FK_TARGET_AVX512)
+
+FK_INLINE Vec<float> load_partial(const float* p, int n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+FK_INLINE Vec<double> load_partial(const double* p, int n) { return _mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p); }
+FK_INLINE void store_partial(float* p, Vec<float> v, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v); }
+FK_INLINE void store_partial(double* p, Vec<double> v, int n) { _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), v); }
+
+FK_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
+FK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
+FK_INLINE Vec<float> sqrt(Vec<float> a) { return _mm512_maskz_sqrt_ps((__mmask16)-1, a); }
+FK_INLINE Vec<double> sqrt(Vec<double> a) { return _mm512_maskz_sqrt_pd((__mmask8)-1, a); }
+FK_INLINE Vec<float> floor(Vec<float> a) { return _mm512_maskz_roundscale_ps((__mmask16)-1, a, _MM_FROUND_FLOOR); }
+FK_INLINE Vec<double> floor(Vec<double> a) { return _mm512_maskz_roundscale_pd((__mmask8)-1, a, _MM_FROUND_FLOOR); }
+
+#elif defined(FK_TARGET_NEON)
+
+template <class T>
+FK_INLINE Vec<T> load_partial(const T* p, int n) {
+  Vec<T> v{};
+  for (int i = 0; i < lanes<T>; ++i) {
+    if (i < n) v[i] = p[i];
+  }
+  return v;
+}
+template <class T>
+FK_INLINE void store_partial(T* p, Vec<T> v, int n) {
+  for (int i = 0; i < lanes<T>; ++i) {
+    if (i < n) p[i] = v[i];
+  }
+}
+
+FK_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return vfmaq_f32(c, a, b); }
+FK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return vfmaq_f64(c, a, b); }
+FK_INLINE Vec<float> sqrt(Vec<float> a) { return vsqrtq_f32(a); }
+FK_INLINE Vec<double> sqrt(Vec<double> a) { return vsqrtq_f64(a); }
+FK_INLINE Vec<float> floor(Vec<float> a) { return vrndmq_f32(a); }
+FK_INLINE Vec<double> floor(Vec<double> a) { return vrndmq_f64(a); }
+
+#endif
+
+// ---- elementwise, for vectors of either type
+
+template <class M, class V>
+FK_INLINE V select(M mask, V a, V b) {
+  return mask ? a : b;
+}
+
+template <class V>
+FK_INLINE UVec<scalar_t<V>> bits(V a) {
+  return (UVec<scalar_t<V>>)a;
+}
+template <class T>
+FK_INLINE Vec<T> from_bits(UVec<T> a) {
+  return (Vec<T>)a;
+}
+
+template <class T>
+constexpr auto sign_bit = typename std::conditional<sizeof(T) == 4, uint32_t, uint64_t>::type{1} << (8 * sizeof(T) - 1);
+
+template <class V>
+FK_INLINE V abs(V a) {
+  using T = scalar_t<V>;
+  return from_bits<T>(bits(a) & ~sign_bit<T>);
+}
+
+template <class V>
+FK_INLINE V with_sign_of(V a, V b) {
+  using T = scalar_t<V>;
+  return from_bits<T>((bits(a) & ~sign_bit<T>) | (bits(b) & sign_bit<T>));
+}
+
+// These keep a's NaN; the limit must not be one. One instruction on x86.
+template <class V>
+FK_INLINE V at_most(V a, V limit) {
+  return limit < a ? limit : a;
+}
+template <class V>
+FK_INLINE V at_least(V a, V limit) {
+  return limit > a ? limit : a;
+}
+template <class V>
+FK_INLINE V at_most(V a, scalar_t<V> limit) {
+  return at_most(a, broadcast<scalar_t<V>>(limit));
+}
+template <class V>
+FK_INLINE V at_least(V a, scalar_t<V> limit) {
+  return at_least(a, broadcast<scalar_t<V>>(limit));
+}
+
+// NaN where either is NaN, as torch does
+template <class V>
+FK_INLINE V min(V a, V b) {
+  return select(b != b, b, at_most(a, b));
+}
+template <class V>
+FK_INLINE V max(V a, V b) {
+  return select(b != b, b, at_least(a, b));
+}
+
+template <class V>
+FK_INLINE V fma(V a, V b, scalar_t<V> c) {
+  return fma(a, b, broadcast<scalar_t<V>>(c));
+}
+template <class V>
+FK_INLINE V fma(V a, scalar_t<V> b, V c) {
+  return fma(a, broadcast<scalar_t<V>>(b), c);
+}
+template <class V>
+FK_INLINE V fma(V a, scalar_t<V> b, scalar_t<V> c) {
+  return fma(a, broadcast<scalar_t<V>>(b), broadcast<scalar_t<V>>(c));
+}
+
+// The sum of all lanes, always as the same tree for one number of lanes. Kernels whose result must not depend on the number of
+// lanes sum in another way.
+template <class V>
+FK_INLINE scalar_t<V> horizontal_sum(V a) {
+  constexpr int n = lanes<scalar_t<V>>;
+  for (int half = n / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) a[i] += a[i + half];
+  }
+  return a[0];
+}
+
+}  // namespace FK_TARGET
+}  // namespace flowkernels

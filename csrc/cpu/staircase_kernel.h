@@ -1,0 +1,109 @@
+// The tile kernel of masked matmuls, lanes are batch rows. Included once per instruction set (for_each_target.h).
+//
+//   acc[j][r] += sum over k in [k0, k1) with k < visible[j] of weight[k][j] * h[k][r]
+//
+// The order of every sum is fixed: inputs come in chunks of kChunk at absolute positions; within a chunk one chain of fused
+// multiply-adds in ascending k; finished chunks are added to `total`. Neither the tile's shape nor the order in which blocks of the
+// staircase are visited changes it, so a row's bits depend on nothing but the row. One chain of 3,000 terms would be 4 to 8 times
+// less accurate than chunks of 256.
+
+namespace flowkernels {
+namespace FK_TARGET {
+
+constexpr int64_t kChunk = 256;
+constexpr int64_t kBlock = 64;  // inputs of one pass: 64 x 48 rows of h stay in the first-level cache. Divides kChunk
+constexpr int kRowVectors = 3;  // with 4 (8) units, 12 (24) independent chains hide the latency of a multiply-add
+constexpr int kUnits = FK_REGISTERS >= 32 ? 8 : 4;
+
+FK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+struct Tile {
+  const T* h;  // [inputs][rows]
+  T* acc;      // [outputs][rows]: the chunk under way
+  T* total;    // [outputs][rows]: bias, context and finished chunks; null where there is one chunk and no context
+  int64_t rows;
+};
+
+// U units x V vectors of rows, K inputs
+template <int U, int V, class T>
+FK_INLINE void multiply_add(const T* weight, int64_t ld, const T* h, T* acc, int64_t rows, int64_t K) {
+  Vec<T> a[U][V];
+  for (int u = 0; u < U; ++u)
+    for (int v = 0; v < V; ++v) a[u][v] = load(acc + u * rows + v * lanes<T>);
+  for (int64_t k = 0; k < K; ++k, weight += ld, h += rows) {
+    Vec<T> x[V];
+    for (int v = 0; v < V; ++v) x[v] = load(h + v * lanes<T>);
+    for (int u = 0; u < U; ++u) {
+      const Vec<T> w = broadcast<T>(weight[u]);
+      for (int v = 0; v < V; ++v) a[u][v] = fma(w, x[v], a[u][v]);
+    }
+  }
+  for (int u = 0; u < U; ++u)
+    for (int v = 0; v < V; ++v) store(acc + u * rows + v * lanes<T>, a[u][v]);
+}
+
+template <int U, class T>
+void multiply_add_rows(const T* weight, int64_t ld, const T* h, T* acc, int64_t rows, int64_t K) {
+  constexpr int64_t L = lanes<T>;
+  int64_t r = 0;
+  if constexpr (U <= kUnits) {
+    for (; r + kRowVectors * L <= rows; r += kRowVectors * L) multiply_add<U, kRowVectors>(weight, ld, h + r, acc + r, rows, K);
+    for (; r + 2 * L <= rows; r += 2 * L) multiply_add<U, 2>(weight, ld, h + r, acc + r, rows, K);
+  }
+  for (; r < rows; r += L) multiply_add<U, 1>(weight, ld, h + r, acc + r, rows, K);
+}
+
+template <class T>
+void flush_chunk(const Tile<T>& tile, int64_t j0, int64_t j1) {
+  for (int64_t i = j0 * tile.rows; i < j1 * tile.rows; i += lanes<T>) {
+    store(tile.total + i, load(tile.total + i) + load(tile.acc + i));
+    store(tile.acc + i, zero<T>());
+  }
+}
+
+// K inputs from k0 for the units [j0, j1), of which unit j sees min(K, visible[j] - k0) > 0
+template <int U, class T>
+void push_block(const T* weight, int64_t ld, const int32_t* visible, const Tile<T>& tile, int64_t k0, int64_t K, int64_t j0, int64_t j1) {
+  const T* h = tile.h + k0 * tile.rows;
+  for (int64_t j = j0; j < j1;) {
+    const int64_t shared = visible ? smaller(K, visible[j] - k0) : K;  // what all units from j on see
+    if (j + U <= j1) {
+      multiply_add_rows<U>(weight + k0 * ld + j, ld, h, tile.acc + j * tile.rows, tile.rows, shared);
+      for (int u = 1; shared < K && u < U; ++u) {  // the step of the staircase inside these units
+        const int64_t seen = smaller(K, visible[j + u] - k0);
+        if (seen > shared)
+          multiply_add_rows<1>(weight + (k0 + shared) * ld + j + u, ld, h + shared * tile.rows, tile.acc + (j + u) * tile.rows,
+                               tile.rows, seen - shared);
+      }
+      j += U;
+    } else if (U > 2 && j + 2 <= j1 && (!visible || smaller(K, visible[j + 1] - k0) == shared)) {
+      multiply_add_rows<2>(weight + k0 * ld + j, ld, h, tile.acc + j * tile.rows, tile.rows, shared);
+      j += 2;
+    } else {
+      multiply_add_rows<1>(weight + k0 * ld + j, ld, h, tile.acc + j * tile.rows, tile.rows, shared);
+      j += 1;
+    }
+  }
+}
+
+// visible null: every unit sees every input
+template <class T>
+void push(const T* weight, int64_t ld, const int32_t* visible, const Tile<T>& tile, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
+  while (k0 < k1 && j0 < j1) {
+    if (visible && visible[j0] <= k0) {  // units before the staircase reaches k0 are done
+      ++j0;
+      continue;
+    }
+    if (k0 > 0 && k0 % kChunk == 0) flush_chunk(tile, j0, j1);
+    const int64_t K = smaller(k1, (k0 / kBlock + 1) * kBlock) - k0;
+    if (tile.rows == lanes<T> && kUnits < 8)
+      push_block<8>(weight, ld, visible, tile, k0, K, j0, j1);  // one vector of rows: more units make up for the chains
+    else
+      push_block<kUnits>(weight, ld, visible, tile, k0, K, j0, j1);
+    k0 += K;
+  }
+}
+
+}  // namespace FK_TARGET
+}  // namespace flowkernels

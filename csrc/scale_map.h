@@ -1,0 +1,273 @@
+// Scale maps, sigma(s) of a raw scale s, and the affine forms: flowkernels/ops/scale_map.py for kernels, and its derivatives.
+//
+// V is a vector (CPU) or a float or double (device code). Whoever includes this has defined FK_TARGET, FK_INLINE and, in the
+// namespace flowkernels::FK_TARGET, scalar_t, splat, select, at_most, at_least, abs, fma and the functions of cpu/simd_math.h for V.
+// Except for the part that declares the codes, there is no include guard: one copy per instruction set.
+
+#ifndef FK_SCALE_MAP_DECLARED
+#define FK_SCALE_MAP_DECLARED
+namespace flowkernels {
+
+// the codes of ScaleKind and Form in flowkernels/ops/scale_map.py
+enum class ScaleKind : int { exp, exp_half, exp_clamped, exp_tanh, exp_atan, softclip, sigmoid, softplus };
+enum class Form : int { scale_shift, shift_scale, divide, gate };
+
+struct ScaleMapParams {
+  int kind;
+  double p0, p1;  // ScaleMap.packed
+};
+
+template <Form F>
+struct FormTag {
+  static constexpr Form value = F;
+};
+
+}  // namespace flowkernels
+#endif
+
+namespace flowkernels {
+namespace FK_TARGET {
+
+template <class V>
+struct ValueAndLog {
+  V value, log;
+};
+
+template <class V>
+struct ScaleTerms {
+  V sigma, log_sigma, dsigma, dlog_sigma;
+};
+
+// What all maps share. Each derives from this and has sigma_and_log(s), reciprocal_and_log(s) and dlog_sigma(s).
+template <class V, class Map>
+struct ScaleMapBase {
+  FK_INLINE const Map& self() const { return static_cast<const Map&>(*this); }
+  FK_INLINE V sigma(V s) const { return self().sigma_and_log(s).value; }
+  FK_INLINE V log_sigma(V s) const { return self().sigma_and_log(s).log; }
+  FK_INLINE V reciprocal(V s) const { return self().reciprocal_and_log(s).value; }
+  FK_INLINE V log_reciprocal(V s) const { return self().reciprocal_and_log(s).log; }
+  FK_INLINE V complement(V s) const { return scalar_t<V>(1) - sigma(s); }
+  FK_INLINE V dsigma(V s) const { return self().sigma(s) * self().dlog_sigma(s); }
+  FK_INLINE ScaleTerms<V> terms(V s) const {
+    const ValueAndLog<V> sigma = self().sigma_and_log(s);
+    const V dlog_sigma = self().dlog_sigma(s);
+    return {sigma.value, sigma.log, sigma.value * dlog_sigma, dlog_sigma};
+  }
+};
+
+// sigma = exp(log_sigma(s))
+template <class V, class Map>
+struct ExpOf : ScaleMapBase<V, Map> {
+  FK_INLINE ValueAndLog<V> sigma_and_log(V s) const {
+    const V log = this->self().log_sigma(s);
+    return {exp(log), log};
+  }
+  FK_INLINE ValueAndLog<V> reciprocal_and_log(V s) const {
+    const V log = this->self().log_reciprocal(s);
+    return {exp(log), log};
+  }
+  FK_INLINE V log_reciprocal(V s) const { return -this->self().log_sigma(s); }
+};
+
+template <class V>
+struct ExpMap : ExpOf<V, ExpMap<V>> {
+  using T = scalar_t<V>;
+  FK_INLINE explicit ExpMap(const ScaleMapParams&) {}
+  FK_INLINE V log_sigma(V s) const { return s; }
+  FK_INLINE V dlog_sigma(V) const { return splat<V>(T(1)); }
+};
+
+template <class V>
+struct ExpHalfMap : ExpOf<V, ExpHalfMap<V>> {
+  using T = scalar_t<V>;
+  T limit;
+  FK_INLINE explicit ExpHalfMap(const ScaleMapParams& p) : limit(T(p.p0)) {}
+  FK_INLINE V log_sigma(V s) const { return s * T(0.5); }
+  FK_INLINE V log_reciprocal(V s) const { return at_most(s * T(-0.5), limit); }
+  FK_INLINE V dlog_sigma(V) const { return splat<V>(T(0.5)); }
+};
+
+template <class V>
+struct ExpClampedMap : ExpOf<V, ExpClampedMap<V>> {
+  using T = scalar_t<V>;
+  T low, high;
+  FK_INLINE explicit ExpClampedMap(const ScaleMapParams& p) : low(T(p.p0)), high(T(p.p1)) {}
+  FK_INLINE V log_sigma(V s) const { return at_most(at_least(s, low), high); }
+  FK_INLINE V dlog_sigma(V) const { return splat<V>(T(1)); }  // straight through
+};
+
+template <class V>
+struct ExpTanhMap : ExpOf<V, ExpTanhMap<V>> {
+  using T = scalar_t<V>;
+  T bound, inner, slope;
+  FK_INLINE explicit ExpTanhMap(const ScaleMapParams& p) : bound(T(p.p0)), inner(T(p.p1)), slope(T(p.p0 / p.p1)) {}
+  FK_INLINE V log_sigma(V s) const { return bound * tanh(s / inner); }
+  FK_INLINE V dlog_sigma(V s) const {
+    const V t = tanh(s / inner);
+    return slope * fma(-t, t, T(1));
+  }
+};
+
+template <class V>
+struct ExpAtanMap : ExpOf<V, ExpAtanMap<V>> {
+  using T = scalar_t<V>;
+  T factor;
+  FK_INLINE explicit ExpAtanMap(const ScaleMapParams& p) : factor(T(p.p0 * 0.636)) {}
+  FK_INLINE V log_sigma(V s) const { return factor * atan(s); }
+  FK_INLINE V dlog_sigma(V s) const { return factor / fma(s, s, T(1)); }
+};
+
+template <class V>
+struct SoftclipMap : ExpOf<V, SoftclipMap<V>> {
+  using T = scalar_t<V>;
+  T log_slope;
+  FK_INLINE explicit SoftclipMap(const ScaleMapParams& p) : log_slope(T(::log(p.p0))) {}
+  FK_INLINE V log_sigma(V s) const { return s / (T(1) + abs(s / log_slope)); }
+  FK_INLINE V dlog_sigma(V s) const {
+    const V d = T(1) / (T(1) + abs(s / log_slope));
+    return d * d;
+  }
+};
+
+// sigmoid(s + bias) + floor; without a floor log sigma and 1 / sigma have simpler forms
+template <class V, bool FLOOR>
+struct SigmoidMap : ScaleMapBase<V, SigmoidMap<V, FLOOR>> {
+  using T = scalar_t<V>;
+  T bias, floor;
+  FK_INLINE explicit SigmoidMap(const ScaleMapParams& p) : bias(T(p.p0)), floor(T(p.p1)) {}
+  FK_INLINE ValueAndLog<V> sigma_and_log(V s) const {
+    const V x = s + bias;
+    if constexpr (!FLOOR) return {sigmoid(x), -softplus(-x)};
+    const V sigma = sigmoid(x) + floor;
+    return {sigma, log_or_log1p(x > T(0), sigma, floor - sigmoid(-x))};  // sigma is near 1 for x > 0
+  }
+  FK_INLINE ValueAndLog<V> reciprocal_and_log(V s) const {
+    const V x = s + bias;
+    if constexpr (!FLOOR) return {T(1) + exp(-x), softplus(-x)};
+    const ValueAndLog<V> sigma = sigma_and_log(s);
+    return {T(1) / sigma.value, -sigma.log};
+  }
+  FK_INLINE V complement(V s) const { return sigmoid(-(s + bias)) - floor; }
+  FK_INLINE V dsigma(V s) const { return sigmoid(s + bias) * sigmoid(-(s + bias)); }
+  FK_INLINE V dlog_sigma(V s) const {
+    const V x = s + bias;
+    if constexpr (!FLOOR) return sigmoid(-x);
+    return sigmoid(x) * sigmoid(-x) / (sigmoid(x) + floor);
+  }
+};
+
+// min(softplus(s) + floor, ceiling)
+template <class V, bool FLOOR>
+struct SoftplusMap : ScaleMapBase<V, SoftplusMap<V, FLOOR>> {
+  using T = scalar_t<V>;
+  T floor, ceiling, log_ceiling;
+  FK_INLINE explicit SoftplusMap(const ScaleMapParams& p) : floor(T(p.p0)), ceiling(T(p.p1)), log_ceiling(T(::log(p.p1))) {}
+  // sigma for s > 0, sigma / exp(s) elsewhere: what neither underflows nor overflows. For FLOOR = false, without the ceiling.
+  FK_INLINE V factor(V s) const {
+    const V small = at_least(exp(s), T(1e-30));  // so small that the ratio is 1
+    return select(s > T(0), softplus(s), log1p_unit(small) / small);
+  }
+  FK_INLINE ValueAndLog<V> sigma_and_log(V s) const {
+    const V sigma = softplus(s) + floor;
+    const V log_value = FLOOR ? log(sigma) : log(factor(s)) + at_most(s, T(0));
+    return {at_most(sigma, ceiling), at_most(log_value, log_ceiling)};
+  }
+  FK_INLINE ValueAndLog<V> reciprocal_and_log(V s) const {
+    const ValueAndLog<V> sigma = sigma_and_log(s);
+    return {T(1) / sigma.value, -sigma.log};
+  }
+  FK_INLINE V dsigma(V s) const { return below_ceiling(s, sigmoid(s)); }
+  FK_INLINE V dlog_sigma(V s) const {
+    if constexpr (FLOOR) return below_ceiling(s, sigmoid(s) / (softplus(s) + floor));
+    return below_ceiling(s, sigmoid(abs(s)) / factor(s));  // sigmoid(s) / exp(s) = sigmoid(-s)
+  }
+  FK_INLINE V below_ceiling(V s, V gradient) const { return select(softplus(s) + floor > ceiling, splat<V>(T(0)), gradient); }
+};
+
+// f(map) for the map that the parameters name
+template <class V, class F>
+FK_INLINE auto with_scale_map(const ScaleMapParams& p, F&& f) {
+  switch (static_cast<ScaleKind>(p.kind)) {
+    case ScaleKind::exp_half: return f(ExpHalfMap<V>(p));
+    case ScaleKind::exp_clamped: return f(ExpClampedMap<V>(p));
+    case ScaleKind::exp_tanh: return f(ExpTanhMap<V>(p));
+    case ScaleKind::exp_atan: return f(ExpAtanMap<V>(p));
+    case ScaleKind::softclip: return f(SoftclipMap<V>(p));
+    case ScaleKind::sigmoid: return p.p1 == 0 ? f(SigmoidMap<V, false>(p)) : f(SigmoidMap<V, true>(p));
+    case ScaleKind::softplus: return p.p0 == 0 ? f(SoftplusMap<V, false>(p)) : f(SoftplusMap<V, true>(p));
+    default: return f(ExpMap<V>(p));
+  }
+}
+
+// f(tag), the form being decltype(tag)::value
+template <class F>
+FK_INLINE auto with_form(Form form, F&& f) {
+  switch (form) {
+    case Form::shift_scale: return f(FormTag<Form::shift_scale>{});
+    case Form::divide: return f(FormTag<Form::divide>{});
+    case Form::gate: return f(FormTag<Form::gate>{});
+    default: return f(FormTag<Form::scale_shift>{});
+  }
+}
+
+// What a form needs to know of sigma: sigma or 1 / sigma, its log, and, for the gate alone, 1 - sigma
+template <class V>
+struct FormScale {
+  V value, log, complement;
+};
+
+constexpr FK_INLINE bool divides(Form form, bool inverse) { return (form == Form::divide) != inverse; }
+
+template <class V, class Map>
+FK_INLINE FormScale<V> form_scale(const Map& map, Form form, bool inverse, V s) {
+  const ValueAndLog<V> scale = divides(form, inverse) ? map.reciprocal_and_log(s) : map.sigma_and_log(s);
+  return {scale.value, scale.log, form == Form::gate ? map.complement(s) : splat<V>(0)};
+}
+
+// y
+template <Form FORM, class V>
+FK_INLINE V apply_scale(const FormScale<V>& scale, V x, V shift) {
+  if constexpr (FORM == Form::shift_scale) return (x + shift) * scale.value;
+  if constexpr (FORM == Form::divide) return (x - shift) * scale.value;
+  if constexpr (FORM == Form::gate) return fma(scale.value, x, scale.complement * shift);
+  return fma(x, scale.value, shift);
+}
+
+// x
+template <Form FORM, class V>
+FK_INLINE V invert_scale(const FormScale<V>& scale, V y, V shift) {
+  if constexpr (FORM == Form::shift_scale) return fma(y, scale.value, -shift);
+  if constexpr (FORM == Form::divide) return fma(y, scale.value, shift);
+  if constexpr (FORM == Form::gate) return fma(-scale.complement, shift, y) * scale.value;
+  return (y - shift) * scale.value;
+}
+
+// y and log|dy/dx|
+template <Form FORM, class V, class Map>
+FK_INLINE ValueAndLog<V> apply_form(const Map& map, V x, V shift, V s) {
+  const FormScale<V> scale = form_scale(map, FORM, false, s);
+  return {apply_scale<FORM>(scale, x, shift), scale.log};
+}
+
+// x and log|dx/dy|
+template <Form FORM, class V, class Map>
+FK_INLINE ValueAndLog<V> invert_form(const Map& map, V y, V shift, V s) {
+  const FormScale<V> scale = form_scale(map, FORM, true, s);
+  return {invert_scale<FORM>(scale, y, shift), scale.log};
+}
+
+// The same with everything chosen at run time, as one call per vector. The form is chosen after the map, so that a map's functions
+// are compiled once, not once per form.
+template <class V>
+FK_CALL ValueAndLog<V> apply_form(Form form, const ScaleMapParams& p, V x, V shift, V s) {
+  const FormScale<V> scale = with_scale_map<V>(p, [&](const auto& map) { return form_scale(map, form, false, s); });
+  return {with_form(form, [&](auto tag) { return apply_scale<decltype(tag)::value>(scale, x, shift); }), scale.log};
+}
+template <class V>
+FK_CALL ValueAndLog<V> invert_form(Form form, const ScaleMapParams& p, V y, V shift, V s) {
+  const FormScale<V> scale = with_scale_map<V>(p, [&](const auto& map) { return form_scale(map, form, true, s); });
+  return {with_form(form, [&](auto tag) { return invert_scale<decltype(tag)::value>(scale, y, shift); }), scale.log};
+}
+
+}  // namespace FK_TARGET
+}  // namespace flowkernels

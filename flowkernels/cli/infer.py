@@ -1,0 +1,28 @@
+"""`infer RUN`: z = f(x)."""
+
+import argparse
+
+from ..data import save_array
+from .common import add_data, add_output, add_run, load_rows, noise, open_run, output_path
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "infer",
+        help="find the noise behind data: z = f(x)",
+        description="Write z = f(x) of every row. Where the flow fits the data, z is standard normal.",
+    )
+    add_run(parser)
+    add_data(parser)
+    add_output(parser, "z.npy")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    path = output_path(options, "z.npy")
+    model, config = open_run(options)
+    table = load_rows(options, model, config)
+    z = model.encode(table, noise(options))
+    save_array(path, z)
+    print(f"z of {len(z)} rows, {z.shape[1]} features, in {path}")
+    print(f"mean {z.mean().item():.4f}, standard deviation {z.std(correction=0).item():.4f}; 0 and 1 where the flow fits the data")

@@ -1,0 +1,68 @@
+"""Files written whole or not at all."""
+
+import contextlib
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+
+def atomic_write(path: str | Path, data: bytes | memoryview) -> None:
+    """Write a file so that a reader, or a crash, meets the old content or the new one and nothing between.
+
+    The bytes go to a temporary file in the same folder, are synced to the disk, and take the old file's place in one step.
+
+    Raises:
+        OSError: the disk is full, read-only or broken. The old file is untouched and no temporary file is left.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        # also for Ctrl-C: whatever stopped the write, nothing half-written stays
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}; what was there before is unchanged") from error
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def save_array(path: str | Path, array: Tensor | np.ndarray, header: list[str] | None = None) -> None:
+    """Write an array of one or two dimensions as .npy or .csv (numbers that read back to the same bits), atomically.
+
+    Raises:
+        ValueError: the name ends in something else.
+        OSError: as `atomic_write`.
+    """
+    path = Path(path)
+    array = array.numpy() if isinstance(array, Tensor) else np.asarray(array)
+    if path.suffix == ".npy":
+        buffer = io.BytesIO()
+        np.save(buffer, array, allow_pickle=False)
+        atomic_write(path, buffer.getbuffer())
+    elif path.suffix == ".csv":
+        rows = array[:, None] if array.ndim == 1 else array
+        lines = [",".join(header)] if header else []
+        lines += [",".join(str(value) for value in row) for row in rows]
+        atomic_write(path, ("\n".join(lines) + "\n").encode())
+    else:
+        raise ValueError(f"output file must end in .npy or .csv; got {path}")

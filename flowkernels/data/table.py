@@ -1,0 +1,152 @@
+"""Tables of numbers from users' files. A file that cannot be read whole and clean is refused, with the place of the trouble."""
+
+import csv
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SUFFIXES = (".npy", ".npz", ".csv")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of data, and of context where there is one.
+
+    x: [rows, features], float64. context: [rows, context features], float64, or None. name: where the rows come from.
+    """
+
+    x: Tensor
+    context: Tensor | None
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def rows(self, indices: Tensor) -> "Table":
+        """Some of the rows."""
+        return Table(self.x[indices], None if self.context is None else self.context[indices], self.name)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The parts of a data set; test is None where the user keeps it."""
+
+    train: Table
+    validation: Table
+    test: Table | None = None
+
+
+def load_table(path: str | Path, context_path: str | Path | None = None) -> Table:
+    """Read data, and the context of its rows, from .npy, .npz or .csv files.
+
+    In an .npz the arrays are `x` and, where there is a context, `context`; a context file of its own takes precedence over none
+    only: both at once are refused. A .csv may begin with a line of names.
+
+    Returns:
+        The table; every number in it is finite.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, not numeric, holds NaN or infinity, pickled objects, or another shape than [rows, columns].
+    """
+    arrays = _read(Path(path), "data")
+    if "x" not in arrays:
+        raise ValueError(f"data file {path} must hold an array named x; it holds {', '.join(sorted(arrays)) or 'none'}")
+    x = _checked(arrays["x"], f"data file {path}")
+    context = arrays.get("context")
+    if context is not None and context_path is not None:
+        raise ValueError(f"context must come once; got --context {context_path} and an array named context in {path}")
+    if context is not None:
+        context = _checked(context, f"context in {path}")
+    elif context_path is not None:
+        context = read_array(context_path, "context")
+    if context is not None and len(context) != len(x):
+        raise ValueError(f"context must have {len(x)} rows, one per row of {path}; got {len(context)}")
+    return Table(torch.from_numpy(x), None if context is None else torch.from_numpy(context), str(path))
+
+
+def read_array(path: str | Path, what: str = "data") -> np.ndarray:
+    """One array from a file, [rows, columns] float64, checked as `load_table` does. In an .npz it is the array named `what`, or x."""
+    arrays = _read(Path(path), what)
+    name = what if what in arrays else "x"
+    if name not in arrays:
+        raise ValueError(f"{what} file {path} must hold an array named {what}; it holds {', '.join(sorted(arrays)) or 'none'}")
+    return _checked(arrays[name], f"{what} file {path}")
+
+
+def _read(path: Path, what: str) -> dict[str, np.ndarray]:
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{what} file must end in .npy, .npz or .csv; got {path}")
+    if not path.exists():
+        raise FileNotFoundError(f"{what} file {path} does not exist")
+    if not path.is_file():
+        raise ValueError(f"{what} file must be a file; {path} is a folder")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{what} file {path} is empty")
+    if path.suffix == ".csv":
+        return {"x": _read_csv(path, what)}
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"x": loaded}
+        with loaded:
+            return {name: loaded[name] for name in loaded.files if name in ("x", "context")} or dict.fromkeys(loaded.files)
+    except (ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        if "pickle" in str(error) or "Object arrays" in str(error):
+            raise ValueError(f"{what} file {path} holds no plain numeric array (pickled objects are never loaded)") from None
+        raise ValueError(f"{what} file {path} cannot be read as {path.suffix}: {error}") from None
+
+
+def _read_csv(path: Path, what: str) -> np.ndarray:
+    rows: list[list[float]] = []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            for fields in (reader := csv.reader(file)):
+                if not fields or (len(fields) == 1 and not fields[0].strip()):
+                    continue
+                numbers = [_number(field) for field in fields]
+                if not rows and all(number is None for number in numbers) and reader.line_num == 1:
+                    continue  # a line of names
+                if None in numbers:
+                    column = numbers.index(None)
+                    place = f"line {reader.line_num}, column {column + 1}"
+                    raise ValueError(f"{what} file {path} must be numeric; {place} is {fields[column]!r}")
+                if rows and len(numbers) != len(rows[0]):
+                    raise ValueError(
+                        f"{what} file {path} must have {len(rows[0])} columns in every line; line {reader.line_num} has {len(numbers)}"
+                    )
+                rows.append(numbers)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{what} file {path} cannot be read as .csv: {error}") from None
+    if not rows:
+        raise ValueError(f"{what} file {path} holds no rows of numbers")
+    return np.array(rows, dtype=np.float64)
+
+
+def _number(field: str) -> float | None:
+    try:
+        return float(field)
+    except ValueError:
+        return None
+
+
+def _checked(array: np.ndarray | None, source: str) -> np.ndarray:
+    """The array as finite float64 [rows, columns]."""
+    if array is None or array.dtype.kind not in "fiub":
+        raise ValueError(f"{source} must be numeric; got an array of {getattr(array, 'dtype', 'objects')}")
+    if array.ndim != 2:
+        raise ValueError(f"{source} must have shape [rows, columns]; got {list(array.shape)}")
+    if 0 in array.shape:
+        raise ValueError(f"{source} must have at least one row and one column; got {list(array.shape)}")
+    array = np.ascontiguousarray(array, dtype=np.float64)
+    bad = ~np.isfinite(array)
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        more = f" (and {bad.sum() - 1} more)" if bad.sum() > 1 else ""
+        raise ValueError(f"{source} must be finite; row {row}, column {column}, counted from 0, is {array[row, column]}{more}")
+    return array

@@ -1,0 +1,48 @@
+"""Masked autoregressive flow."""
+
+from collections.abc import Sequence
+
+from ..layers import FlowBatchNorm, MaskedAutoregressive
+from ..ops import ScaleMap
+from .flow import Flow
+
+
+class MAF(Flow):
+    """Masked autoregressive flow (Papamakarios et al. 2017, arXiv 1705.07057): parallel density, sequential sampling.
+
+    A stack of masked autoregressive layers whose orders alternate between ascending and descending, with batch norm between them
+    on request. Sampling runs the fused sequential inverse: one pass a layer instead of one a feature.
+
+    Args:
+        features: number of features D.
+        context_features: width of the context; 0 for none.
+        transforms: number of autoregressive layers.
+        hidden_features: widths of each layer's hidden layers.
+        batch_norm: flow batch norm after each autoregressive layer.
+        activation, scale: see `layers.MaskedAutoregressive`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        context_features: int = 0,
+        transforms: int = 5,
+        hidden_features: Sequence[int] = (512, 512),
+        batch_norm: bool = False,
+        activation: str = "relu",
+        scale: ScaleMap | None = None,
+    ) -> None:
+        if transforms < 1:
+            raise ValueError(f"transforms must be at least 1; got {transforms}")
+        layers = []
+        for i in range(transforms):
+            order = "descending" if i % 2 else "ascending"
+            layers.append(
+                MaskedAutoregressive(
+                    features, hidden_features, context_features=context_features, activation=activation, scale=scale, order=order
+                )
+            )
+            if batch_norm:
+                layers.append(FlowBatchNorm(features))
+        super().__init__(layers, features, context_features=context_features)

@@ -1,0 +1,66 @@
+"""Masked autoregressive map in plain PyTorch: one pass of the network forward, D passes for the inverse."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..activation import apply_activation
+from ..masked_linear.reference import masked_linear_reference
+from ..scale_map import Form, ScaleMap, apply_form, invert_form
+from .conditioner import Conditioner
+
+Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
+
+
+def conditioner_reference(
+    x: Tensor, conditioner: Conditioner, context: Tensor | None, linear: Linear = masked_linear_reference
+) -> tuple[Tensor, Tensor]:
+    """Shift and raw scale of every feature, given the features in the order of generation; each [batch, features]."""
+    h = x
+    for layer in conditioner.layers:
+        pre = linear(h, layer.weight, layer.bias, layer.visible)
+        if layer.context_weight is not None:
+            pre = pre + context @ layer.context_weight
+        h = apply_activation(layer.activation, pre)
+    return h[:, 0::2], h[:, 1::2]
+
+
+def autoregressive_reference(
+    x: Tensor,
+    conditioner: Conditioner,
+    context: Tensor | None,
+    scale: ScaleMap,
+    form: Form,
+    inverse: bool,
+    linear: Linear = masked_linear_reference,
+) -> tuple[Tensor, Tensor]:
+    """z = form(x; shift(x), sigma(x)), or its inverse by D passes, one feature a pass; and log|det| of the map applied."""
+    if conditioner.order is not None:
+        x = x[:, conditioner.order]
+    if inverse:
+        y, log_derivative = _inverse(x, conditioner, context, scale, form, linear)
+    else:
+        shift, raw = conditioner_reference(x, conditioner, context, linear)
+        y, log_derivative = apply_form(form, x, shift, raw, scale)
+    if conditioner.order is not None:
+        y = y[:, torch.argsort(conditioner.order)]
+    return y, log_derivative.sum(-1)
+
+
+def _inverse(
+    z: Tensor, conditioner: Conditioner, context: Tensor | None, scale: ScaleMap, form: Form, linear: Linear
+) -> tuple[Tensor, Tensor]:
+    features = z.shape[1]
+    known: list[Tensor] = []
+    log_derivatives: list[Tensor] = []
+    for i in range(features):
+        # features not known yet are zeros that no output in use sees; nothing is written in place, so autograd can follow
+        x = torch.cat([*known, torch.zeros_like(z[:, i:])], dim=1)
+        shift, raw = conditioner_reference(x, conditioner, context, linear)
+        xi, log_derivative = invert_form(form, z[:, i : i + 1], shift[:, i : i + 1], raw[:, i : i + 1], scale)
+        known.append(xi)
+        log_derivatives.append(log_derivative)
+    if not features:
+        return z, torch.zeros_like(z)
+    return torch.cat(known, dim=1), torch.cat(log_derivatives, dim=1)

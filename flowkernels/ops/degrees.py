@@ -1,0 +1,58 @@
+"""Degrees of MADE units and the staircases that they make (Germain et al. 2015, section 3).
+
+A hidden unit of degree k sees units of degree <= k; an output of degree d sees units of degree < d. Units are kept sorted by
+degree, so that a mask is a staircase: unit j sees the first `visible[j]` units below it, and `visible` ascends.
+"""
+
+import torch
+from torch import Tensor
+
+# with a context, this many hidden units see no feature where the width allows, so that the context reaches every output
+CONTEXT_UNITS = 8
+
+
+def hidden_degrees(
+    units: int, features: int, *, rule: str = "even", context: bool = False, generator: torch.Generator | None = None
+) -> Tensor:
+    """Degrees of one hidden layer, sorted.
+
+    Args:
+        units: width of the layer.
+        features: number of features; feature degrees are 1..features.
+        rule: "even" spreads the units evenly over all degrees, so that a narrow layer still sees the last features. "cycling"
+            counts 1, 2, ..., features - 1, 1, 2, ... as other libraries do: with fewer than features - 1 units the last
+            features are seen by nothing. "random" draws uniformly.
+        context: whether a context enters the layer. Then "even" includes degree 0; without degree-0 units the first feature
+            could not see the context.
+        generator: source of the random rule.
+
+    Returns:
+        Degrees between 0 and features - 1, int64 [units], ascending.
+    """
+    if rule not in ("even", "cycling", "random"):
+        raise ValueError(f"rule must be 'even', 'cycling' or 'random'; got {rule!r}")
+    top = features - 1
+    if top == 0:
+        return torch.zeros(units, dtype=torch.int64)
+    if rule == "cycling":
+        return (torch.arange(units) % top + 1).sort().values
+    if rule == "random":
+        return torch.randint(1, top + 1, (units,), generator=generator).sort().values
+    free = min(max(CONTEXT_UNITS, units // features), units // 2) if context else 0
+    rest = units - free
+    if rest > 1 and rest < top:
+        spread = 1 + torch.arange(rest) * (top - 1) // (rest - 1)  # few units: from the first degree to the last
+    else:
+        spread = 1 + torch.arange(rest) * top // max(rest, 1)
+    return torch.cat([torch.zeros(free, dtype=torch.int64), spread])
+
+
+def staircase(below: Tensor, above: Tensor, *, strict: bool) -> Tensor:
+    """How many of the sorted units `below` each of the sorted units `above` sees: int32 [len(above)], ascending.
+
+    strict: an output (sees degrees < its own) rather than a hidden unit (sees degrees <= its own).
+    """
+    for name, degrees in (("below", below), ("above", above)):
+        if (degrees.diff() < 0).any():
+            raise ValueError(f"degrees of the units {name} must ascend; got {degrees.tolist()}")
+    return torch.searchsorted(below, above, right=not strict).to(torch.int32)

@@ -1,0 +1,151 @@
+"""Masked linear map whose mask is a staircase, as in MADE (Germain et al. 2015), and its gradients.
+
+    y[b, j]       = bias[j] + sum_{k < visible[j]} x[b, k] * weight[k, j]
+    dx[b, k]      = sum_{j: visible[j] > k} dy[b, j] * weight[k, j]
+    dweight[k, j] = sum_b x[b, k] * dy[b, j]   where k < visible[j], else 0
+
+Each of the three is linear in both of its tensors, and the gradients of each are the other two: double backward needs nothing else.
+"""
+
+import torch
+from torch import Tensor
+
+from ..._backend import wants_reference
+from ..._library import library
+from .._differentiation import needs_autograd
+from .reference import masked_linear_dweight_reference, masked_linear_dx_reference, masked_linear_reference
+
+library.define("masked_linear(Tensor x, Tensor weight, Tensor? bias, Tensor visible) -> Tensor")
+library.define("masked_linear_dx(Tensor dy, Tensor weight, Tensor visible) -> Tensor")
+library.define("masked_linear_dweight(Tensor x, Tensor dy, Tensor visible) -> Tensor")
+library.impl("masked_linear", masked_linear_reference, "CompositeExplicitAutograd")
+library.impl("masked_linear_dx", masked_linear_dx_reference, "CompositeExplicitAutograd")
+library.impl("masked_linear_dweight", masked_linear_dweight_reference, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("flowkernels::masked_linear", lib=library)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1]))
+
+
+@torch.library.register_fake("flowkernels::masked_linear_dx", lib=library)
+def _(dy: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
+    return dy.new_empty((*dy.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("flowkernels::masked_linear_dweight", lib=library)
+def _(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
+    return x.new_empty((x.shape[-1], dy.shape[-1]))
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
+    if wants_reference("masked_linear", x.device):
+        return masked_linear_reference(x, weight, bias, visible)
+    return torch.ops.flowkernels.masked_linear(x, weight, bias, visible)
+
+
+def _dx(dy: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return _MaskedLinearDx.apply(dy, weight, visible)
+    if wants_reference("masked_linear_dx", dy.device):
+        return masked_linear_dx_reference(dy, weight, visible)
+    return torch.ops.flowkernels.masked_linear_dx(dy, weight, visible)
+
+
+def _dweight(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return _MaskedLinearDweight.apply(x, dy, visible)
+    if wants_reference("masked_linear_dweight", x.device):
+        return masked_linear_dweight_reference(x, dy, visible)
+    return torch.ops.flowkernels.masked_linear_dweight(x, dy, visible)
+
+
+class _MaskedLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
+        return _forward(x, weight, bias, visible)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, bias, visible = inputs
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight, visible)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight, visible = ctx.saved_tensors
+        dx = _dx(dy, weight, visible) if ctx.needs_input_grad[0] else None
+        dweight = _dweight(x, dy, visible) if ctx.needs_input_grad[1] else None
+        dbias = dy.flatten(0, -2).sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        return dx, dweight, dbias, None
+
+
+class _MaskedLinearDx(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
+        with torch.no_grad():
+            return _dx(dy, weight, visible)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        dy, weight, visible = ctx.saved_tensors
+        return masked_linear(g, weight, None, visible), _dweight(g, dy, visible), None
+
+
+class _MaskedLinearDweight(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
+        with torch.no_grad():
+            return _dweight(x, dy, visible)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        x, dy, visible = ctx.saved_tensors
+        return _dx(dy, g, visible), masked_linear(x, g, None, visible), None
+
+
+def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
+    """Linear map under a staircase mask: y[b, j] = bias[j] + sum_{k < visible[j]} x[b, k] weight[k, j] (MADE, Germain et al. 2015).
+
+    Neither the weight nor its gradient is read or written outside the staircase in effect: entries there have no influence, their
+    gradient is zero, and an infinity in an input that an output does not see does not reach it.
+
+    Args:
+        x: input, [*, inputs].
+        weight: input-major, [inputs, outputs].
+        bias: [outputs], or None.
+        visible: number of inputs that each output sees, ascending, int32 [outputs]; see `ops.degrees.staircase`.
+
+    Returns:
+        y, [*, outputs], with the dtype of x.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[0]:
+        raise ValueError(f"x must have shape [*, {weight.shape[0]}] for a weight {list(weight.shape)}; got {list(x.shape)}")
+    outputs = weight.shape[1]
+    if visible.shape != (outputs,) or visible.dtype != torch.int32:
+        raise ValueError(f"visible must be int32 [{outputs}], one count per output; got {visible.dtype} {list(visible.shape)}")
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"bias must have shape [{outputs}], one value per output; got {list(bias.shape)}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and (value.dtype != x.dtype or value.device != x.device):
+            raise ValueError(f"{name} must be {x.dtype} on {x.device}, like x; got {value.dtype} on {value.device}")
+    if needs_autograd((x, weight, bias)):
+        return _MaskedLinear.apply(x, weight, bias, visible)
+    return _forward(x, weight, bias, visible)

@@ -1,0 +1,41 @@
+"""Masked linear map and its two gradients in plain PyTorch. `visible` ascends: column j of the weight sees the first visible[j] inputs."""
+
+import torch
+from torch import Tensor
+
+
+def staircase_mask(visible: Tensor, inputs: int) -> Tensor:
+    """mask[k, j] = 1 where output j sees input k; [inputs, outputs]."""
+    return torch.arange(inputs, device=visible.device)[:, None] < visible
+
+
+def masked_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
+    """y[:, j] = bias[j] + sum_{k < visible[j]} x[:, k] * weight[k, j]."""
+    inputs = weight.shape[0]
+    finite = torch.isfinite(x)
+    y = torch.where(finite, x, 0) @ torch.where(staircase_mask(visible, inputs), weight, 0)
+    if bias is not None:
+        y = y + bias
+    # a dense product would let an unseen infinity in as 0 * inf = NaN; here it reaches only the outputs that see it
+    if inputs:
+        first_bad = torch.where(finite.all(-1), inputs, finite.to(torch.int32).argmin(-1))
+        y = torch.where(visible > first_bad[..., None], torch.nan, y)
+    return y
+
+
+def masked_linear_dx_reference(dy: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
+    """dx[:, k] = sum_{j: visible[j] > k} dy[:, j] * weight[k, j]."""
+    inputs, outputs = weight.shape
+    finite = torch.isfinite(dy)
+    dx = torch.where(finite, dy, 0) @ torch.where(staircase_mask(visible, inputs), weight, 0).T
+    if outputs:
+        last_bad = outputs - 1 - finite.flip(-1).to(torch.int32).argmin(-1)
+        reach = torch.where(finite.all(-1), 0, visible.to(torch.int64)[last_bad])
+        dx = torch.where(torch.arange(inputs, device=dy.device) < reach[..., None], torch.nan, dx)
+    return dx
+
+
+def masked_linear_dweight_reference(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
+    """dweight[k, j] = sum_b x[b, k] * dy[b, j] inside the staircase, 0 outside."""
+    dweight = x.flatten(0, -2).T @ dy.flatten(0, -2)
+    return torch.where(staircase_mask(visible, x.shape[-1]), dweight, 0)

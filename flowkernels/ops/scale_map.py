@@ -1,0 +1,274 @@
+"""Scale maps, sigma(s) of a raw scale s, and the affine forms that use them: the mathematics in plain PyTorch.
+
+csrc/scale_map.h is the same mathematics for the compiled kernels; the integer codes are shared with it by value.
+"""
+
+import enum
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Form", "ScaleKind", "ScaleMap", "apply_form", "invert_form", "parse_form"]
+
+_SOFTPLUS_THRESHOLD = 40.0  # torch's own 20 is visible in float64
+_SOFTPLUS_CUT = 0.0  # below it log softplus(s) is s + log(log1p(u) / u), u = exp(s)
+_ATAN_FACTOR = 0.636  # FrEIA's rounding of 2 / pi
+
+
+class ScaleKind(enum.IntEnum):
+    EXP = 0
+    EXP_HALF = 1
+    EXP_CLAMPED = 2
+    EXP_TANH = 3
+    EXP_ATAN = 4
+    SOFTCLIP = 5
+    SIGMOID = 6
+    SOFTPLUS = 7
+
+
+# argument names and defaults of each kind, in the order of `params`
+_ARGUMENTS = {
+    ScaleKind.EXP: (),
+    ScaleKind.EXP_HALF: ("limit",),
+    ScaleKind.EXP_CLAMPED: ("low", "high"),
+    ScaleKind.EXP_TANH: ("bound", "inner"),
+    ScaleKind.EXP_ATAN: ("bound",),
+    ScaleKind.SOFTCLIP: ("slope",),
+    ScaleKind.SIGMOID: ("bias", "floor"),
+    ScaleKind.SOFTPLUS: ("floor", "ceiling"),
+}
+
+
+def _number(name: str, value: float, *, above: float = -math.inf, at_least: float = -math.inf, below: float = math.inf) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number; got {value!r}") from None
+    if not (math.isfinite(number) and number > above and number >= at_least and number < below):
+        wanted = [f"greater than {above:g}"] if above > -math.inf else []
+        wanted += [f"at least {at_least:g}"] if at_least > -math.inf else []
+        wanted += [f"less than {below:g}"] if below < math.inf else []
+        raise ValueError(f"{name} must be {' and '.join(wanted) or 'finite'}; got {value!r}")
+    return number
+
+
+@dataclass(frozen=True, repr=False)
+class ScaleMap:
+    """A positive function sigma(s) of the raw scale s that a conditioner returns.
+
+    Make one with a classmethod, such as ``ScaleMap.sigmoid(bias=2.0, floor=1e-3)``. It is a plain value: hashable, comparable, picklable.
+    Each map knows sigma, log sigma and 1 / sigma in forms that neither underflow nor overflow before their value does.
+    """
+
+    kind: ScaleKind
+    params: tuple[float, ...] = ()
+
+    @classmethod
+    def exp(cls) -> "ScaleMap":
+        """sigma = exp(s)."""
+        return cls(ScaleKind.EXP)
+
+    @classmethod
+    def exp_half(cls, limit: float = 10.0) -> "ScaleMap":
+        """sigma = exp(s / 2), and 1 / sigma = exp(min(-s / 2, limit)) wherever 1 / sigma is taken: MAF's own code."""
+        return cls(ScaleKind.EXP_HALF, (_number("limit", limit),))
+
+    @classmethod
+    def exp_clamped(cls, low: float = -5.0, high: float = 3.0) -> "ScaleMap":
+        """sigma = exp(clamp(s, low, high)), the clamp's gradient being 1 everywhere: Pyro."""
+        low = _number("low", low)
+        return cls(ScaleKind.EXP_CLAMPED, (low, _number("high", high, above=low)))
+
+    @classmethod
+    def exp_tanh(cls, bound: float, inner: float = 1.0) -> "ScaleMap":
+        """sigma = exp(bound * tanh(s / inner)): RealNVP with a fixed factor, FrEIA, survae (bound 2, inner 2)."""
+        return cls(ScaleKind.EXP_TANH, (_number("bound", bound, above=0.0), _number("inner", inner, above=0.0)))
+
+    @classmethod
+    def exp_atan(cls, bound: float) -> "ScaleMap":
+        """sigma = exp(bound * 0.636 * atan(s)): FrEIA."""
+        return cls(ScaleKind.EXP_ATAN, (_number("bound", bound, above=0.0),))
+
+    @classmethod
+    def softclip(cls, slope: float = 1e-3) -> "ScaleMap":
+        """sigma = exp(s / (1 + abs(s / log(slope)))), which stays within (slope, 1 / slope): zuko."""
+        return cls(ScaleKind.SOFTCLIP, (_number("slope", slope, above=0.0, below=1.0),))
+
+    @classmethod
+    def sigmoid(cls, bias: float = 0.0, floor: float = 0.0) -> "ScaleMap":
+        """sigma = sigmoid(s + bias) + floor: Glow (bias 2), nflows (bias 2, floor 1e-3)."""
+        return cls(ScaleKind.SIGMOID, (_number("bias", bias), _number("floor", floor, at_least=0.0)))
+
+    @classmethod
+    def softplus(cls, floor: float = 0.0, ceiling: float | None = None) -> "ScaleMap":
+        """sigma = min(softplus(s) + floor, ceiling), with no gradient beyond the ceiling: nflows (floor 1e-3; ceiling 3 in couplings)."""
+        floor = _number("floor", floor, at_least=0.0)
+        return cls(ScaleKind.SOFTPLUS, (floor, math.inf if ceiling is None else _number("ceiling", ceiling, above=floor)))
+
+    @classmethod
+    def from_packed(cls, kind: int, p0: float, p1: float) -> "ScaleMap":
+        """The map whose ``kind`` and ``packed`` these are."""
+        kind = ScaleKind(kind)
+        return cls(kind, (p0, p1)[: len(_ARGUMENTS[kind])])
+
+    @property
+    def packed(self) -> tuple[float, float]:
+        """Two numbers that, with ``kind``, say everything: what an op's schema carries."""
+        p0, p1 = (*self.params, 0.0, 0.0)[:2]
+        return p0, p1
+
+    def __repr__(self) -> str:
+        named = zip(_ARGUMENTS[self.kind], self.params, strict=True)
+        return f"ScaleMap.{self.kind.name.lower()}({', '.join(f'{name}={None if value == math.inf else value}' for name, value in named)})"
+
+    def sigma(self, s: Tensor) -> Tensor:
+        """The scale itself."""
+        if self.kind == ScaleKind.SIGMOID:
+            bias, floor = self.params
+            return torch.sigmoid(s + bias) + floor
+        if self.kind == ScaleKind.SOFTPLUS:
+            floor, ceiling = self.params
+            return (F.softplus(s, threshold=_SOFTPLUS_THRESHOLD) + floor).clamp(max=ceiling)
+        return torch.exp(self.log_sigma(s))
+
+    def log_sigma(self, s: Tensor) -> Tensor:
+        """log sigma, never by way of a sigma that has underflowed."""
+        kind, params = self.kind, self.params
+        if kind == ScaleKind.EXP:
+            return s
+        if kind == ScaleKind.EXP_HALF:
+            return 0.5 * s
+        if kind == ScaleKind.EXP_CLAMPED:
+            return _clamp_straight_through(s, *params)
+        if kind == ScaleKind.EXP_TANH:
+            return params[0] * torch.tanh(s / params[1])
+        if kind == ScaleKind.EXP_ATAN:
+            return (params[0] * _ATAN_FACTOR) * torch.atan(s)
+        if kind == ScaleKind.SOFTCLIP:
+            return s / (1.0 + torch.abs(s / math.log(params[0])))
+        if kind == ScaleKind.SIGMOID:
+            return _log_sigmoid_plus(s + params[0], params[1])
+        return _log_softplus_plus(s, params[0]).clamp(max=math.log(params[1]))
+
+    def reciprocal(self, s: Tensor) -> Tensor:
+        """1 / sigma; `exp_half` limits it."""
+        if self.kind == ScaleKind.SIGMOID:
+            bias, floor = self.params
+            return 1.0 / (torch.sigmoid(s + bias) + floor) if floor else 1.0 + torch.exp(-(s + bias))
+        if self.kind == ScaleKind.SOFTPLUS:
+            floor, ceiling = self.params
+            return (1.0 / self.sigma(s)) if floor else _reciprocal_softplus(s).clamp(min=1.0 / ceiling)
+        return torch.exp(self.log_reciprocal(s))
+
+    def log_reciprocal(self, s: Tensor) -> Tensor:
+        """log of `reciprocal`: -log sigma, but for the limit of `exp_half`."""
+        if self.kind == ScaleKind.EXP_HALF:
+            return (-0.5 * s).clamp(max=self.params[0])
+        return -self.log_sigma(s)
+
+    def complement(self, s: Tensor) -> Tensor:
+        """1 - sigma, what the gate form gives to the shift."""
+        if self.kind == ScaleKind.SIGMOID:
+            bias, floor = self.params
+            return torch.sigmoid(-(s + bias)) - floor
+        return 1.0 - self.sigma(s)
+
+
+def _clamp_straight_through(s: Tensor, low: float, high: float) -> Tensor:
+    # s - s.detach() is 0 with gradient 1; at infinity it would be NaN
+    straight = torch.where(torch.isfinite(s), s - s.detach(), 0.0)
+    return s.clamp(low, high).detach() + straight
+
+
+def _log_sigmoid_plus(x: Tensor, floor: float) -> Tensor:
+    """log(sigmoid(x) + floor)."""
+    if not floor:
+        return F.logsigmoid(x)
+    # for x > 0 the sum is near 1: log1p of what it differs by. Each branch is kept inside its own range, so that neither has a NaN gradient
+    above = torch.log1p(floor - torch.sigmoid(-x.clamp(min=0.0)))
+    below = torch.log(floor + torch.sigmoid(x.clamp(max=0.0)))
+    return torch.where(x > 0.0, above, below)
+
+
+def _softplus_parts(s: Tensor) -> tuple[Tensor, Tensor]:
+    """softplus(s) where s > cut, and softplus(s) / exp(s) where it is not; each is constant outside its range."""
+    above = F.softplus(s.clamp(min=_SOFTPLUS_CUT), threshold=_SOFTPLUS_THRESHOLD)
+    lowest = math.log(torch.finfo(s.dtype).eps) - 2.0  # below it the ratio rounds to 1, and its second derivative would overflow
+    u = torch.exp(s.clamp(lowest, _SOFTPLUS_CUT))
+    return above, torch.log1p(u) / u
+
+
+def _log_softplus_plus(s: Tensor, floor: float) -> Tensor:
+    """log(softplus(s) + floor)."""
+    if floor:
+        return torch.log(F.softplus(s, threshold=_SOFTPLUS_THRESHOLD) + floor)
+    above, ratio = _softplus_parts(s)
+    return torch.where(s > _SOFTPLUS_CUT, torch.log(above), s + torch.log(ratio))
+
+
+def _reciprocal_softplus(s: Tensor) -> Tensor:
+    # 1 / softplus itself has a gradient that overflows at s = -52, long before its value does
+    above, ratio = _softplus_parts(s)
+    return torch.where(s > _SOFTPLUS_CUT, 1.0 / above, torch.exp(-s.clamp(max=_SOFTPLUS_CUT)) / ratio)
+
+
+class Form(enum.IntEnum):
+    """How shift and sigma act on x in a layer's parallel direction."""
+
+    SCALE_SHIFT = 0
+    SHIFT_SCALE = 1
+    DIVIDE = 2
+    GATE = 3
+
+
+def parse_form(name: "str | Form") -> Form:
+    """The form of that name.
+
+    Raises:
+        ValueError: there is no such form.
+    """
+    if isinstance(name, Form):
+        return name
+    names = [form.name.lower() for form in Form]
+    if name not in names:
+        raise ValueError(f"form must be one of {', '.join(map(repr, names))}; got {name!r}")
+    return Form(names.index(name))
+
+
+def apply_form(form: Form, x: Tensor, shift: Tensor, s: Tensor, scale_map: ScaleMap) -> tuple[Tensor, Tensor]:
+    """Apply an affine form elementwise.
+
+    Args:
+        form: scale_shift x * sigma + shift, shift_scale (x + shift) * sigma, divide (x - shift) / sigma, or
+            gate sigma * x + (1 - sigma) * shift.
+        x: what is transformed.
+        shift: the shift.
+        s: raw scale, from which ``scale_map`` makes sigma.
+        scale_map: sigma(s).
+
+    Returns:
+        y and log|dy/dx|.
+    """
+    if form == Form.DIVIDE:
+        return (x - shift) * scale_map.reciprocal(s), scale_map.log_reciprocal(s)
+    sigma, log_sigma = scale_map.sigma(s), scale_map.log_sigma(s)
+    if form == Form.SCALE_SHIFT:
+        return x * sigma + shift, log_sigma
+    if form == Form.SHIFT_SCALE:
+        return (x + shift) * sigma, log_sigma
+    return sigma * x + scale_map.complement(s) * shift, log_sigma
+
+
+def invert_form(form: Form, y: Tensor, shift: Tensor, s: Tensor, scale_map: ScaleMap) -> tuple[Tensor, Tensor]:
+    """Undo `apply_form`: x and log|dx/dy|."""
+    if form == Form.DIVIDE:
+        return y * scale_map.sigma(s) + shift, scale_map.log_sigma(s)
+    reciprocal, log_reciprocal = scale_map.reciprocal(s), scale_map.log_reciprocal(s)
+    if form == Form.SCALE_SHIFT:
+        return (y - shift) * reciprocal, log_reciprocal
+    if form == Form.SHIFT_SCALE:
+        return y * reciprocal - shift, log_reciprocal
+    return (y - scale_map.complement(s) * shift) * reciprocal, log_reciprocal

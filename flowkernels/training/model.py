@@ -1,0 +1,122 @@
+"""A flow together with the preprocessing of its data: log-densities, noise and samples in the user's units."""
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from ..data import GreyLevels, Preprocess, Table
+from ..flows import Flow
+
+_ROWS = 4096  # rows in flight at once
+
+
+class DataModel:
+    """log p(x) = log p_flow(y | context) + log|det dy/dx|,  y = preprocess(x).
+
+    Args:
+        flow: the flow.
+        preprocess: the fixed map of x.
+        context_map: the fixed map of the context; None where it is taken as it is.
+    """
+
+    def __init__(self, flow: Flow, preprocess: Preprocess, context_map: Preprocess | None = None) -> None:
+        self.flow, self.preprocess, self.context_map = flow, preprocess, context_map
+
+    def fit_preprocess(self, train: Table) -> None:
+        """Take the training rows' statistics."""
+        self.preprocess.check(train.x, f"data {train.name}")
+        self.preprocess.fit(train.x)
+        if self.context_map is not None and train.context is not None:
+            self.context_map.fit(train.context)
+
+    def check(self, table: Table) -> None:
+        """Refuse rows that are not for this model.
+
+        Raises:
+            ValueError: the width of the data or the context differs, or a context is missing or unexpected.
+        """
+        if table.x.shape[1] != self.flow.features:
+            raise ValueError(f"data must have {self.flow.features} columns, like the run's; {table.name} has {table.x.shape[1]}")
+        self.check_context(table.context, table.name)
+        self.preprocess.check(table.x, f"data {table.name}")
+
+    def check_context(self, context: Tensor | None, name: str) -> None:
+        """Refuse a context that is missing, unexpected or of another width, with a ValueError."""
+        width = self.flow.context_features
+        if context is None and width:
+            raise ValueError(f"context is missing: the run takes {width} columns of context, and {name} gives none")
+        if context is not None and not width:
+            raise ValueError(f"context was given, {list(context.shape)}, but the run takes none")
+        if context is not None and context.shape[1] != width:
+            raise ValueError(f"context must have {width} columns, like the run's; got {context.shape[1]}")
+
+    def prepare(self, table: Table, generator: Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the flow sees.
+
+        Returns:
+            y [rows, features] in the flow's dtype, log|det dy/dx| [rows] float64, and the context in the flow's dtype; on its device.
+        """
+        y, logabsdet = self.preprocess.forward(table.x, generator)
+        cast = self._cast(y)
+        if not torch.isfinite(cast).all():
+            row, column = (~torch.isfinite(cast)).nonzero()[0].tolist()
+            raise ValueError(
+                f"data must fit {cast.dtype} after preprocessing; row {row}, column {column}, counted from 0, of {table.name} "
+                f"is {table.x[row, column]:g}"
+            )
+        return cast, logabsdet.to(cast.device), self.prepare_context(table.context)
+
+    def prepare_context(self, context: Tensor | None) -> Tensor | None:
+        """The context as the flow sees it."""
+        if context is None:
+            return None
+        return self._cast(context if self.context_map is None else self.context_map.forward(context)[0])
+
+    def _cast(self, x: Tensor) -> Tensor:
+        parameter = next(self.flow.parameters())
+        return x.to(device=parameter.device, dtype=parameter.dtype)
+
+    @torch.no_grad()
+    def log_prob(self, table: Table, generator: Generator | None = None, draws: int = 1) -> Tensor:
+        """log p(x) of each row in nats, [rows] float64.
+
+        Grey levels are dequantised with noise from the generator, and the mean over `draws` draws is given. Other data takes no noise.
+        """
+        self.flow.eval()
+        draws = draws if self.preprocess.random else 1
+        total = torch.zeros(len(table), dtype=torch.float64)
+        for _ in range(draws):
+            y, logabsdet, context = self.prepare(table, generator)
+            parts = [self.flow.log_prob(*rows).double() for rows in _chunks(y, context)]
+            total += (torch.cat(parts) + logabsdet).cpu()
+        return total / draws
+
+    @torch.no_grad()
+    def encode(self, table: Table, generator: Generator | None = None) -> Tensor:
+        """z = f(y) of each row, [rows, features]."""
+        self.flow.eval()
+        y, _, context = self.prepare(table, generator)
+        return torch.cat([self.flow(*rows)[0] for rows in _chunks(y, context)]).cpu()
+
+    @torch.no_grad()
+    def sample(self, n: int, context: Tensor | None = None, temperature: float = 1.0, generator: Generator | None = None) -> Tensor:
+        """n samples, or n for each row of the context, one row's after another's: [n or rows * n, features], float64, in the units of x."""
+        self.flow.eval()
+        if context is not None:
+            context = self.prepare_context(context).repeat_interleave(n, 0)
+            n = len(context)
+        like = next(self.flow.parameters())
+        z = self._cast(self.flow.base.sample(n, self.flow.features, like=like.cpu(), generator=generator)) * temperature
+        y = torch.cat([self.flow.inverse(*rows)[0] for rows in _chunks(z, context)])
+        return self.preprocess.inverse(y.cpu().double())
+
+    def bits_per_dim(self, nats: float) -> float | None:
+        """Bits per dimension of a mean log-density, where x has grey levels; None where it has units of its own."""
+        return -nats / (self.flow.features * math.log(2)) if isinstance(self.preprocess, GreyLevels) else None
+
+
+def _chunks(x: Tensor, context: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    parts = x.split(_ROWS)
+    contexts = [None] * len(parts) if context is None else context.split(_ROWS)
+    return list(zip(parts, contexts, strict=True))

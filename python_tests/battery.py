@@ -1,0 +1,165 @@
+"""The tests that every op passes, written once: an op is tested by naming its examples (what to call, on what, and the oracle).
+
+class TestMaskedLinear(OpBattery):
+    cases = {"square": lambda batch, dtype: Example(...)}
+"""
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+Outputs = tuple[Tensor, ...]
+
+
+class Example(NamedTuple):
+    """One call of an op: `op(rows, parameters)` and `oracle(rows, parameters)` return the same tuple of batch-first tensors."""
+
+    rows: list[Tensor]
+    parameters: list[Tensor]
+    op: Callable[[Sequence[Tensor], Sequence[Tensor]], Outputs]
+    oracle: Callable[[Sequence[Tensor], Sequence[Tensor]], Outputs]
+    schema: Callable[[Sequence[Tensor], Sequence[Tensor]], tuple] | None = None  # arguments of the bare op, for opcheck
+    transform: bool = False  # outputs are (y, log|det dy/dx|) with x = rows[0]
+
+
+LAYOUTS = {
+    "sliced rows": lambda t: torch.cat([t, t])[: len(t)],
+    "every other row": lambda t: t.repeat_interleave(2, 0)[::2],
+    "sliced columns": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+
+
+def detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.detach() for t in tensors]
+
+
+def with_grad(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.detach().requires_grad_() for t in tensors]
+
+
+def assert_same_bits(got: Outputs, want: Outputs) -> None:
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == w.dtype and g.shape == w.shape
+        assert torch.equal(g.nan_to_num(nan=12345.0), w.nan_to_num(nan=12345.0)), (g - w).abs().max()
+
+
+class OpBattery:
+    """Subclass it as Test...; `cases` maps a name to a function (batch, dtype) -> Example."""
+
+    cases: ClassVar[dict[str, Callable[[int, torch.dtype], Example]]] = {}
+    bare_op: ClassVar[Callable | None] = None
+    row_bits = True  # a row's result does not depend on its batch mates (not so where BLAS is called)
+
+    def pytest_generate_tests(self, metafunc) -> None:
+        metafunc.parametrize("case", list(self.cases.values()), ids=list(self.cases))
+
+    @pytest.mark.parametrize("batch", [0, 1, 3, 37])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_equals_the_oracle_in_float64(self, case, batch, dtype):
+        rows, parameters, op, oracle, *_ = case(batch, dtype)
+        with torch.no_grad():
+            want = oracle([t.double() for t in rows], [t.double() for t in parameters])
+            for g, w in zip(op(rows, parameters), want, strict=True):
+                assert g.dtype == dtype
+                torch.testing.assert_close(g, w.to(dtype), **({"rtol": 1e-11, "atol": 1e-11} if dtype == torch.float64 else {}))
+
+    def test_gradients(self, case):
+        rows, parameters, op, *_ = case(2, torch.float64)
+        n = len(rows)
+        inputs = with_grad([*rows, *parameters])
+        f = lambda *a: op(a[:n], a[n:])
+        # fast mode compares random projections of the Jacobians: the whole of them takes minutes
+        assert torch.autograd.gradcheck(f, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(f, inputs, fast_mode=True)
+
+    def test_gradients_equal_those_through_the_oracle(self, case):
+        rows, parameters, op, oracle, *_ = case(5, torch.float64)
+        inputs = with_grad([*rows, *parameters])
+        n = len(rows)
+        weigh = lambda outputs: sum((o * torch.linspace(-1, 2, o.numel(), dtype=o.dtype).view_as(o)).sum() for o in outputs)
+        got = torch.autograd.grad(weigh(op(inputs[:n], inputs[n:])), inputs, allow_unused=True, materialize_grads=True)
+        want = torch.autograd.grad(weigh(oracle(inputs[:n], inputs[n:])), inputs, allow_unused=True, materialize_grads=True)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+    def test_logabsdet_is_that_of_autograds_jacobian(self, case):
+        rows, parameters, op, _, _, transform = case(3, torch.float64)
+        if not transform:
+            pytest.skip("not a transform")
+        logabsdet = op(rows, parameters)[1]
+        for b in range(3):
+            others = [t[b : b + 1] for t in rows[1:]]
+            jacobian = torch.autograd.functional.jacobian(lambda v, o=others: op([v[None], *o], parameters)[0][0], rows[0][b])
+            torch.testing.assert_close(logabsdet[b], torch.linalg.slogdet(jacobian)[1], rtol=1e-9, atol=1e-9)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("batch", [2, 21])
+    def test_layout_does_not_matter(self, case, layout, batch):
+        rows, parameters, op, *_ = case(batch, torch.float32)
+        strided = [LAYOUTS[layout](t) for t in rows]
+        with torch.no_grad():
+            assert_same_bits(op(strided, parameters), op([t.contiguous() for t in strided], parameters))
+            widened = [torch.cat([t, t], -1)[..., : t.shape[-1]] for t in parameters]
+            assert_same_bits(op(rows, widened), op(rows, parameters))
+
+    def test_twice_the_same_bits(self, case):
+        rows, parameters, op, *_ = case(37, torch.float32)
+        with torch.no_grad():
+            assert_same_bits(op(rows, parameters), op(rows, parameters))
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_a_row_alone_has_the_same_bits(self, case, dtype):
+        if not self.row_bits:
+            pytest.skip("goes through BLAS, which does not promise it")
+        rows, parameters, op, *_ = case(101, dtype)
+        with torch.no_grad():
+            whole = op(rows, parameters)
+            for begin, end in [(0, 1), (3, 5), (7, 10), (10, 14), (40, 53), (0, 60)]:
+                assert_same_bits(op([t[begin:end] for t in rows], parameters), tuple(o[begin:end] for o in whole))
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("batch", [3, 21])
+    def test_a_bad_row_stays_alone(self, case, bad, batch):
+        rows, parameters, op, *_ = case(batch, torch.float32)
+        with torch.no_grad():
+            clean = op(rows, parameters)
+            spoilt = [t.clone() for t in rows]
+            spoilt[0][1, 0] = bad
+            got = op(spoilt, parameters)
+        keep = [b for b in range(batch) if b != 1]
+        assert not any(torch.isfinite(o[1]).all() for o in got[:1]), "the bad value has vanished"
+        for g, w in zip(got, clean, strict=True):
+            torch.testing.assert_close(g[keep], w[keep], rtol=0, atol=0 if self.row_bits else 1e-6)
+
+    def test_opcheck(self, case):
+        rows, parameters, *_, schema, _ = case(3, torch.float32)
+        if schema is None:
+            pytest.skip("no bare op")
+        torch.library.opcheck(type(self).bare_op, schema(rows, parameters))
+
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_compiles_without_graph_breaks(self, case, dynamic):
+        rows, parameters, op, *_ = case(5, torch.float32)
+        torch._dynamo.reset()
+        n = len(rows)
+        compiled = torch.compile(lambda *a: op(a[:n], a[n:]), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*rows, *parameters), op(rows, parameters))
+        inputs = with_grad([*rows, *parameters])
+        total = lambda outputs: sum(o.square().sum() for o in outputs)
+        got = torch.autograd.grad(total(compiled(*inputs)), inputs, allow_unused=True)
+        want = torch.autograd.grad(total(op(inputs[:n], inputs[n:])), inputs, allow_unused=True)
+        torch.testing.assert_close(got, want)
+
+    def test_functorch(self, case):
+        rows, parameters, op, *_ = case(4, torch.float64)
+        loss = lambda x, *others: sum(o.square().sum() for o in op([x[None], *(t[None] for t in others)], parameters))
+        per_row = torch.func.vmap(torch.func.grad(loss))(*rows)
+        torch.testing.assert_close(per_row, torch.stack([torch.func.grad(loss)(*(t[b] for t in rows)) for b in range(4)]))
+        one = [t[0] for t in rows]
+        f = lambda x: op([x[None], *(t[None] for t in one[1:])], parameters)[0][0]
+        torch.testing.assert_close(torch.func.jacrev(f)(one[0]), torch.autograd.functional.jacobian(f, one[0]))

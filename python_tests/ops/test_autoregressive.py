@@ -1,0 +1,291 @@
+"""The autoregressive op against the D-pass loop, autograd's Jacobian and the definition of its conditioner."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowkernels import ScaleMap, backend
+from flowkernels.ops import Activation, Conditioner, Form, MaskedLayer, autoregressive, check_conditioner
+from flowkernels.ops.autoregressive import flatten
+from flowkernels.ops.autoregressive.reference import autoregressive_reference
+from flowkernels.ops.degrees import hidden_degrees, staircase
+from python_tests.battery import Example, OpBattery
+
+SCALES = [
+    ScaleMap.exp(),
+    ScaleMap.exp_half(),
+    ScaleMap.exp_clamped(-5.0, 3.0),
+    ScaleMap.exp_tanh(2.0),
+    ScaleMap.exp_atan(2.0),
+    ScaleMap.softclip(),
+    ScaleMap.sigmoid(bias=2.0),
+    ScaleMap.sigmoid(bias=2.0, floor=1e-3),
+    ScaleMap.softplus(floor=1e-3),
+    ScaleMap.softplus(ceiling=3.0),
+]
+FORMS = ["scale_shift", "shift_scale", "divide", "gate"]
+
+
+def staircases(features: int, widths: tuple[int, ...], rule: str, context: bool, degrees: Tensor, seed: int = 0) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    below, result = degrees, []
+    for units in widths:
+        above = hidden_degrees(units, int(degrees.max()) if features else 1, rule=rule, context=context, generator=g)
+        result.append(staircase(below, above, strict=False))
+        below = above
+    return [*result, staircase(below, degrees.repeat_interleave(2), strict=True)]
+
+
+def example(
+    features, widths, *, rule="even", context=0, activation="relu", scale=None, form="scale_shift", order=None, degrees=None, inverse=False
+):
+    """degrees: sorted degrees of the features in their order of generation; shared degrees make a partial order."""
+    degrees = torch.arange(1, features + 1) if degrees is None else torch.tensor(degrees)
+    visible = staircases(features, widths, rule, context > 0, degrees)
+    code, scale = Activation[activation.upper()], scale or ScaleMap.softclip()
+    order = None if order is None else torch.tensor(order)
+    sizes = [features, *widths, 2 * features]
+
+    def conditioner(parameters):
+        per_layer = 3 if context else 2
+        layers = []
+        for i, seen in enumerate(visible):
+            weight, bias, *rest = parameters[i * per_layer : (i + 1) * per_layer]
+            kind = code if i < len(widths) else Activation.IDENTITY
+            layers.append(MaskedLayer(weight, bias, seen, kind, rest[0] if rest else None))
+        return Conditioner(tuple(layers), order)
+
+    def make(batch, dtype):
+        g = torch.Generator().manual_seed(2)
+        randn = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)
+        parameters = []
+        for i, seen in enumerate(visible):
+            fan_in = (seen + context).clamp(min=1).sqrt().to(dtype)
+            parameters += [randn(sizes[i], sizes[i + 1]) / fan_in, 0.3 * randn(sizes[i + 1])]
+            parameters += [randn(context, sizes[i + 1]) / fan_in] if context else []
+        rows = [randn(batch, features), *([randn(batch, context)] if context else [])]
+        split = lambda rows: (rows[0], rows[1] if context else None)
+
+        def op(rows, parameters):
+            x, c = split(rows)
+            return autoregressive(x, conditioner(parameters), c, scale=scale, form=form, inverse=inverse)
+
+        def oracle(rows, parameters):
+            x, c = split(rows)
+            return autoregressive_reference(x, conditioner(parameters), c, scale, Form[form.upper()], inverse)
+
+        def schema(rows, parameters):
+            x, c = split(rows)
+            weights, biases, contexts, seen, activations = flatten(conditioner(parameters))
+            return (
+                x,
+                c,
+                weights,
+                biases,
+                contexts,
+                seen,
+                order,
+                activations,
+                int(scale.kind),
+                *scale.packed,
+                int(Form[form.upper()]),
+                inverse,
+            )
+
+        return Example(rows, parameters, op, oracle, schema, transform=True)
+
+    return make
+
+
+def both(name, *args, **kwargs):
+    return {f"{name} {d}": example(*args, inverse=d == "inverse", **kwargs) for d in ("forward", "inverse")}
+
+
+class TestAutoregressive(OpBattery):
+    bare_op = torch.ops.flowkernels.autoregressive.default
+    cases = {
+        **both("two layers", 5, (12, 9)),
+        **both("context", 4, (20, 17), context=3, activation="tanh"),
+        **both("fewer units than features", 9, (4,), order=[3, 1, 4, 0, 8, 7, 2, 6, 5], activation="elu"),
+        **both("one feature", 1, (3, 3), context=2, activation="sigmoid"),
+        **both("no hidden layer", 3, ()),
+        **both("three layers, cycling", 6, (10, 7, 11), rule="cycling", activation="silu"),
+        **both("random degrees", 6, (10, 8), rule="random", activation="softplus", form="gate", scale=ScaleMap.sigmoid(bias=1.0)),
+        **both("shared degrees", 7, (9, 9), degrees=[1, 1, 2, 4, 4, 4, 5], activation="gelu"),
+        **both("a coupling", 6, (8,), degrees=[1, 1, 1, 2, 2, 2], activation="leaky_relu", form="shift_scale"),
+    }
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scale", SCALES, ids=repr)
+@pytest.mark.parametrize("inverse", [False, True])
+class TestMapsAndForms:
+    def test_equal_the_oracle(self, scale, form, inverse):
+        for batch in (3, 30):
+            rows, parameters, op, oracle, *_ = example(4, (11, 8), scale=scale, form=form, inverse=inverse)(batch, torch.float64)
+            with torch.no_grad():
+                torch.testing.assert_close(op(rows, parameters), oracle(rows, parameters), rtol=1e-12, atol=1e-12)
+
+    def test_round_trip(self, scale, form, inverse):
+        rows, parameters, op, *_ = example(4, (11, 8), scale=scale, form=form, inverse=inverse)(30, torch.float64)
+        back = example(4, (11, 8), scale=scale, form=form, inverse=not inverse)(30, torch.float64).op
+        with torch.no_grad():
+            y, logabsdet = op(rows, parameters)
+            x, opposite = back([y], parameters)
+        torch.testing.assert_close(x, rows[0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(opposite, -logabsdet, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("features, widths, context", [(40, (300, 520), 0), (20, (600,), 300), (130, (64, 64), 5), (300, (40,), 0)])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sizes_beyond_one_chunk(features, widths, context, inverse, dtype):
+    """Sums longer than a chunk of 256 inputs, in every form of the loop, with the same bits in each."""
+    case = example(features, widths, context=context, activation="tanh", inverse=inverse)
+    rows, parameters, op, oracle, *_ = case(101, dtype)
+    with torch.no_grad():
+        whole = op(rows, parameters)
+        want = oracle([t.double() for t in rows], [t.double() for t in parameters])
+        for g, w in zip(whole, want, strict=True):
+            torch.testing.assert_close(
+                g, w.to(dtype), **({"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4})
+            )
+        for begin, end in [(0, 1), (3, 5), (7, 10), (10, 14), (40, 53)]:
+            part = op([t[begin:end] for t in rows], parameters)
+            assert all(torch.equal(p, w[begin:end]) for p, w in zip(part, whole, strict=True))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_error_in_float32_is_that_of_eager_float32(inverse):
+    """Root mean square and 99.9th percentile over 100,000 outputs, at most twice those of the reference in float32."""
+    rows, parameters, op, oracle, *_ = example(50, (300, 300), inverse=inverse)(2000, torch.float32)
+    with torch.no_grad():
+        want = oracle([t.double() for t in rows], [t.double() for t in parameters])
+        for got, eager, exact in zip(op(rows, parameters), oracle(rows, parameters), want, strict=True):
+            ours, theirs = (got - exact).abs(), (eager - exact).abs()
+            assert ours.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt()
+            assert ours.flatten().quantile(0.999) <= 2 * theirs.flatten().quantile(0.999)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_half_precision_is_float32_rounded_once(dtype, inverse):
+    case = example(5, (12, 9), context=2, inverse=inverse)
+    rows, parameters, op, *_ = case(9, torch.float32)
+    rows, parameters = [t.to(dtype) for t in rows], [t.to(dtype) for t in parameters]
+    with torch.no_grad():
+        y, logabsdet = op(rows, parameters)
+        want, want_logabsdet = op([t.float() for t in rows], [t.float() for t in parameters])
+    assert y.dtype == dtype and torch.equal(y, want.to(dtype))
+    assert logabsdet.dtype == torch.float32 and torch.equal(logabsdet, want_logabsdet)
+
+
+def test_a_bad_value_reaches_only_what_sees_it():
+    rows, parameters, op, *_ = example(5, (12, 9), inverse=True)(3, torch.float32)
+    with torch.no_grad():
+        clean, _ = op(rows, parameters)
+        rows[0][1, 2] = torch.nan
+        got, logabsdet = op(rows, parameters)
+    assert torch.equal(got[1, :2], clean[1, :2]) and got[1, 2:].isnan().all()
+    assert logabsdet.isfinite().tolist() == [True, True, True] or logabsdet[1].isnan()
+
+
+def test_overflow_is_an_infinity():
+    for batch in (2, 9):
+        rows, parameters, op, *_ = example(1, (3,), scale=ScaleMap.exp(), inverse=True)(batch, torch.float32)
+        parameters[-1][1] = -200.0  # 1/sigma = exp(200)
+        with torch.no_grad():
+            x, logabsdet = op(rows, parameters)
+        assert x.isinf().all() and (logabsdet > 190).all()
+
+
+def test_backend_reference_runs_the_reference():
+    rows, parameters, op, oracle, *_ = example(4, (9,), inverse=True)(6, torch.float32)
+    with torch.no_grad(), backend("reference"):
+        assert all(torch.equal(g, w) for g, w in zip(op(rows, parameters), oracle(rows, parameters), strict=True))
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpp, cuda, triton; got 'fast'"), backend("fast"):
+        pass
+    with (
+        torch.no_grad(),
+        backend("cuda"),
+        pytest.raises(RuntimeError, match="'cuda' was chosen, but autoregressive was called with tensors on cpu"),
+    ):
+        op(rows, parameters)
+
+
+def test_memory_outside_the_tensors_is_not_touched():
+    """Rows of x and y lie between guards; a step over an edge would show."""
+    for batch, inverse in itertools.product((1, 3, 5, 13), (False, True)):
+        rows, parameters, op, *_ = example(3, (7, 5), inverse=inverse)(batch, torch.float32)
+        guarded = torch.full((batch + 2, 5), torch.nan)
+        guarded[1:-1, 1:-1] = rows[0]
+        with torch.no_grad():
+            got = op([guarded[1:-1, 1:-1]], parameters)
+            want = op(rows, parameters)
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+class TestBadInput:
+    def conditioner(self, context=0, visible=None):
+        g = torch.Generator().manual_seed(0)
+        seen = visible or [[1, 2], [0, 0, 1, 1, 2, 2]]
+        layers = [
+            MaskedLayer(
+                torch.randn(n, m, generator=g),
+                torch.zeros(m),
+                torch.tensor(v, dtype=torch.int32),
+                Activation.IDENTITY,
+                torch.zeros(context, m) if context else None,
+            )
+            for (n, m), v in zip([(3, 2), (2, 6)], seen, strict=True)
+        ]
+        return Conditioner(tuple(layers))
+
+    @pytest.mark.parametrize(
+        ("x", "context", "network", "message"),
+        [
+            (torch.zeros(3), None, 0, r"x must have shape \[batch, 3\], one column per feature; got \[3\]"),
+            (torch.zeros(2, 4), None, 0, r"x must have shape \[batch, 3\], one column per feature; got \[2, 4\]"),
+            (torch.zeros(2, 3).long(), None, 0, "x must be a floating-point tensor; got torch.int64"),
+            (torch.zeros(2, 3).double(), None, 0, "x must be torch.float32, like the weights; got torch.float64"),
+            (torch.zeros(2, 3, device="meta"), None, 0, "x must be on cpu, like the weights; got meta"),
+            (torch.zeros(2, 3), None, 2, r"context is missing: the network takes \[batch, 2\]"),
+            (torch.zeros(2, 3), torch.zeros(2, 2), 0, r"context was given, \[2, 2\], but the network takes none"),
+            (torch.zeros(2, 3), torch.zeros(4, 2), 2, r"context must have shape \[2, 2\], one row per row of x; got \[4, 2\]"),
+            (torch.zeros(2, 3), torch.zeros(2, 2).double(), 2, "context must be torch.float32 on cpu, like x; got torch.float64"),
+        ],
+    )
+    def test_calls(self, x, context, network, message):
+        for inverse in (False, True):
+            with pytest.raises(ValueError, match=message):
+                autoregressive(x, self.conditioner(network), context, inverse=inverse)
+
+    def test_unknown_form(self):
+        with pytest.raises(ValueError, match="form"):
+            autoregressive(torch.zeros(2, 3), self.conditioner(), form="affine")
+
+    @pytest.mark.parametrize(
+        ("visible", "message"),
+        [
+            ([[1, 2], [0, 0, 1, 1, 1, 2]], None),
+            ([[1, 2], [1, 1, 1, 1, 2, 2]], "the network is not autoregressive: feature 0 in the order of generation can see itself"),
+            ([[2, 3], [0, 0, 1, 1, 2, 2]], "the network is not autoregressive: feature 1"),
+            ([[2, 1], [0, 0, 1, 1, 2, 2]], r"layer 0: visible must ascend from 0 to at most 3; got \[2, 1\]"),
+            ([[1, 4], [0, 0, 1, 1, 2, 2]], r"layer 0: visible must ascend from 0 to at most 3; got \[1, 4\]"),
+        ],
+    )
+    def test_networks(self, visible, message):
+        network = self.conditioner(visible=visible)
+        if message is None:
+            check_conditioner(network)
+            return
+        with pytest.raises(ValueError, match=message):
+            check_conditioner(network)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="autoregressive|visible"):
+            autoregressive(torch.zeros(2, 3), network, inverse=True)
+
+    def test_order_is_a_permutation(self):
+        with pytest.raises(ValueError, match=r"order must be a permutation of 0..2; got \[0, 0, 1\]"):
+            check_conditioner(self.conditioner()._replace(order=torch.tensor([0, 0, 1])))

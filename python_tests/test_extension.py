@@ -1,0 +1,162 @@
+"""The compiled library: what it links, how it is loaded, and what is said where it cannot be."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import flowkernels
+from flowkernels import _extension, info
+
+PACKAGE = Path(flowkernels.__file__).parent
+
+
+@pytest.fixture
+def library() -> Path:
+    path = _extension.status().cpu_library
+    if path is None:
+        if isinstance(_extension.status().cpu_error, _extension.NotBuiltError):
+            pytest.skip(_extension.status().reason)
+        pytest.fail(_extension.status().reason)
+    return path
+
+
+def python(code: str, folder: Path, **environment: str) -> str:
+    """What `code` prints in a new process that imports flowkernels from `folder`."""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    """An empty folder that stands for the installed package."""
+    monkeypatch.setattr(_extension, "_FOLDER", tmp_path)
+    return tmp_path
+
+
+def status_of_folder() -> _extension.Status:
+    return _extension.load.__wrapped__()  # past the cache, which holds this process's own
+
+
+def symbols(library: Path, which: str) -> list[str]:
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    listing = subprocess.run(["nm", "-DC", which, library], capture_output=True, text=True, check=True).stdout
+    return [re.sub(r"^[0-9a-f ]*[a-zA-Z] ", "", line) for line in listing.splitlines()]
+
+
+def test_uses_only_the_stable_abi(library):
+    undefined = symbols(library, "--undefined-only")
+    assert any(name.startswith("aoti_torch_") for name in undefined)  # the listing is not empty for another reason
+    assert not [name for name in undefined if re.match(r"_?Py", name) or re.search(r"\b(at|c10|torch)::", name)]
+
+
+def test_exports_nothing_of_its_own(library):
+    assert not [name for name in symbols(library, "--defined-only") if "flowkernels" in name]
+
+
+def test_file_name_carries_no_python(library):
+    assert library.name == "_C_cpu.so"
+
+
+def test_build_info(library):
+    about = _extension.build_info()
+    assert about["torch stable ABI"] == "2.11"
+    assert about["compiler"]
+    used, hardware = about["instruction set used"], about["instruction set of this CPU"]
+    assert used == os.environ.get("FLOWKERNELS_ISA", hardware)
+    assert hardware == "none" or hardware in about["instruction sets compiled in"].split()
+
+
+def test_instruction_set_chosen_by_hand(library):
+    code = "from flowkernels import _extension; print(_extension.build_info()['instruction set used'])"
+    hardware = _extension.build_info()["instruction set of this CPU"]
+    lesser = "avx2" if hardware == "avx512" else hardware
+    assert python(code, PACKAGE.parent, FLOWKERNELS_ISA=lesser) == lesser
+    assert hardware in python(code, PACKAGE.parent, FLOWKERNELS_ISA="sse9")  # the error, which names what there is
+
+
+def test_loads_once_and_names_its_file(library):
+    assert _extension.load() is _extension.load() is _extension.status()
+    assert library.is_file()
+
+
+def test_has_kernel_does_not_count_the_reference():
+    probe = torch.library.Library("flowkernels", "FRAGMENT")
+    probe.define("_probe(Tensor x) -> Tensor")
+    probe.impl("_probe", lambda x: x, "CompositeExplicitAutograd")
+    assert not _extension.has_kernel("_probe", "CPU")
+    assert "_probe has no compiled CUDA kernel" in (_extension.Status(None, None, None, None).why_not("_probe", "CUDA") or "")
+    probe.impl("_probe", lambda x: x, "CPU")
+    assert _extension.has_kernel("_probe", "CPU")
+
+
+def test_works_without_a_library(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "flowkernels", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
+    code = (
+        "import flowkernels; s = flowkernels._extension.status(); print(s.cpu_library, s.cuda_library, s.cpu_error, sep='|');"
+        "from flowkernels import info; assert 'was not built' in info.report()"
+    )
+    assert python(code, tmp_path) == "None|None|the CPU library was not built: pip install --no-build-isolation ."
+
+
+def test_says_why_a_library_was_left_out(folder):
+    (folder / "_build.json").write_text(json.dumps({"cpu": "no time", "cuda": "no card"}))
+    status = status_of_folder()
+    assert status.reason == "the CPU library was not built: no time; the CUDA library was not built: no card"
+    assert isinstance(status.cpu_error, _extension.NotBuiltError)
+
+
+def test_says_why_a_library_does_not_load(folder):
+    (folder / "_C_cpu.so").write_bytes(b"not a library")
+    status = status_of_folder()
+    assert status.cpu_library is None and isinstance(status.cpu_error, _extension.CannotLoadError)
+    message = str(status.cpu_error)
+    assert "does not load: " in message and "_C_cpu.so" in message and f"this is torch {torch.__version__}" in message
+    assert "--force-reinstall" in message and "\n" not in message
+
+
+def test_says_when_torch_is_too_old(folder, monkeypatch):
+    (folder / "_C_cpu.so").write_bytes(b"not a library")
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
+    assert str(status_of_folder().cpu_error) == "the CPU library needs torch 2.11 or newer; this is 2.10.1+cpu"
+
+
+def test_import_is_quick_and_touches_nothing():
+    heavy = ("triton", "sklearn", "matplotlib", "nflows", "torch._dynamo")
+    code = (
+        "import sys, time, torch; start = time.perf_counter(); import flowkernels; print(time.perf_counter() - start);"
+        f"print(torch.cuda.is_initialized(), *[name for name in {heavy} if name in sys.modules])"
+    )
+    for _ in range(3):  # others may be using the machine: one quick import is proof enough
+        seconds, touched = python(code, PACKAGE.parent).splitlines()
+        assert touched == "False"
+        if float(seconds) < 0.2:
+            return
+    pytest.fail(f"import flowkernels took {seconds} s beyond import torch")
+
+
+def test_report_names_every_op_and_device():
+    text = info.report()
+    for name in ("flowkernels", "python", "torch", "triton", "CPU library", "CUDA library", "GPU"):
+        assert re.search(rf"^{name}", text, re.MULTILINE), name
+    for op in info.OPS:
+        for device in ("CPU", "CUDA"):
+            (row,) = re.findall(rf"^{op} +{device} +(.*)$", text, re.MULTILINE)
+            served, _, why_not = row.partition(" ")
+            assert served in ("cpp", "cuda", "reference")
+            assert (served == "reference") == bool(why_not.strip())
