@@ -139,7 +139,6 @@ def plan() -> tuple[list, dict, dict]:
         "py_limited_api": True,  # links no Python library; there is no Python in ours
         # before torch's libraries, which by accident export copies of the standard library's symbols
         "libraries": ["stdc++"] if sys.platform == "linux" else [],
-        "extra_link_args": ["-Wl,--as-needed"] if sys.platform == "linux" else [],
     }
     record = {
         "cpu": why_no_cpu(),
@@ -162,6 +161,9 @@ def plan() -> tuple[list, dict, dict]:
         flags = {"cxx": [*common, "-DUSE_CUDA", *system, *host_flags()], "nvcc": nvcc}
         extensions.append(CUDAExtension("flowkernels._C_cuda", sources("cuda/*.cu"), extra_compile_args=flags, **deepcopy(options)))
 
+    for extension in extensions:  # the stable ABI is in torch_cpu and torch_cuda; the others might be absent in a later torch
+        extension.libraries = [name for name in extension.libraries if name not in ("c10", "torch", "c10_cuda")]
+
     class BuildLibraries(BuildExtension):
         """Builds shared libraries without the Python tag in their names; objects stay in build/, also for editable installs."""
 
@@ -170,7 +172,11 @@ def plan() -> tuple[list, dict, dict]:
 
         def build_extension(self, ext):
             self.build_temp = str(ROOT / "build" / "objects" / ext.name)
-            super().build_extension(ext)
+            try:
+                super().build_extension(ext)
+            except Exception as error:  # the compiler has said what it did not like; a traceback of ours would bury it
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                fail(f"{ext.name} was not built ({reason}), see above: mend that, or set FLOWKERNELS_SKIP_EXT=1 for a pure-Python install")
 
         def run(self):
             super().run()

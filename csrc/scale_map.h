@@ -15,6 +15,7 @@ enum class Form : int { scale_shift, shift_scale, divide, gate };
 struct ScaleMapParams {
   int kind;
   double p0, p1;  // ScaleMap.packed
+  double log_p0 = ::log(p0), log_p1 = ::log(p1);  // of use to some maps, and too dear to take once per vector
 };
 
 template <Form F>
@@ -99,11 +100,11 @@ struct ExpClampedMap : ExpOf<V, ExpClampedMap<V>> {
 template <class V>
 struct ExpTanhMap : ExpOf<V, ExpTanhMap<V>> {
   using T = scalar_t<V>;
-  T bound, inner, slope;
-  FK_INLINE explicit ExpTanhMap(const ScaleMapParams& p) : bound(T(p.p0)), inner(T(p.p1)), slope(T(p.p0 / p.p1)) {}
-  FK_INLINE V log_sigma(V s) const { return bound * tanh(s / inner); }
+  T bound, inverse_inner, slope;
+  FK_INLINE explicit ExpTanhMap(const ScaleMapParams& p) : bound(T(p.p0)), inverse_inner(T(1 / p.p1)), slope(T(p.p0 / p.p1)) {}
+  FK_INLINE V log_sigma(V s) const { return bound * tanh(s * inverse_inner); }
   FK_INLINE V dlog_sigma(V s) const {
-    const V t = tanh(s / inner);
+    const V t = tanh(s * inverse_inner);
     return slope * fma(-t, t, T(1));
   }
 };
@@ -120,39 +121,46 @@ struct ExpAtanMap : ExpOf<V, ExpAtanMap<V>> {
 template <class V>
 struct SoftclipMap : ExpOf<V, SoftclipMap<V>> {
   using T = scalar_t<V>;
-  T log_slope;
-  FK_INLINE explicit SoftclipMap(const ScaleMapParams& p) : log_slope(T(::log(p.p0))) {}
-  FK_INLINE V log_sigma(V s) const { return s / (T(1) + abs(s / log_slope)); }
+  T inverse_bound;  // 1 / |log slope|
+  FK_INLINE explicit SoftclipMap(const ScaleMapParams& p) : inverse_bound(T(-1 / p.log_p0)) {}
+  FK_INLINE V log_sigma(V s) const { return s / fma(abs(s), inverse_bound, T(1)); }
   FK_INLINE V dlog_sigma(V s) const {
-    const V d = T(1) / (T(1) + abs(s / log_slope));
+    const V d = T(1) / fma(abs(s), inverse_bound, T(1));
     return d * d;
   }
 };
 
-// sigmoid(s + bias) + floor; without a floor log sigma and 1 / sigma have simpler forms
+// sigmoid(s + bias) + floor; without a floor log sigma and 1 / sigma have simpler forms.
+// All that a caller asks for shares one e = exp(-|x|).
 template <class V, bool FLOOR>
 struct SigmoidMap : ScaleMapBase<V, SigmoidMap<V, FLOOR>> {
   using T = scalar_t<V>;
   T bias, floor;
   FK_INLINE explicit SigmoidMap(const ScaleMapParams& p) : bias(T(p.p0)), floor(T(p.p1)) {}
   FK_INLINE ValueAndLog<V> sigma_and_log(V s) const {
-    const V x = s + bias;
-    if constexpr (!FLOOR) return {sigmoid(x), -softplus(-x)};
-    const V sigma = sigmoid(x) + floor;
-    return {sigma, log_or_log1p(x > T(0), sigma, floor - sigmoid(-x))};  // sigma is near 1 for x > 0
+    const V x = s + bias, e = exp(-abs(x));
+    if constexpr (!FLOOR) return {sigmoid_of(x, e), -softplus_of(-x, e)};
+    const V sigma = sigmoid_of(x, e) + floor;
+    return {sigma, log_or_log1p(x > T(0), sigma, floor - sigmoid_of(-x, e))};  // sigma is near 1 for x > 0
   }
   FK_INLINE ValueAndLog<V> reciprocal_and_log(V s) const {
     const V x = s + bias;
-    if constexpr (!FLOOR) return {T(1) + exp(-x), softplus(-x)};
+    if constexpr (!FLOOR) return {T(1) + exp(-x), softplus_of(-x, exp(-abs(x)))};
     const ValueAndLog<V> sigma = sigma_and_log(s);
     return {T(1) / sigma.value, -sigma.log};
   }
-  FK_INLINE V complement(V s) const { return sigmoid(-(s + bias)) - floor; }
-  FK_INLINE V dsigma(V s) const { return sigmoid(s + bias) * sigmoid(-(s + bias)); }
-  FK_INLINE V dlog_sigma(V s) const {
+  FK_INLINE V complement(V s) const {
     const V x = s + bias;
-    if constexpr (!FLOOR) return sigmoid(-x);
-    return sigmoid(x) * sigmoid(-x) / (sigmoid(x) + floor);
+    return sigmoid_of(-x, exp(-abs(x))) - floor;
+  }
+  FK_INLINE V dsigma(V s) const {
+    const V x = s + bias, e = exp(-abs(x));
+    return sigmoid_of(x, e) * sigmoid_of(-x, e);
+  }
+  FK_INLINE V dlog_sigma(V s) const {
+    const V x = s + bias, e = exp(-abs(x));
+    if constexpr (!FLOOR) return sigmoid_of(-x, e);
+    return sigmoid_of(x, e) * sigmoid_of(-x, e) / (sigmoid_of(x, e) + floor);
   }
 };
 
@@ -161,27 +169,35 @@ template <class V, bool FLOOR>
 struct SoftplusMap : ScaleMapBase<V, SoftplusMap<V, FLOOR>> {
   using T = scalar_t<V>;
   T floor, ceiling, log_ceiling;
-  FK_INLINE explicit SoftplusMap(const ScaleMapParams& p) : floor(T(p.p0)), ceiling(T(p.p1)), log_ceiling(T(::log(p.p1))) {}
-  // sigma for s > 0, sigma / exp(s) elsewhere: what neither underflows nor overflows. For FLOOR = false, without the ceiling.
-  FK_INLINE V factor(V s) const {
-    const V small = at_least(exp(s), T(1e-30));  // so small that the ratio is 1
-    return select(s > T(0), softplus(s), log1p_unit(small) / small);
-  }
+  FK_INLINE explicit SoftplusMap(const ScaleMapParams& p) : floor(T(p.p0)), ceiling(T(p.p1)), log_ceiling(T(p.log_p1)) {}
   FK_INLINE ValueAndLog<V> sigma_and_log(V s) const {
-    const V sigma = softplus(s) + floor;
-    const V log_value = FLOOR ? log(sigma) : log(factor(s)) + at_most(s, T(0));
+    const V e = exp(-abs(s)), sigma = softplus_of(s, e) + floor;
+    const V log_value = FLOOR ? log(sigma) : log(factor(s, e)) + at_most(s, T(0));
     return {at_most(sigma, ceiling), at_most(log_value, log_ceiling)};
   }
   FK_INLINE ValueAndLog<V> reciprocal_and_log(V s) const {
     const ValueAndLog<V> sigma = sigma_and_log(s);
     return {T(1) / sigma.value, -sigma.log};
   }
-  FK_INLINE V dsigma(V s) const { return below_ceiling(s, sigmoid(s)); }
-  FK_INLINE V dlog_sigma(V s) const {
-    if constexpr (FLOOR) return below_ceiling(s, sigmoid(s) / (softplus(s) + floor));
-    return below_ceiling(s, sigmoid(abs(s)) / factor(s));  // sigmoid(s) / exp(s) = sigmoid(-s)
+  FK_INLINE V dsigma(V s) const {
+    const V e = exp(-abs(s));
+    return below_ceiling(s, e, sigmoid_of(s, e));
   }
-  FK_INLINE V below_ceiling(V s, V gradient) const { return select(softplus(s) + floor > ceiling, splat<V>(T(0)), gradient); }
+  FK_INLINE V dlog_sigma(V s) const {
+    const V e = exp(-abs(s));
+    if constexpr (FLOOR) return below_ceiling(s, e, sigmoid_of(s, e) / (softplus_of(s, e) + floor));
+    return below_ceiling(s, e, T(1) / ((e + T(1)) * factor(s, e)));
+  }
+
+ private:
+  // softplus(s) for s > 0, softplus(s) / exp(s) elsewhere: what neither underflows nor overflows
+  FK_INLINE V factor(V s, V e) const {
+    const V ratio = select(e < T(1e-30), splat<V>(T(1)), log1p_unit(e) / e);
+    return select(s > T(0), softplus_of(s, e), ratio);
+  }
+  FK_INLINE V below_ceiling(V s, V e, V gradient) const {
+    return select(softplus_of(s, e) + floor > ceiling, splat<V>(T(0)), gradient);
+  }
 };
 
 // f(map) for the map that the parameters name

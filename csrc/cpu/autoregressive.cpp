@@ -25,7 +25,23 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void check(bool ok, const std::string& what) { STD_TORCH_CHECK(ok, "flowkernels::autoregressive: ", what); }
+// The message is built where a check fails: there is one check per unit.
+inline void check(bool ok, const char* what, const char* more = "") { STD_TORCH_CHECK(ok, "flowkernels::autoregressive: ", what, more); }
+
+// asks first: the call of contiguous itself goes through the dispatcher
+Tensor made_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// Contiguous and uninitialised, with the dtype of `like`; new_empty would look its operator up by name.
+Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
 
 Tensor rows_contiguous(const Tensor& weight) {
   return weight.size(0) <= 1 || weight.size(1) <= 1 || weight.stride(1) == 1 ? weight : torch::stable::contiguous(weight);
@@ -47,14 +63,15 @@ std::tuple<Tensor, Tensor> launch(const Tensor& x, const std::optional<Tensor>& 
   const int64_t context_features = context ? context->size(1) : 0;
 
   std::vector<Tensor> kept;  // contiguous copies must outlive the loop
-  auto contiguous = [&](const Tensor& t, int64_t length, ScalarType type, const char* name) {
-    check(t.dim() == 1 && t.size(0) == length && t.scalar_type() == type && t.is_cpu(), std::string(name) + " does not fit its layer");
-    kept.push_back(torch::stable::contiguous(t));
+  kept.reserve(4 * n_layers + 1);
+  auto vector = [&](const Tensor& t, int64_t length, ScalarType type, const char* name) {
+    check(t.dim() == 1 && t.size(0) == length && t.scalar_type() == type && t.is_cpu(), name, " does not fit its layer");
+    kept.push_back(made_contiguous(t));
     return kept.back().const_data_ptr();
   };
   auto matrix = [&](const Tensor& t, int64_t rows, int64_t columns, const char* name) {
     check(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.scalar_type() == x.scalar_type() && t.is_cpu(),
-          std::string(name) + " does not fit");
+          name, " does not fit its layer");
     kept.push_back(rows_contiguous(t));
     return static_cast<const T*>(kept.back().const_data_ptr());
   };
@@ -68,8 +85,8 @@ std::tuple<Tensor, Tensor> launch(const Tensor& x, const std::optional<Tensor>& 
     layer.outputs = outputs;
     layer.weight = matrix(weights[i], inputs, outputs, "weight");
     layer.ld = kept.back().stride(0);
-    layer.bias = static_cast<const T*>(contiguous(biases[i], outputs, x.scalar_type(), "bias"));
-    layer.visible = static_cast<const int32_t*>(contiguous(visible[i], outputs, ScalarType::Int, "visible"));
+    layer.bias = static_cast<const T*>(vector(biases[i], outputs, x.scalar_type(), "bias"));
+    layer.visible = static_cast<const int32_t*>(vector(visible[i], outputs, ScalarType::Int, "visible"));
     if (!context_weights.empty()) {
       layer.context_weight = matrix(context_weights[i], context_features, outputs, "context_weight");
       layer.context_ld = kept.back().stride(0);
@@ -96,7 +113,7 @@ std::tuple<Tensor, Tensor> launch(const Tensor& x, const std::optional<Tensor>& 
   args.features = features;
   args.context_features = context_features;
   if (order) {
-    args.order = static_cast<const int64_t*>(contiguous(*order, features, ScalarType::Long, "order"));
+    args.order = static_cast<const int64_t*>(vector(*order, features, ScalarType::Long, "order"));
     for (int64_t p = 0; p < features; ++p) check(args.order[p] >= 0 && args.order[p] < features, "order must be a permutation");
   }
   args.scale = scale;
@@ -107,8 +124,7 @@ std::tuple<Tensor, Tensor> launch(const Tensor& x, const std::optional<Tensor>& 
   args.ends = ends.data();
   args.n_steps = static_cast<int64_t>(ends.size() / (n_layers + 1));
 
-  Tensor y = torch::stable::new_empty(x, {batch, features});
-  Tensor logabsdet = torch::stable::new_empty(x, {batch});
+  Tensor y = empty(x, {batch, features}), logabsdet = empty(x, {batch});
   args.y = static_cast<T*>(y.mutable_data_ptr());
   args.logabsdet = static_cast<T*>(logabsdet.mutable_data_ptr());
   if (batch > 0) {

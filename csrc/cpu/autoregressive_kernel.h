@@ -124,6 +124,12 @@ struct RowLanes {
   }
 };
 
+// The first n lanes of v; the others keep what memory holds there. Masked stores are slow, and loads after them wait.
+template <class T>
+FK_INLINE void store_head(T* p, Vec<T> v, int64_t n) {
+  store(p, n >= lanes<T> ? v : select(iota<T>() < static_cast<int>(n), v, load(p)));
+}
+
 template <class T, int B>
 struct UnitLanes {
   static constexpr int kGroup = B == 1 ? 8 : B == 2 ? 4 : 2;  // values pushed together: B * kGroup broadcasts stay in registers
@@ -131,7 +137,7 @@ struct UnitLanes {
   const AutoregressiveArgs<T>& args;
   int64_t first_row;
   int64_t units;  // of all layers, padded
-  T* values;      // [row][layer][unit]
+  T* values;      // [row][layer][unit]; vectors may reach past the end of a row, never past the scratch
   T* totals;
   T* context;
   const int64_t* offsets;
@@ -141,13 +147,25 @@ struct UnitLanes {
       : args(args), first_row(first_row), units(units), values(scratch), totals(values + B * units), context(totals + B * units),
         offsets(offsets) {}
 
-  static int64_t scratch(const AutoregressiveArgs<T>& args, int64_t units) { return B * (2 * units + args.context_features); }
+  static int64_t scratch(const AutoregressiveArgs<T>& args, int64_t units) {
+    return B * (2 * units + args.context_features) + lanes<T>;
+  }
 
   bool one_chunk(int l) const { return args.layers[l - 1].inputs <= kChunk && !args.layers[l - 1].context_weight; }
 
   template <int K>
   FK_INLINE void push_group(const T* const* weight, const Vec<T> (*h)[kGroup], T* acc, int64_t n) const {
     int64_t j = 0;
+    if constexpr (B == 1)  // two chains hide each other's latency
+      for (; j + 2 * lanes<T> <= n; j += 2 * lanes<T>) {
+        Vec<T> a = load(acc + j), b = load(acc + j + lanes<T>);
+        for (int k = 0; k < K; ++k) {
+          a = fma(h[0][k], load(weight[k] + j), a);
+          b = fma(h[0][k], load(weight[k] + j + lanes<T>), b);
+        }
+        store(acc + j, a);
+        store(acc + j + lanes<T>, b);
+      }
     for (; j + lanes<T> <= n; j += lanes<T>) {
       Vec<T> a[B];
       for (int b = 0; b < B; ++b) a[b] = load(acc + b * units + j);
@@ -159,9 +177,9 @@ struct UnitLanes {
     }
     if (j < n)
       for (int b = 0; b < B; ++b) {
-        Vec<T> a = load_partial(acc + b * units + j, n - j);
+        Vec<T> a = load(acc + b * units + j);
         for (int k = 0; k < K; ++k) a = fma(h[b][k], load_partial(weight[k] + j, n - j), a);
-        store_partial(acc + b * units + j, a, n - j);
+        store_head(acc + b * units + j, a, n - j);
       }
   }
 
@@ -256,9 +274,7 @@ struct UnitLanes {
       for (int b = 0; b < B; ++b) {
         T *h = values + b * units + offsets[l], *total = totals + b * units + offsets[l];
         for (int64_t j = j0; j < j1; j += lanes<T>) {
-          const int n = static_cast<int>(smaller(lanes<T>, j1 - j));
-          const Vec<T> v = activate<decltype(code)::value>(load_partial(total + j, n) + load_partial(h + j, n));
-          store_partial(h + j, v, n);
+          store_head(h + j, activate<decltype(code)::value>(load(total + j) + load(h + j)), j1 - j);
         }
       }
     });

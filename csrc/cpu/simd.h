@@ -94,8 +94,13 @@ FK_INLINE Vec<float> sqrt(Vec<float> a) { return _mm256_sqrt_ps(a); }
 FK_INLINE Vec<double> sqrt(Vec<double> a) { return _mm256_sqrt_pd(a); }
 FK_INLINE Vec<float> floor(Vec<float> a) { return _mm256_floor_ps(a); }
 FK_INLINE Vec<double> floor(Vec<double> a) { return _mm256_floor_pd(a); }
+// at_most and at_least keep a's NaN, and a where it equals the limit, which must not be NaN
+FK_INLINE Vec<float> at_most(Vec<float> a, Vec<float> limit) { return _mm256_min_ps(limit, a); }
+FK_INLINE Vec<double> at_most(Vec<double> a, Vec<double> limit) { return _mm256_min_pd(limit, a); }
+FK_INLINE Vec<float> at_least(Vec<float> a, Vec<float> limit) { return _mm256_max_ps(limit, a); }
+FK_INLINE Vec<double> at_least(Vec<double> a, Vec<double> limit) { return _mm256_max_pd(limit, a); }
 
-#elif defined(FK_TARGET_AVX512)
+#elif defined(FK_TARGET_AVX512)  // with the mask of all lanes where gcc 12 would warn of its own headers otherwise
 
 FK_INLINE Vec<float> load_partial(const float* p, int n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 FK_INLINE Vec<double> load_partial(const double* p, int n) { return _mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p); }
@@ -108,6 +113,10 @@ FK_INLINE Vec<float> sqrt(Vec<float> a) { return _mm512_maskz_sqrt_ps((__mmask16
 FK_INLINE Vec<double> sqrt(Vec<double> a) { return _mm512_maskz_sqrt_pd((__mmask8)-1, a); }
 FK_INLINE Vec<float> floor(Vec<float> a) { return _mm512_maskz_roundscale_ps((__mmask16)-1, a, _MM_FROUND_FLOOR); }
 FK_INLINE Vec<double> floor(Vec<double> a) { return _mm512_maskz_roundscale_pd((__mmask8)-1, a, _MM_FROUND_FLOOR); }
+FK_INLINE Vec<float> at_most(Vec<float> a, Vec<float> limit) { return _mm512_maskz_min_ps((__mmask16)-1, limit, a); }
+FK_INLINE Vec<double> at_most(Vec<double> a, Vec<double> limit) { return _mm512_maskz_min_pd((__mmask8)-1, limit, a); }
+FK_INLINE Vec<float> at_least(Vec<float> a, Vec<float> limit) { return _mm512_maskz_max_ps((__mmask16)-1, limit, a); }
+FK_INLINE Vec<double> at_least(Vec<double> a, Vec<double> limit) { return _mm512_maskz_max_pd((__mmask8)-1, limit, a); }
 
 #elif defined(FK_TARGET_NEON)
 
@@ -132,6 +141,14 @@ FK_INLINE Vec<float> sqrt(Vec<float> a) { return vsqrtq_f32(a); }
 FK_INLINE Vec<double> sqrt(Vec<double> a) { return vsqrtq_f64(a); }
 FK_INLINE Vec<float> floor(Vec<float> a) { return vrndmq_f32(a); }
 FK_INLINE Vec<double> floor(Vec<double> a) { return vrndmq_f64(a); }
+template <class V>
+FK_INLINE V at_most(V a, V limit) {
+  return limit < a ? limit : a;
+}
+template <class V>
+FK_INLINE V at_least(V a, V limit) {
+  return limit > a ? limit : a;
+}
 
 #endif
 
@@ -166,15 +183,6 @@ FK_INLINE V with_sign_of(V a, V b) {
   return from_bits<T>((bits(a) & ~sign_bit<T>) | (bits(b) & sign_bit<T>));
 }
 
-// These keep a's NaN; the limit must not be one. One instruction on x86.
-template <class V>
-FK_INLINE V at_most(V a, V limit) {
-  return limit < a ? limit : a;
-}
-template <class V>
-FK_INLINE V at_least(V a, V limit) {
-  return limit > a ? limit : a;
-}
 template <class V>
 FK_INLINE V at_most(V a, scalar_t<V> limit) {
   return at_most(a, broadcast<scalar_t<V>>(limit));

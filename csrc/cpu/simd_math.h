@@ -1,8 +1,9 @@
 // exp, log and their relatives on vectors. No include guard: cpu/for_each_target.h includes this once per instruction set.
 //
 // Only IEEE operations and fma in a fixed order, so that the bits are the same on every instruction set and in every lane.
-// Each polynomial is a minimax fit (Remez, 60 digits) of relative error, evaluated by Horner's rule.
-// The largest errors over all 2^32 floats, in units in the last place, stand beside each function.
+// Each polynomial is a minimax fit of relative error (Remez exchange in 60 digits), its coefficients rounded once.
+// Beside each function stands its largest error in units in the last place: over all 2^32 floats, and over 20,000 doubles
+// against 40 digits (avx2, gcc 12; avx2 with clang and neon gave the same bits).
 
 namespace flowkernels {
 namespace FK_TARGET {
@@ -121,7 +122,7 @@ FK_INLINE V expm1_reduced(V r) {
   return fma(r * r, polynomial(r, Coefficients<scalar_t<V>>::exp), r);
 }
 
-// 0.@EXP@ ulp
+// 0.89 ulp; double 0.83
 template <class V>
 FK_INLINE V exp(V x) {
   using T = scalar_t<V>;
@@ -143,6 +144,7 @@ FK_INLINE V expm1_bounded(V x) {
   return fma(expm1_reduced(t.r), scale, scale - T(1));
 }
 
+// 1.46 ulp; double 1.73
 template <class V>
 FK_INLINE V expm1(V x) {
   using T = scalar_t<V>;
@@ -168,7 +170,7 @@ FK_INLINE V log_reduced(V k, V f) {
 
 template <class V>
 struct Split {
-  V k, m;                         // x = 2^k m, sqrt(1/2) <= m < sqrt(2)
+  V k, m;                      // x = 2^k m, sqrt(1/2) <= m < sqrt(2)
   UVec<scalar_t<V>> exponent;  // k + bias
 };
 
@@ -195,6 +197,7 @@ FK_INLINE V log_limits(V x, V y) {
   return select(x > T(0), select(x < inf, y, x), at_zero);
 }
 
+// 0.92 ulp; double 0.90
 template <class V>
 FK_INLINE V log(V x) {
   using T = scalar_t<V>;
@@ -217,6 +220,7 @@ FK_INLINE V log_or_log1p(M near_one, V u, V d) {
   return log_limits(u, log_reduced(t.k, f));
 }
 
+// 1.56 ulp; double 1.27
 template <class V>
 FK_INLINE V log1p(V x) {
   using T = scalar_t<V>;
@@ -231,6 +235,7 @@ FK_INLINE V log1p_unit(V x) {
   return fma(x * x, polynomial(x, Coefficients<scalar_t<V>>::log1p), x);
 }
 
+// 2.43 ulp; double 2.02. By t = exp(2 |x|) - 1, whose error fades in t / (t + 2) as it grows.
 template <class V>
 FK_INLINE V tanh(V x) {
   using T = scalar_t<V>;
@@ -238,20 +243,30 @@ FK_INLINE V tanh(V x) {
   return with_sign_of(t / (t + T(2)), x);
 }
 
+// sigmoid and softplus of x, given e = exp(-|x|)
 template <class V>
-FK_INLINE V sigmoid(V x) {
+FK_INLINE V sigmoid_of(V x, V e) {
   using T = scalar_t<V>;
-  const V e = exp(-abs(x));
   return select(x > T(0), broadcast<T>(1), e) / (e + T(1));
 }
-
 template <class V>
-FK_INLINE V softplus(V x) {
-  using T = scalar_t<V>;
-  return log1p_unit(exp(-abs(x))) + at_least(x, T(0));
+FK_INLINE V softplus_of(V x, V e) {
+  return log1p_unit(e) + at_least(x, scalar_t<V>(0));
 }
 
-// log(1 - erf(a)) = -a (1 + P(a)), a fit whose error is relative to erf
+// 2.41 ulp; double 2.27. Subnormal, not 0, at -100.
+template <class V>
+FK_INLINE V sigmoid(V x) {
+  return sigmoid_of(x, exp(-abs(x)));
+}
+
+// 1.98 ulp; double 1.71
+template <class V>
+FK_INLINE V softplus(V x) {
+  return softplus_of(x, exp(-abs(x)));
+}
+
+// 1.78 ulp; double 1.46. log(1 - erf(a)) = -a (1 + P(a)), a fit whose error is relative to erf
 template <class V>
 FK_INLINE V erf(V x) {
   using T = scalar_t<V>;
@@ -259,6 +274,7 @@ FK_INLINE V erf(V x) {
   return with_sign_of(expm1_bounded(-fma(a, polynomial(a, Coefficients<T>::erf), a)), x);
 }
 
+// 1.49 ulp; double 1.80
 template <class V>
 FK_INLINE V atan(V x) {
   using T = scalar_t<V>;

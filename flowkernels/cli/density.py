@@ -21,8 +21,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    path = output_path(options, "log_prob.npy")
     model, config = open_run(options)
+    path = output_path(options, "log_prob.npy")
     table = load_rows(options, model, config)
     log_prob = model.log_prob(table, noise(options), options.draws)
     save_array(path, log_prob, header=["log_prob"])

@@ -19,8 +19,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    path = output_path(options, "z.npy")
     model, config = open_run(options)
+    path = output_path(options, "z.npy")
     table = load_rows(options, model, config)
     z = model.encode(table, noise(options))
     save_array(path, z)

@@ -27,8 +27,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    path = output_path(options, "samples.npy", (".npy", ".csv", ".png"))
     model, config = open_run(options)
+    path = output_path(options, "samples.npy", (".npy", ".csv", ".png"))
     image_shape = config["data"]["image_shape"]
     if path.suffix == ".png" and image_shape is None:
         raise ValueError(f"--out must end in .npy or .csv for a run that was not trained on images; got {path}")

@@ -20,6 +20,17 @@ _TRAINING = (
 )
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with defaults, but for options that are off by default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
+
+
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "train",
@@ -29,9 +40,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     flows = parser.add_subparsers(title="flows", metavar="FLOW", required=True, dest="flow")
     for name, entry in FLOWS.items():
-        flow = flows.add_parser(
-            name, help=entry.summary, description=f"Train a {entry.summary}.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        flow = flows.add_parser(name, help=entry.summary, description=f"Train a {entry.summary}.", formatter_class=_Defaults)
         flow.set_defaults(run=run)
         _add_data(flow)
         group = flow.add_argument_group("the flow")

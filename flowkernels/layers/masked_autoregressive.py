@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops import Conditioner, MaskedLayer, ScaleMap, autoregressive, check_conditioner
+from ..ops import Conditioner, ScaleMap, autoregressive, check_conditioner
 from ..ops.activation import Activation, parse_activation
 from ..ops.degrees import hidden_degrees, staircase
 from ..ops.scale_map import parse_form
@@ -74,14 +74,9 @@ class MaskedAutoregressive(nn.Module):
 
     def conditioner(self) -> Conditioner:
         """The network as the op takes it."""
-        last = len(self.layers) - 1
-        return Conditioner(
-            tuple(
-                MaskedLayer(m.weight, m.bias, m.visible, Activation.IDENTITY if i == last else self.activation, m.context_weight)
-                for i, m in enumerate(self.layers)
-            ),
-            self.order,
-        )
+        hidden = self.activation
+        *below, last = self.layers
+        return Conditioner((*[m.masked_layer(hidden) for m in below], last.masked_layer(Activation.IDENTITY)), self.order)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return autoregressive(x, self.conditioner(), context, scale=self.scale, form=self.form)

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from .model import DataModel
 from .registry import FLOWS
 
 FORMAT = 1
+SECTIONS = ("flow", "training", "preprocess", "data")  # of config.json, beside context_map, which may be null
 
 
 class RunError(RuntimeError):
@@ -73,12 +75,14 @@ class RunFolder:
             raise RunError(f"{self.path} is no run folder: it has no config.json") from None
         except (ValueError, OSError) as error:
             raise RunError(f"{self.config_path} cannot be read: {error}") from None
-        if not isinstance(config, dict) or config.get("format") != FORMAT:
-            raise RunError(
-                f"{self.config_path} must have format {FORMAT}; got {config.get('format') if isinstance(config, dict) else config!r}"
-            )
-        name = config.get("flow", {}).get("name")
-        if name not in FLOWS:
+        found = config.get("format") if isinstance(config, dict) else config
+        if found != FORMAT:
+            raise RunError(f"{self.config_path} must have format {FORMAT}; got {found!r}")
+        missing = [section for section in SECTIONS if not isinstance(config.get(section), dict)]
+        if missing:
+            raise RunError(f"{self.config_path} is damaged: it has no {', '.join(missing)}")
+        name = config["flow"].get("name")
+        if not isinstance(name, str) or name not in FLOWS:
             raise RunError(f"{self.config_path} is of flow {name!r}; known here: {', '.join(FLOWS)}")
         return config
 
@@ -91,7 +95,9 @@ class RunFolder:
         if not self.checkpoint_path.exists():
             raise RunError(f"run folder {self.path} has no checkpoint yet; start its train command again")
         try:
-            checkpoint = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of files that it then refuses
+                checkpoint = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             refused = "Unsupported" in str(error) or "not an allowed global" in str(error) or "GLOBAL" in str(error)
             what = "holds more than tensors and plain values and was refused: it could run code" if refused else "is damaged"
@@ -203,8 +209,8 @@ def load_model(path: str | Path) -> tuple[DataModel, dict[str, Any], dict[str, A
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Settings that differ, as `name was a, now b`. Where the data came from may differ, as long as its content is the same."""
     found = []
-    for section in ("flow", "training", "preprocess", "context_map", "data"):
-        before, now = old.get(section) or {}, new[section]
+    for section in (*SECTIONS, "context_map"):
+        before, now = old.get(section) or {}, new[section] or {}
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) == now.get(key) or key in ("source", "context"):
                 continue

@@ -125,7 +125,7 @@ def test_never_log_of_an_underflowed_sigma() -> None:
 @every_map
 def test_gradients_of_both_orders(scale_map: ScaleMap) -> None:
     # away from kinks; a straight-through gradient is not the derivative, so stay inside the clamp
-    inside = torch.linspace(-4.3, 2.7, 29, dtype=torch.float64).requires_grad_()
+    inside = torch.linspace(-4.3, 2.7, 8, dtype=torch.float64).requires_grad_()
     for method in (scale_map.sigma, scale_map.log_sigma, scale_map.reciprocal, scale_map.log_reciprocal, scale_map.complement):
         assert torch.autograd.gradcheck(method, inside)
         assert torch.autograd.gradgradcheck(method, inside)
@@ -213,7 +213,7 @@ def test_compiled_maps(dtype: torch.dtype, target: str, scale_map: ScaleMap) -> 
     s = grid(dtype)
     s64 = s.double().requires_grad_()
     largest, unit = torch.finfo(dtype).max, torch.finfo(dtype).eps
-    slopes = {"dsigma": scale_map.sigma, "dlog_sigma": scale_map.log_sigma}
+    slopes = {"dsigma": scale_map.sigma, "terms_dsigma": scale_map.sigma, "dlog_sigma": scale_map.log_sigma}
     # exp turns the rounding of its argument into a relative error
     steep = 1.0 + scale_map.log_sigma(s64).abs() if scale_map.kind <= ScaleKind.SOFTCLIP else torch.ones_like(s64)
     for name in ("sigma", "log_sigma", "reciprocal", "log_reciprocal", "complement", *slopes):

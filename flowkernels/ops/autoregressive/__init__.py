@@ -48,6 +48,7 @@ def _composite(
 
 
 library.impl("autoregressive", _composite, "CompositeExplicitAutograd")
+_autoregressive = torch.ops.flowkernels.autoregressive.default
 
 
 @torch.library.register_fake("flowkernels::autoregressive", lib=library)
@@ -100,8 +101,19 @@ def autoregressive(
         y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse)
     else:
         weights, biases, context_weights, visible, activations = flatten(conditioner)
-        y, logabsdet = torch.ops.flowkernels.autoregressive(
-            x, context, weights, biases, context_weights, visible, conditioner.order, activations, scale.kind, *scale.packed, form, inverse
+        y, logabsdet = _autoregressive(
+            x,
+            context,
+            weights,
+            biases,
+            context_weights,
+            visible,
+            conditioner.order,
+            activations,
+            int(scale.kind),
+            *scale.packed,
+            int(form),
+            inverse,
         )
     return (y if dtype == compute else y.to(dtype)), logabsdet
 

@@ -1,0 +1,54 @@
+"""Files are written whole or not at all."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from flowkernels.data import atomic_write, save_array
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("call", "failure", "kind"), [("fsync", full_disk, OSError), ("replace", full_disk, OSError), ("fsync", interrupt, KeyboardInterrupt)]
+)
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call, failure, kind):
+    path = tmp_path / "file.bin"
+    atomic_write(path, b"old")
+    monkeypatch.setattr(os, call, failure)
+    with pytest.raises(kind) as stop:
+        atomic_write(path, b"new content")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file.bin"]
+    if kind is OSError:
+        assert stop.value.errno == errno.ENOSPC
+        assert f"cannot write {path}: No space left on device; what was there before is unchanged" in str(stop.value)
+
+
+def test_a_missing_folder_is_an_oserror(tmp_path):
+    with pytest.raises(OSError, match="cannot write .*file.bin"):
+        atomic_write(tmp_path / "gone" / "file.bin", b"")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8])
+def test_csv_reads_back_to_the_same_bits(tmp_path, dtype):
+    x = (torch.randn(20, 3, dtype=torch.float64) * 100).abs().to(dtype)
+    save_array(tmp_path / "x.csv", x, header=["a", "b", "c"])
+    assert torch.equal(torch.from_numpy(np.loadtxt(tmp_path / "x.csv", delimiter=",", skiprows=1)).to(dtype), x)
+    save_array(tmp_path / "x.npy", x)
+    assert torch.equal(torch.from_numpy(np.load(tmp_path / "x.npy")), x)
+
+
+def test_one_dimension_is_one_column_and_other_names_are_refused(tmp_path):
+    save_array(tmp_path / "x.csv", torch.tensor([1.5, 2.0]), header=["log_prob"])
+    assert (tmp_path / "x.csv").read_text() == "log_prob\n1.5\n2.0\n"
+    with pytest.raises(ValueError, match=r"must end in .npy or .csv; got .*x.txt"):
+        save_array(tmp_path / "x.txt", torch.zeros(1))

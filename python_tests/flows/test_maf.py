@@ -1,0 +1,131 @@
+import copy
+import pickle
+
+import pytest
+import torch
+
+from flowkernels.flows import MAF
+
+
+def shaken(flow):
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype))
+    return flow
+
+
+@pytest.fixture(params=[(0, False), (3, False), (3, True)], ids=["plain", "context", "context and batch norm"])
+def case(request):
+    torch.manual_seed(0)
+    context_features, batch_norm = request.param
+    flow = shaken(MAF(4, context_features=context_features, transforms=3, hidden_features=(14, 13), batch_norm=batch_norm)).double().eval()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    context = torch.randn(6, context_features, dtype=torch.float64) if context_features else None
+    return flow, x, context
+
+
+class TestMAF:
+    def test_log_prob_is_the_bases_and_the_jacobians(self, case):
+        flow, x, context = case
+        z, logabsdet = flow(x, context)
+        for b in range(2):
+            c = None if context is None else context[b : b + 1]
+            jacobian = torch.autograd.functional.jacobian(lambda v, c=c: flow(v[None], c)[0][0], x[b])
+            torch.testing.assert_close(logabsdet[b], torch.linalg.slogdet(jacobian)[1])
+        want = torch.distributions.Normal(0, 1).log_prob(z).sum(1) + logabsdet
+        torch.testing.assert_close(flow.log_prob(x, context), want)
+
+    def test_inverse_undoes_forward(self, case):
+        flow, x, context = case
+        with torch.no_grad():
+            z, logabsdet = flow(x, context)
+            back, opposite = flow.inverse(z, context)
+        torch.testing.assert_close(back, x)
+        torch.testing.assert_close(opposite, -logabsdet)
+
+    def test_sample_and_log_prob_agree_with_log_prob(self, case):
+        flow, _, context = case
+        x, log_prob = flow.sample_and_log_prob(5, context)
+        assert not x.requires_grad and x.shape == (5, *(() if context is None else (6,)), 4) and log_prob.shape == x.shape[:-1]
+        torch.testing.assert_close(flow.distribution(context).log_prob(x), log_prob)
+
+    def test_samples_have_the_flows_moments(self, case):
+        """Importance weights of samples from a wide Gaussian integrate the density to 1: scale, sign and log-determinant together."""
+        flow, _, context = case
+        torch.manual_seed(1)
+        c = None if context is None else context[:1].expand(200_000, -1)
+        wide = torch.distributions.Normal(0, 6.0)
+        x = wide.sample((200_000, 4)).double()
+        with torch.no_grad():
+            weight = (flow.log_prob(x, c) - wide.log_prob(x).sum(1)).exp()
+        assert abs(weight.mean() - 1) < 5 * weight.std() / 200_000**0.5 and weight.std() / 200_000**0.5 < 0.2
+
+    def test_rsample_has_gradients_and_sample_has_none(self, case):
+        flow, _, context = case
+        context = None if context is None else context.requires_grad_()
+        x, log_prob = flow.rsample_and_log_prob(2, context)
+        (x.sum() + log_prob.sum()).backward()
+        assert all(p.grad is not None for p in flow.parameters()) and (context is None or context.grad.ne(0).any())
+        assert not flow.sample(2, context).requires_grad and flow.rsample(2, context).requires_grad
+
+    def test_temperature_scales_the_noise(self, case):
+        flow, _, context = case
+        x = flow.sample(3, context, temperature=0.0)
+        assert torch.equal(x[0], x[2])
+
+    def test_state(self, case):
+        flow, x, context = case
+        want = flow.log_prob(x, context)
+        for twin in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
+            assert torch.equal(twin.log_prob(x, context), want)
+        torch.testing.assert_close(flow.float().log_prob(x.float(), None if context is None else context.float()), want.float(), rtol=1e-4, atol=1e-4)
+
+    def test_distribution(self, case):
+        flow, x, context = case
+        d = flow.distribution(context)
+        assert d.event_shape == (4,) and d.batch_shape == (() if context is None else (6,))
+        assert d.sample().shape == d.batch_shape + d.event_shape and d.sample((2, 3)).shape == (2, 3, *d.batch_shape, 4)
+        torch.testing.assert_close(d.log_prob(x), flow.log_prob(x, context))
+        if context is not None:
+            wide = d.expand((2, 6))
+            assert wide.sample().shape == (2, 6, 4)
+
+    def test_compiles_without_graph_breaks(self, case):
+        flow, x, context = case
+        torch._dynamo.reset()
+        f = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(f(x, context), flow.log_prob(x, context))
+        with torch.no_grad():
+            inverse = torch.compile(flow.inverse, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(inverse(x, context), flow.inverse(x, context))
+
+
+def test_orders_alternate():
+    flow = MAF(3, transforms=3, hidden_features=(4,))
+    assert [layer.order.tolist() for layer in flow.layers] == [[0, 1, 2], [2, 1, 0], [0, 1, 2]]
+
+
+def test_freeze_is_evaluation():
+    assert not MAF(3, transforms=1, hidden_features=(4,)).freeze().training
+
+
+def test_empty_batch():
+    flow = MAF(3, transforms=2, hidden_features=(4,))
+    with torch.no_grad():
+        assert flow.inverse(torch.zeros(0, 3))[0].shape == (0, 3) and flow.log_prob(torch.zeros(0, 3)).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: MAF(3, transforms=0), "transforms must be at least 1; got 0"),
+        (lambda: MAF(3, context_features=2, hidden_features=(4,)).sample(2), "context is missing"),
+        (lambda: MAF(3, hidden_features=(4,)).sample(2, torch.zeros(2)), r"context must be no context; got \[2\]"),
+        (lambda: MAF(3, context_features=2, hidden_features=(4,)).sample(2, torch.zeros(5, 3)), r"context must be \[\*batch, 2\]; got \[5, 3\]"),
+        (lambda: MAF(3, hidden_features=(4,)).log_prob(torch.zeros(2, 4)), r"x must have shape \[batch, 3\]"),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

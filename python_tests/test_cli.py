@@ -1,0 +1,295 @@
+"""The command line: the four tasks, one line for each mistake, and Ctrl-C that loses nothing."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flowkernels.cli import main
+from flowkernels.training import RunFolder, load_model
+
+SMALL = ["--transforms", "1", "--hidden", "8", "--epochs", "2", "--batch-size", "16"]
+
+
+class Hostile:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was run",))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    random = np.random.default_rng(0)
+    x, context = random.normal(size=(40, 3)) * 2 + 7, random.normal(size=(40, 2))
+    np.save(folder / "x.npy", x)
+    np.save(folder / "context.npy", context)
+    np.savez(folder / "xc.npz", x=x, context=context)
+    np.savetxt(folder / "x.csv", x, delimiter=",", header="a,b,c", comments="")
+    np.save(folder / "wide.npy", random.normal(size=(40, 4)))
+    np.save(folder / "short.npy", context[:7])
+    bad = x.copy()
+    bad[3, 1] = np.nan
+    np.save(folder / "nan.npy", bad)
+    (folder / "empty.csv").touch()
+    (folder / "words.csv").write_text("1,2,3\n4,five,6\n")
+    (folder / "hostile.npy").write_bytes(pickle.dumps(Hostile()))
+    assert main(["train", "maf", "--data", str(folder / "x.npy"), "--out", str(folder / "run"), *SMALL]) == 0
+    assert main(["train", "maf", "--data", str(folder / "xc.npz"), "--out", str(folder / "conditional"), *SMALL]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    pytest.importorskip("sklearn")
+    path = tmp_path_factory.mktemp("digits") / "run"
+    assert main(["train", "maf", "--data", "digits", "--out", str(path), *SMALL]) == 0
+    return path
+
+
+def refusal(capsys, arguments):
+    """The one line that a mistake gets."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("flowkernels: error: ") and error.count("\n") == 1 and "Traceback" not in error
+    return error
+
+
+def test_sample_density_and_infer_agree_with_the_model(files, tmp_path, capsys):
+    run = files / "run"
+    model, _, _ = load_model(run)
+    assert main(["sample", str(run), "-n", "5", "--seed", "3", "--out", str(tmp_path / "s.npy")]) == 0
+    samples = np.load(tmp_path / "s.npy")
+    assert np.array_equal(samples, model.sample(5, generator=torch.Generator().manual_seed(3)).numpy())
+    assert main(["density", str(run), "--data", str(files / "x.csv"), "--out", str(tmp_path / "d.csv")]) == 0
+    density = np.loadtxt(tmp_path / "d.csv", skiprows=1)
+    assert f"mean {density.mean():.4f} nats" in capsys.readouterr().out
+    assert main(["infer", str(run), "--data", str(files / "x.npy")]) == 0
+    z = torch.from_numpy(np.load(run / "z.npy"))
+    log_prob = torch.distributions.Normal(0, 1).log_prob(z).sum(1)
+    with torch.no_grad():
+        x, logabsdet = model.flow.inverse(z)
+    assert np.allclose(model.preprocess.inverse(x.double()).numpy(), np.load(files / "x.npy"), atol=1e-4)
+    assert np.allclose(density, (log_prob - logabsdet).double() - model.preprocess.std.log().sum(), atol=1e-4)
+
+
+def test_temperature_scales_the_noise(files, tmp_path):
+    for temperature in ("1", "1e-6"):
+        assert (
+            main(["sample", str(files / "run"), "-n", "50", "--temperature", temperature, "--out", str(tmp_path / f"{temperature}.npy")])
+            == 0
+        )
+    assert np.load(tmp_path / "1e-6.npy").std(0).max() < 1e-4 < np.load(tmp_path / "1.npy").std(0).min()
+
+
+def test_a_conditional_flow_takes_its_context_from_either_file(files, tmp_path):
+    run = str(files / "conditional")
+    assert main(["density", run, "--data", str(files / "xc.npz"), "--out", str(tmp_path / "a.npy")]) == 0
+    context = ["--context", str(files / "context.npy")]
+    assert main(["density", run, "--data", str(files / "x.csv"), *context, "--out", str(tmp_path / "b.npy")]) == 0
+    assert np.array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
+    assert main(["sample", run, "-n", "2", *context, "--out", str(tmp_path / "s.npy")]) == 0
+    assert np.load(tmp_path / "s.npy").shape == (80, 3)
+
+
+def test_digits_from_grey_levels_to_grey_levels(digits, tmp_path, capsys):
+    samples = tmp_path / "s.npy"
+    assert main(["sample", str(digits), "-n", "12", "--class", "3", "--out", str(samples)]) == 0
+    levels = np.load(samples)
+    assert levels.shape == (12, 64) and levels.dtype == np.uint8 and levels.max() <= 16
+    capsys.readouterr()
+    assert main(["density", str(digits), "--data", "digits", "--draws", "2"]) == 0
+    log_prob = np.load(digits / "log_prob.npy")
+    assert log_prob.shape == (300,)
+    assert f"{-log_prob.mean() / (64 * np.log(2)):.4f} bits per dimension" in capsys.readouterr().out
+    np.savez(tmp_path / "xc.npz", x=levels, context=np.eye(10)[[3] * 12])
+    assert main(["density", str(digits), "--data", str(tmp_path / "xc.npz")]) == 0
+
+
+def test_images_become_a_picture(digits, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert main(["sample", str(digits), "-n", "20", "--out", str(tmp_path / "s.png")]) == 0
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_run_says_so(files, capsys):
+    capsys.readouterr()
+    assert main(["train", "maf", "--data", str(files / "x.npy"), "--out", str(files / "run"), *SMALL]) == 0
+    assert f"{files / 'run'} is finished" in capsys.readouterr().out
+
+
+def test_no_standardize_takes_the_columns_as_they_are(files, tmp_path):
+    arguments = ["train", "maf", "--data", str(files / "x.npy"), "--out", str(tmp_path / "run"), "--no-standardize", *SMALL]
+    assert main(arguments) == 0
+    assert load_model(tmp_path / "run")[1]["preprocess"] == {"kind": "identity"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        ("--data gone.npy", ["data file", "gone.npy does not exist"]),
+        ("--data empty.csv", ["empty.csv is empty"]),
+        ("--data words.csv", ["must be numeric; line 2, column 2 is 'five'"]),
+        ("--data nan.npy", ["must be finite; row 3, column 1, counted from 0, is nan"]),
+        ("--data hostile.npy", ["pickled objects are never loaded"]),
+        ("--data x.npy --context gone.npy", ["context file", "does not exist"]),
+        ("--data x.npy --context short.npy", ["context must have 40 rows", "got 7"]),
+        ("--data xc.npz --context context.npy", ["context must come once"]),
+        ("--data digits --context context.npy", ["context must not be given with --data digits"]),
+        ("--data x.npy --validation 2", ["validation must be a fraction between 0 and 1; got 2.0"]),
+        ("--data x.npy --averaging 1", ["averaging must be at least 0 and less than 1; got 1.0"]),
+        ("--data x.npy --device cuda:99", ["device 'cuda:99' cannot be used"]),
+    ],
+)
+def test_a_mistake_in_training_makes_no_folder(files, tmp_path, monkeypatch, capsys, arguments, messages):
+    monkeypatch.chdir(files)
+    error = refusal(capsys, ["train", "maf", *arguments.split(), "--out", tmp_path / "run"])
+    assert all(message in error for message in messages)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        ("density run --data wide.npy", ["data must have 3 columns, like the run's; wide.npy has 4"]),
+        ("density run --data xc.npz", ["context was given, [40, 2], but the run takes none"]),
+        ("density conditional --data x.npy", ["context is missing: the run takes 2 columns"]),
+        ("infer conditional --data x.npy --context wide.npy", ["context must have 2 columns, like the run's; got 4"]),
+        ("density run --data digits", ["was trained on", "x.npy, not on the digits"]),
+        ("density run --data nan.npy", ["row 3, column 1"]),
+        ("density gone --data x.npy", ["run folder gone does not exist"]),
+        ("density . --data x.npy", ["is no run folder: it has no config.json"]),
+        ("density run --data x.npy --out d.txt", ["--out must end in .npy or .csv; got d.txt"]),
+        ("density run --data x.npy --out gone/d.npy", ["folder gone of --out does not exist"]),
+        ("sample run -n 3 --class 2", ["--class is for runs trained on the digits; got 2"]),
+        ("sample run -n 3 --out s.png", ["not trained on images"]),
+        ("sample conditional -n 3", ["context is missing"]),
+        ("sample run -n 3 --context context.npy", ["context was given"]),
+        ("train maf --data x.npy --out run --transforms 3", ["other settings: transforms was 1, now 3"]),
+        ("train maf --data x.npy --out x.csv", ["must be a folder; it is a file"]),
+    ],
+)
+def test_a_mistake_in_use_changes_nothing(files, monkeypatch, capsys, arguments, messages):
+    monkeypatch.chdir(files)
+    if arguments.startswith("train"):
+        arguments += " --hidden 8 --epochs 2 --batch-size 16"
+    before = {path: path.stat().st_mtime_ns for path in files.rglob("*")}
+    error = refusal(capsys, arguments.split())
+    assert all(message in error for message in messages), error
+    assert before == {path: path.stat().st_mtime_ns for path in files.rglob("*")}
+
+
+@pytest.mark.parametrize("number", ["-1", "10"])
+def test_a_class_out_of_range(digits, capsys, number):
+    assert f"--class must be 0..9; got {number}" in refusal(capsys, ["sample", digits, "-n", 1, "--class", number])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("sample run -n 0", "argument -n: must be at least 1; got 0"),
+        ("sample run -n many", "argument -n: invalid whole number value: 'many'"),
+        ("sample run -n 2 --temperature -1", "argument --temperature: must be a positive number; got -1"),
+        ("train wavelet --data x --out y", "invalid choice: 'wavelet'"),
+        ("train maf --out y", "the following arguments are required: --data"),
+        ("train maf --data x --out y --activation cube", "invalid choice: 'cube'"),
+        ("", "required: COMMAND"),
+    ],
+)
+def test_argparse_refuses_the_rest(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments.split())
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["train", "maf"], ["sample"], ["density"], ["infer"], ["info"], ["demo"]])
+def test_help_reads(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text.startswith("usage: python -m flowkernels") and "None" not in text
+
+
+def test_info_names_the_version(capsys):
+    import flowkernels
+
+    assert main(["info"]) == 0
+    assert flowkernels.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("module", "package"), [("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")])
+def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys, module, package):
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    error = refusal(capsys, ["demo", "--quick", "--out", tmp_path / "demo"])
+    assert f"needs {package}: pip install 'flowkernels[demo]'" in error
+    assert not (tmp_path / "demo").exists()
+
+
+def process(arguments, folder, **options):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    # a test run started in the background ignores SIGINT, and its children would too
+    restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, "-m", "flowkernels", *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=restore, **options
+    )
+
+
+def test_ctrl_c_and_a_second_start_give_the_same_bits(files):
+    train = ["train", "maf", "--data", "xc.npz", "--transforms", "2", "--hidden", "16", "--batch-norm", "--batch-size", "4"]
+    train += ["--epochs", "40", "--patience", "40"]
+    whole = process([*train, "--out", "whole"], files)
+    broken = process([*train, "--out", "broken"], files)
+    deadline = time.monotonic() + 60
+    while not (files / "broken" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    broken.send_signal(signal.SIGINT)
+    _, error = broken.communicate(timeout=60)
+    assert broken.returncode == 130, error
+    assert "epochs are kept in broken; start the same command again to go on" in error and error.count("\n") == 1
+    checkpoint = RunFolder(files / "broken").read_checkpoint()
+    assert not checkpoint["finished"] and 0 < len(checkpoint["history"]) < 40
+    assert sorted(os.listdir(files / "broken")) in (["checkpoint.pt", "config.json"], ["checkpoint.pt", "config.json", "metrics.csv"])
+    again = process([*train, "--out", "broken"], files)
+    output, error = again.communicate(timeout=60)
+    assert again.returncode == 0 and error == "" and "going on in broken after epoch" in output
+    assert whole.communicate(timeout=60)[1] == "" and whole.returncode == 0
+    for name in ("metrics.csv", "config.json"):
+        assert (files / "broken" / name).read_bytes() == (files / "whole" / name).read_bytes()
+    results = [RunFolder(files / name).read_checkpoint() for name in ("broken", "whole")]
+    assert results[0]["history"] == results[1]["history"]
+    assert all(torch.equal(results[0]["best"][name], value) for name, value in results[1]["best"].items())
+
+
+def test_a_real_limit_on_file_size_is_one_line_and_loses_nothing(files):
+    pytest.importorskip("resource")
+    before = (files / "run" / "checkpoint.pt").read_bytes()
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); from flowkernels.cli import main; sys.exit(main())"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    for arguments in (
+        ["train", "maf", "--data", "x.npy", "--out", "limited", *SMALL],
+        ["sample", "run", "-n", "1000", "--out", "run/big.npy"],
+    ):
+        done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=files, env=environment, text=True, capture_output=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "cannot write" in done.stderr and "File too large; what was there before is unchanged" in done.stderr
+    assert os.listdir(files / "limited") == ["config.json"]
+    assert (files / "run" / "checkpoint.pt").read_bytes() == before and not (files / "run" / "big.npy").exists()
+    with_checkpoint = process(["sample", "limited", "-n", "1"], files)
+    assert "has no checkpoint yet; start its train command again" in with_checkpoint.communicate(timeout=60)[1]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(files, capsys):
+    error = refusal(capsys, ["train", "maf", "--data", files / "x.npy", "--out", "/proc/run", *SMALL])
+    assert "cannot make run folder /proc/run" in error

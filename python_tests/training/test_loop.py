@@ -1,0 +1,167 @@
+"""The training loop: it learns, it continues to the same bits, its statistics are the training set's."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from flowkernels.data import Split, Standardize, Table
+from flowkernels.flows import MAF
+from flowkernels.layers import FlowBatchNorm
+from flowkernels.training import DataModel, Trainer, TrainingSettings, set_training_statistics
+
+
+def split(rows=60, features=3, context_features=0):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, features, dtype=torch.float64, generator=generator) * 2 + 5
+    x[:, -1] = x[:, 0] ** 2 + 0.1 * x[:, -1]
+    context = torch.randn(rows, context_features, dtype=torch.float64, generator=generator) if context_features else None
+    table = Table(x, context, "made up")
+    rows = torch.arange(rows)
+    return Split(table.rows(rows[: len(rows) * 3 // 4]), table.rows(rows[len(rows) * 3 // 4 :]))
+
+
+def trainer(data, seed=0, batch_norm=False, **settings):
+    torch.manual_seed(seed)
+    context_features = 0 if data.train.context is None else data.train.context.shape[1]
+    flow = MAF(data.train.x.shape[1], context_features=context_features, transforms=2, hidden_features=(16,), batch_norm=batch_norm)
+    model = DataModel(flow, Standardize())
+    model.fit_preprocess(data.train)
+    return Trainer(model, data, TrainingSettings(**{"epochs": 6, "batch_size": 16, "learning_rate": 1e-2, **settings}))
+
+
+def bits(state):
+    """Every tensor and number of a state, in order, for comparisons bit by bit."""
+    if isinstance(state, dict):
+        return [item for key in sorted(state, key=str) for item in [str(key), *bits(state[key])]]
+    if isinstance(state, list | tuple):
+        return [item for value in state for item in bits(value)]
+    return [state.numpy().tobytes() if isinstance(state, torch.Tensor) else state]
+
+
+def test_training_raises_the_held_out_likelihood():
+    run = trainer(split(), epochs=30)
+    before = run.validate()
+    while not run.finished:
+        run.run_epoch()
+    assert run.best_nats > before + 0.5
+    assert run.best_nats == max(row[3] for row in run.history)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_continuation_gives_the_same_bits(batch_norm):
+    data = split(context_features=2)
+    whole = trainer(data, batch_norm=batch_norm)
+    while not whole.finished:
+        whole.run_epoch()
+    first = trainer(data, batch_norm=batch_norm)
+    for _ in range(3):
+        first.run_epoch()
+    state = copy.deepcopy(first.state_dict())
+    second = trainer(data, seed=1, batch_norm=batch_norm)
+    second.load_state_dict(state)
+    while not second.finished:
+        second.run_epoch()
+    assert bits(second.state_dict()) == bits(whole.state_dict())
+
+
+def test_early_stopping_waits_for_patience_epochs():
+    run = trainer(split(rows=20), epochs=500, patience=5, learning_rate=0.05, averaging=0.0)
+    while not run.finished:
+        run.run_epoch()
+    assert run.epoch == run.best_epoch + 5 < 500
+    run.average.flow.load_state_dict(run.best)
+    assert run.validate() == run.best_nats
+
+
+def test_a_last_batch_of_one_row_is_left_out():
+    run = trainer(split(rows=44), batch_norm=True, batch_size=16)  # 33 training rows
+    assert run.steps_per_epoch == 2
+    run.run_epoch()
+
+
+def test_batch_norm_takes_the_statistics_of_the_whole_training_set_layer_by_layer():
+    torch.manual_seed(0)
+    flow = MAF(4, context_features=2, transforms=3, hidden_features=(8,), batch_norm=True)
+    x, context = torch.randn(50, 4) * 3 + 1, torch.randn(50, 2)
+    set_training_statistics(flow, x, context, rows=7)
+    with torch.no_grad():
+        for layer in flow.layers:
+            if isinstance(layer, FlowBatchNorm):
+                assert torch.allclose(layer.running_mean, x.mean(0), atol=1e-5)
+                assert torch.allclose(layer.running_var, x.var(0, correction=0), rtol=1e-4)
+            x = layer(x, context)[0]
+    assert torch.allclose(x.mean(0), torch.zeros(4), atol=1e-5) and torch.allclose(x.var(0, correction=0), torch.ones(4), atol=1e-3)
+
+
+def test_a_loss_that_is_not_finite_is_one_error():
+    run = trainer(split(), learning_rate=1e3)
+    next(run.model.flow.parameters()).data.fill_(math.nan)
+    with pytest.raises(ValueError, match="the loss is nan in epoch 1; learning_rate 1000.0 may be too large"):
+        run.run_epoch()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 1),
+        ("patience", 0),
+        ("seed", -1),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("clip_norm", math.inf),
+        ("weight_decay", -1.0),
+        ("averaging", 1.0),
+        ("schedule", "step"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        TrainingSettings(**{name: value})
+
+
+def test_model_counts_the_preprocessing_and_samples_in_the_users_units():
+    data = split(rows=40)
+    model = trainer(data).model
+    y, logabsdet, _ = model.prepare(data.train)
+    with torch.no_grad():
+        wanted = model.flow.log_prob(y).double() + logabsdet
+    assert torch.equal(model.log_prob(data.train), wanted)
+    z = model.encode(data.train)
+    assert torch.allclose(z, model.flow(y)[0], atol=1e-6)
+    samples = model.sample(2000, generator=torch.Generator().manual_seed(0))
+    assert samples.shape == (2000, 3) and samples.dtype == torch.float64
+    assert (samples.mean(0) - data.train.x.mean(0)).abs().max() < 3 * data.train.x.std(0).max()
+
+
+def test_samples_follow_their_contexts_row_by_row():
+    data = split(context_features=2)
+    model = trainer(data).model
+    contexts = torch.tensor([[0.0, 1.0], [2.0, -1.0]], dtype=torch.float64)
+    both = model.sample(3, contexts, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        second = model.preprocess.inverse(model.flow.inverse(z[3:], contexts[1:].float().expand(3, 2))[0].double())
+    assert torch.allclose(both[3:], second, rtol=1e-5)
+
+
+def test_model_refuses_other_data():
+    data = split(context_features=2)
+    model = trainer(data).model
+    x, context = data.train.x, data.train.context
+    for table, message in (
+        (Table(x[:, :2], context, "file"), "data must have 3 columns, like the run's; file has 2"),
+        (Table(x, None, "file"), "context is missing: the run takes 2 columns of context, and file gives none"),
+        (Table(x, context[:, :1], "file"), "context must have 2 columns, like the run's; got 1"),
+    ):
+        with pytest.raises(ValueError) as refusal:
+            model.check(table)
+        assert message in str(refusal.value)
+    plain = trainer(split()).model
+    with pytest.raises(ValueError, match=r"context was given, \[45, 2\], but the run takes none"):
+        plain.check(Table(x, context, "file"))
+    model.preprocess.std.fill_(1e-300)
+    with pytest.raises(ValueError, match="data must fit torch.float32 after preprocessing; row 0, column 0"):
+        model.prepare(data.train)

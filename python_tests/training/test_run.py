@@ -1,0 +1,168 @@
+"""Run folders: whole or refused, never lost."""
+
+import errno
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from flowkernels.training import RunError, RunFolder, TrainingSettings, load_model, load_split, make_config, train_run
+from flowkernels.training.registry import FLOWS
+
+SETTINGS = {"transforms": 1, "hidden": [8], "batch_norm": False, "activation": "relu", "scale": "softclip"}
+
+
+class Hostile:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was run",))
+
+
+@pytest.fixture
+def data(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(40, 3)))
+    return load_split(str(tmp_path / "x.npy"), seed=0)
+
+
+def config(data, flow=SETTINGS, **training):
+    return make_config("maf", flow, data, TrainingSettings(**{"epochs": 3, "batch_size": 16, **training}))
+
+
+@pytest.fixture
+def run(tmp_path, data):
+    train_run(tmp_path / "run", config(data), data)
+    return tmp_path / "run"
+
+
+def test_a_run_is_a_config_a_checkpoint_and_metrics(run, data):
+    assert sorted(os.listdir(run)) == ["checkpoint.pt", "config.json", "metrics.csv"]
+    lines = (run / "metrics.csv").read_text().splitlines()
+    assert lines[0] == "epoch,learning_rate,train_nats,validation_nats" and len(lines) == 4
+    model, _, progress = load_model(run)
+    assert progress["finished"] and len(progress["history"]) == 3
+    assert model.log_prob(data.validation).mean().item() == progress["best_nats"]
+
+
+def test_a_finished_run_is_not_trained_again(run, data):
+    before = (run / "checkpoint.pt").read_bytes()
+    trainer = train_run(run, config(data), data)
+    assert trainer.epoch == 3 and (run / "checkpoint.pt").read_bytes() == before
+    assert trainer.model.log_prob(data.validation).mean().item() == trainer.best_nats
+
+
+def test_other_settings_are_named(run, data, tmp_path):
+    with pytest.raises(RunError, match=r"other settings: hidden was \[8\], now \[9\]; epochs was 3, now 4. Use those, or another --out"):
+        train_run(run, config(data, SETTINGS | {"hidden": [9]}, epochs=4), data)
+    np.save(tmp_path / "x.npy", np.random.default_rng(1).normal(size=(40, 3)))
+    other = load_split(str(tmp_path / "x.npy"), seed=0)
+    with pytest.raises(RunError, match="the content of the data was other"):
+        train_run(run, config(other), other)
+
+
+def test_a_moved_data_file_of_the_same_content_goes_on(run, tmp_path):
+    os.rename(tmp_path / "x.npy", tmp_path / "moved.npy")
+    moved = load_split(str(tmp_path / "moved.npy"), seed=0)
+    assert train_run(run, config(moved), moved).epoch == 3
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_goes_on_after(tmp_path, data, monkeypatch):
+    path, wanted = tmp_path / "run", train_run(tmp_path / "whole", config(data), data)
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 6:  # config, checkpoint and metrics of the first epoch: each a file and its folder
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr("flowkernels.training.start._WRITING_SHARE", 1e9)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"cannot write .*checkpoint.pt: No space left on device"):
+        train_run(path, config(data), data)
+    monkeypatch.setattr(os, "fsync", real)
+    assert sorted(os.listdir(path)) == ["checkpoint.pt", "config.json", "metrics.csv"]
+    assert len(RunFolder(path).read_checkpoint()["history"]) == 1
+    trainer = train_run(path, config(data), data)
+    assert trainer.history == wanted.history
+    assert all(torch.equal(trainer.best[name], wanted.best[name]) for name in wanted.best)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is damaged"),
+        (b"not a checkpoint", "is damaged|refused"),
+        (pickle.dumps(Hostile()), "holds more than tensors and plain values and was refused"),
+        (None, "is damaged"),
+    ],
+)
+def test_a_damaged_or_hostile_checkpoint_is_refused(run, data, content, message):
+    path = run / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000] if content is None else content)
+    for use in (lambda: load_model(run), lambda: train_run(run, config(data), data)):
+        with pytest.raises(RunError, match=message):
+            use()
+
+
+def test_a_hostile_checkpoint_in_torchs_own_format_is_refused(run):
+    torch.save({"format": 1, "best": Hostile()}, run / "checkpoint.pt")
+    with pytest.raises(RunError, match="was refused: it could run code"):
+        load_model(run)
+
+
+@pytest.mark.parametrize("content", [{"format": 1}, {"format": 1, "best": {}}, {"format": 1, "best": 3}, {"format": 2}, [1, 2]])
+def test_a_checkpoint_of_something_else_is_refused(run, content):
+    torch.save(content, run / "checkpoint.pt")
+    with pytest.raises(RunError, match="checkpoint.pt (does not fit|is no checkpoint)"):
+        load_model(run)
+
+
+def test_a_checkpoint_of_another_run_is_refused(run, data, tmp_path):
+    train_run(tmp_path / "other", config(data, SETTINGS | {"hidden": [9]}), data)
+    os.replace(tmp_path / "other" / "checkpoint.pt", run / "checkpoint.pt")
+    for use in (lambda: load_model(run), lambda: train_run(run, config(data), data)):
+        with pytest.raises(RunError, match="does not fit .*config.json: it is of another run"):
+            use()
+
+
+def test_folders_that_are_no_runs(tmp_path, run, data):
+    with pytest.raises(RunError, match="run folder .*gone does not exist"):
+        load_model(tmp_path / "gone")
+    with pytest.raises(RunError, match="is no run folder: it has no config.json"):
+        load_model(tmp_path)
+    with pytest.raises(RunError, match="must be new, empty or a run's; it holds other files"):
+        train_run(tmp_path, config(data), data)
+    with pytest.raises(RunError, match="must be a folder; it is a file"):
+        train_run(tmp_path / "x.npy", config(data), data)
+    (run / "checkpoint.pt").unlink()
+    with pytest.raises(RunError, match="has no checkpoint yet; start its train command again"):
+        load_model(run)
+    assert train_run(run, config(data), data).epoch == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "must have format 1"),
+        ('{"format": 9}', "must have format 1; got 9"),
+        ('{"format": 1, "flow": {"name": "maf"}}', "has no training, preprocess, data"),
+        ('{"format": 1, "flow": {"name": "wavelet"}, REST}', "is of flow 'wavelet'; known here: maf"),
+        ('{"format": 1, "flow": {"name": ["maf"]}, REST}', r"is of flow \['maf'\]"),
+        ('{"format": 1, "flow": {"name": "maf"}, REST}', "does not fit"),
+    ],
+)
+def test_a_bad_config_is_refused(run, text, message):
+    (run / "config.json").write_text(text.replace("REST", '"training": {}, "preprocess": {}, "data": {}'))
+    with pytest.raises(RunError, match=message):
+        load_model(run)
+
+
+def test_every_flow_of_the_registry_has_defaults_that_build(data):
+    for name, entry in FLOWS.items():
+        settings = {setting.name: setting.default for setting in entry.settings}
+        flow = entry.build(features=3, context_features=0, **settings)
+        assert flow.features == 3
+        json.dumps(make_config(name, settings, data, TrainingSettings()))
