@@ -54,11 +54,14 @@ def _run(name: str, out: Path, malloc: str, quick: bool, device: torch.device) -
     cases = import_module(f"benchmarks.bench_{name}").cases(quick, device)
     print(f"\n{name}: {len(cases)} cases on {who['device']}; {table.limits(limits)}\n")
     done: list[rows.Row] = []
+    unfinished = out.with_name(f"{out.name}.unfinished")  # an interrupted run leaves its rows there, and the results as they were
     for case in cases:
         fresh = measure_case(case, benchmark=name, machine=who, limits=limits, quick=quick)
         done += fresh
-        rows.replace(out, done, benchmark=name, device=str(who["device"]))
+        rows.replace(unfinished, done, benchmark=name, device=str(who["device"]))
         print(table.render_case(fresh) + "\n", flush=True)
+    rows.replace(out, done, benchmark=name, device=str(who["device"]))
+    unfinished.unlink(missing_ok=True)
     print(f"{table.render_targets(done)}\n\n{name}: {time.perf_counter() - started:.0f} s")
     return any(row["wrong"] for row in done if row["ours"])
 

@@ -60,6 +60,7 @@ def wants_reference(op: str, device: torch.device) -> bool:
     if device.type != _DEVICE_OF[name]:
         raise RuntimeError(f"backend {name!r} was chosen, but {op} was called with tensors on {device}; it serves {_DEVICE_OF[name]}")
     key = {"cpp": "CPU", "cuda": "CUDA", "triton": "CUDA"}[name]
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"flowkernels::{op}", key):
-        raise RuntimeError(f"backend {name!r} was chosen, but {op} has no compiled {key} kernel here: {_extension.status().reason}")
+    why_not = _extension.status().why_not(op, key)
+    if why_not is not None:
+        raise RuntimeError(f"backend {name!r} was chosen, but {why_not}")
     return False

@@ -73,9 +73,9 @@ def save_history(path: str | Path, history: Sequence[Sequence[float]], best_epoc
     best = next(row[3] for row in history if row[0] == best_epoch)
     axes.plot([best_epoch], [best], "o", color=_FLOW, markersize=7, label=f"kept: epoch {best_epoch}, {best:.2f} nats")
     values = sorted(value for row in history for value in row[2:4])
-    # the first epochs are far below; the interesting part is what comes after
+    # the first epochs are far below; the interesting part is what comes after, and the legend has its place below it
     low, high = min(baseline, values[len(values) // 8]), max(baseline, values[-1])
-    axes.set_ylim(low - 0.15 * (high - low) - 0.5, high + 0.08 * (high - low) + 0.5)
+    axes.set_ylim(low - 0.45 * (high - low) - 0.5, high + 0.08 * (high - low) + 0.5)
     axes.set_xlabel("epoch")
     axes.set_ylabel("log p(x), nats per image")
     axes.set_title("Training a MAF on 8 x 8 digits", color=_INK)

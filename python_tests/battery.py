@@ -63,10 +63,15 @@ class OpBattery:
     def test_equals_the_oracle_in_float64(self, case, batch, dtype):
         rows, parameters, op, oracle, *_ = case(batch, dtype)
         with torch.no_grad():
-            want = oracle([t.double() for t in rows], [t.double() for t in parameters])
-            for g, w in zip(op(rows, parameters), want, strict=True):
-                assert g.dtype == dtype
-                torch.testing.assert_close(g, w.to(dtype), **({"rtol": 1e-11, "atol": 1e-11} if dtype == torch.float64 else {}))
+            exact = oracle([t.double() for t in rows], [t.double() for t in parameters])
+            eager = oracle(rows, parameters)
+            for g, e, w in zip(op(rows, parameters), eager, exact, strict=True):
+                assert g.dtype == dtype and g.shape == w.shape
+                if not w.numel():
+                    continue
+                # what rounding costs the same mathematics in eager mode, and a few units in the last place of the largest value
+                allowed = 4 * (e - w).abs().max() + 16 * torch.finfo(dtype).eps * (1 + w.abs().max())
+                assert (g - w).abs().max() <= allowed
 
     def test_gradients(self, case):
         rows, parameters, op, *_ = case(2, torch.float64)

@@ -1,5 +1,6 @@
 """The command line: the four tasks, one line for each mistake, and Ctrl-C that loses nothing."""
 
+import json
 import os
 import pickle
 import signal
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from flowkernels.cli import main
-from flowkernels.training import RunFolder, load_model
+from flowkernels.training import RunFolder, TrainingSettings, load_model
 
 SMALL = ["--transforms", "1", "--hidden", "8", "--epochs", "2", "--batch-size", "16"]
 
@@ -232,6 +233,27 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys, module, package
     error = refusal(capsys, ["demo", "--quick", "--out", tmp_path / "demo"])
     assert f"needs {package}: pip install 'flowkernels[demo]'" in error
     assert not (tmp_path / "demo").exists()
+
+
+def test_the_demo_leaves_pictures_and_figures(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    from flowkernels import demo
+
+    monkeypatch.setattr(demo, "QUICK_FLOW", demo.QUICK_FLOW | {"transforms": 1, "hidden": [8]})
+    monkeypatch.setattr(demo, "QUICK_TRAINING", TrainingSettings(epochs=2))
+    monkeypatch.setattr(demo, "TIMED_SAMPLES", 20)
+    threads = torch.get_num_threads()
+    assert main(["demo", "--quick", "--out", str(tmp_path)]) == 0
+    assert torch.get_num_threads() == threads
+    assert sorted(os.listdir(tmp_path / "quick")) == ["results.json", "run", "samples.png", "training.png"]
+    results = json.loads((tmp_path / "quick" / "results.json").read_text())
+    for figures in (results["test"]["MAF"], results["test"]["Gaussian"]):
+        assert np.isclose(figures["bits_per_dim"], -figures["nats"] / (64 * np.log(2)))
+    # one class-conditional Gaussian in this space is near 2.05 bits per dimension; a uniform density is log2(17) = 4.09
+    assert 2.0 < results["test"]["Gaussian"]["bits_per_dim"] < 2.1
+    output = capsys.readouterr().out
+    assert "test log-likelihood" in output and "D-pass loop" in output
 
 
 def process(arguments, folder, **options):

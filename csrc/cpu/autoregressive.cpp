@@ -93,8 +93,9 @@ std::tuple<Tensor, Tensor> launch(const Tensor& x, const std::optional<Tensor>& 
     }
     layer.activation = static_cast<int>(activations[i]);
     check(layer.activation >= 0 && layer.activation <= static_cast<int>(Activation::sigmoid), "unknown activation");
-    for (int64_t j = 0; j < outputs; ++j)
-      check(layer.visible[j] >= (j ? layer.visible[j - 1] : 0) && layer.visible[j] <= inputs, "visible must ascend from 0 to the number of inputs");
+    bool descends = outputs > 0 && (layer.visible[0] < 0 || layer.visible[outputs - 1] > inputs);
+    for (int64_t j = 1; j < outputs; ++j) descends |= layer.visible[j] < layer.visible[j - 1];
+    check(!descends, "visible must ascend from 0 to the number of inputs");
     layers.push_back(layer);
     inputs = outputs;
   }

@@ -282,17 +282,16 @@ struct UnitLanes {
 
   void finish_features(int64_t p0, int64_t p1) {
     for (int64_t p = p0; p < p1; ++p) {
-      T x[lanes<T>] = {}, shift[lanes<T>] = {}, raw[lanes<T>] = {};
+      Vec<T> x = zero<T>(), shift = zero<T>(), raw = zero<T>();
       for (int b = 0; b < B; ++b) {
         const int64_t at = b * units + offsets[args.n_layers] + 2 * p;
         x[b] = values[b * units + p];
         shift[b] = totals[at] + values[at];
         raw[b] = totals[at + 1] + values[at + 1];
       }
-      const ValueAndLog<Vec<T>> out = transform(args, load(x), load(shift), load(raw));
+      const ValueAndLog<Vec<T>> out = transform(args, x, shift, raw);
       add_log(log, log_total, out.log, p);
-      store(x, out.value);
-      for (int b = 0; b < B; ++b) values[b * units + p] = x[b];
+      for (int b = 0; b < B; ++b) values[b * units + p] = out.value[b];
     }
   }
 

@@ -1,10 +1,9 @@
 """Parameters of one masked linear layer."""
 
-
 import torch
 from torch import Tensor, nn
 
-from ..ops import Activation, MaskedLayer, masked_linear
+from ..ops import masked_linear
 from ..ops.masked_linear.reference import staircase_mask
 
 
@@ -41,13 +40,6 @@ class MaskedLinear(nn.Module):
                 if parameter is not None:
                     parameter.copy_((torch.rand_like(parameter) * 2 - 1) * bound)
             self.weight.mul_(staircase_mask(self.visible, self.weight.shape[0]))
-
-    def masked_layer(self, activation: Activation) -> MaskedLayer:
-        """The layer as the autoregressive op takes it."""
-        p = self._parameters  # attribute access on modules takes microseconds, and a small flow is made of microseconds
-        if "weight" not in p:  # a parametrization computes it
-            return MaskedLayer(self.weight, self.bias, self.visible, activation, self.context_weight)
-        return MaskedLayer(p["weight"], p["bias"], self._buffers["visible"], activation, p["context_weight"])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         y = masked_linear(x, self.weight, self.bias, self.visible)

@@ -9,7 +9,13 @@ from .loop import Trainer
 
 
 class Progress:
-    """Shows nothing; `TerminalProgress` shows all."""
+    """Shows nothing; `TerminalProgress` shows all.
+
+    epochs: how many were trained in this start.
+    """
+
+    def __init__(self) -> None:
+        self.epochs = 0
 
     def note(self, text: str) -> None:
         """One line of news."""
@@ -24,12 +30,14 @@ class Progress:
 
     def epoch(self, row: dict[str, float], trainer: Trainer) -> None:
         """After each epoch, with its row of the history."""
+        self.epochs += 1
 
 
 class TerminalProgress(Progress):
     """A tqdm bar over the batches on standard error, or a line every ten epochs where tqdm is missing; silent where it is no terminal."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._bar: Any = None
         self._terminal = sys.stderr.isatty()
 
@@ -59,6 +67,7 @@ class TerminalProgress(Progress):
             self._bar.update()
 
     def epoch(self, row: dict[str, float], trainer: Trainer) -> None:
+        super().epoch(row, trainer)
         text = f"epoch {row['epoch']}: held-out {row['validation_nats']:.2f} nats, best {trainer.best_nats:.2f} at {trainer.best_epoch}"
         if self._bar is not None:
             self._bar.set_description(text, refresh=False)

@@ -182,6 +182,25 @@ def test_command_line_measures_keeps_shows_and_draws(tmp_path, monkeypatch, caps
     assert "no benchmark named nothing; there are toy" in capsys.readouterr().err
 
 
+def test_an_interrupted_run_leaves_the_results_as_they_were(tmp_path, monkeypatch):
+    def interrupted() -> Call:
+        raise KeyboardInterrupt
+
+    good = Case("good", [timed("us", [1.0] * 2, ours=True)], seconds=1.0, most_rounds=2)
+    cases = [good, Case("bad", [Competitor("us", interrupted, ours=True)])]
+    monkeypatch.setitem(sys.modules, "benchmarks.bench_toy", SimpleNamespace(cases=lambda quick, device: cases))
+    monkeypatch.setattr(command_line, "names", lambda: ["toy"])
+    monkeypatch.setattr(machine, "measure_limits", lambda device: LIMITS)
+    monkeypatch.setattr(machine, "raise_malloc_thresholds", lambda: "as it is")
+    out = tmp_path / "rows.jsonl"
+    old = {"benchmark": "toy", "device": "cpu", "case": "old"}
+    rows.replace(out, [old], benchmark="toy", device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        command_line.main(["toy", "--out", str(out)])
+    assert rows.read(out) == [old]
+    assert [row["case"] for row in rows.read(tmp_path / "rows.jsonl.unfinished")] == ["good"]
+
+
 def test_slope_is_the_exponent():
     assert plots.slope([1, 2, 4], [3, 3 * 2**1.5, 3 * 4**1.5]) == pytest.approx(1.5)
 

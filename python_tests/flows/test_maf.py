@@ -79,7 +79,9 @@ class TestMAF:
         want = flow.log_prob(x, context)
         for twin in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
             assert torch.equal(twin.log_prob(x, context), want)
-        torch.testing.assert_close(flow.float().log_prob(x.float(), None if context is None else context.float()), want.float(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            flow.float().log_prob(x.float(), None if context is None else context.float()), want.float(), rtol=1e-4, atol=1e-4
+        )
 
     def test_distribution(self, case):
         flow, x, context = case
@@ -122,7 +124,10 @@ def test_empty_batch():
         (lambda: MAF(3, transforms=0), "transforms must be at least 1; got 0"),
         (lambda: MAF(3, context_features=2, hidden_features=(4,)).sample(2), "context is missing"),
         (lambda: MAF(3, hidden_features=(4,)).sample(2, torch.zeros(2)), r"context must be no context; got \[2\]"),
-        (lambda: MAF(3, context_features=2, hidden_features=(4,)).sample(2, torch.zeros(5, 3)), r"context must be \[\*batch, 2\]; got \[5, 3\]"),
+        (
+            lambda: MAF(3, context_features=2, hidden_features=(4,)).sample(2, torch.zeros(5, 3)),
+            r"context must be \[\*batch, 2\]; got \[5, 3\]",
+        ),
         (lambda: MAF(3, hidden_features=(4,)).log_prob(torch.zeros(2, 4)), r"x must have shape \[batch, 3\]"),
     ],
 )

@@ -84,7 +84,9 @@ def test_gradient_through_the_inverse_is_that_of_the_loop(context):
     assert torch.autograd.gradcheck(lambda *a: layer.inverse(z, c), inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("make", [lambda: MaskedAutoregressive(4, (9, 9), order=[1, 3, 0, 2]), lambda: FlowBatchNorm(4), lambda: Permute([1, 3, 0, 2])])
+@pytest.mark.parametrize(
+    "make", [lambda: MaskedAutoregressive(4, (9, 9), order=[1, 3, 0, 2]), lambda: FlowBatchNorm(4), lambda: Permute([1, 3, 0, 2])]
+)
 def test_inverse_swaps_the_directions(make):
     layer = make().eval()
     x = torch.randn(6, 4)

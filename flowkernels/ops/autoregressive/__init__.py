@@ -16,7 +16,7 @@ from ..._library import library
 from .._differentiation import needs_autograd
 from ..masked_linear import masked_linear
 from ..scale_map import Form, ScaleMap, parse_form
-from .conditioner import Conditioner, MaskedLayer, check_conditioner, compute_dtype, context_features, flatten, unflatten
+from .conditioner import Conditioner, MaskedLayer, check_conditioner, context_features
 from .reference import autoregressive_reference
 
 __all__ = ["Conditioner", "MaskedLayer", "autoregressive", "check_conditioner"]
@@ -42,7 +42,7 @@ def _composite(
     form: int,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    conditioner = unflatten(weights, biases, context_weights, visible, order, activations)
+    conditioner = Conditioner(weights, biases, visible, activations, context_weights, order)
     scale = ScaleMap.from_packed(scale_kind, scale_p0, scale_p1)
     return autoregressive_reference(x, conditioner, context, scale, Form(form), inverse)
 
@@ -91,43 +91,37 @@ def autoregressive(
     form = parse_form(form)
     _check_input(x, conditioner, context)
     dtype = x.dtype
-    compute = compute_dtype(dtype)
-    if dtype != compute or conditioner.layers[0].weight.dtype != compute:
-        x, context, conditioner = _cast(x, context, conditioner, compute)
+    compute = _COMPUTE[dtype]
+    if dtype != compute or conditioner.weights[0].dtype != compute:
+        x, conditioner = x.to(compute), conditioner.to(compute)
+        context = None if context is None else context.to(compute)
 
-    if needs_autograd((x, context, *conditioner.tensors())):
+    weights, biases, visible, activations, context_weights, order = conditioner
+    if needs_autograd((x, context, *weights, *biases, *context_weights)):
         y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse, linear=masked_linear)
     elif wants_reference("autoregressive", x.device):
         y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse)
     else:
-        weights, biases, context_weights, visible, activations = flatten(conditioner)
+        p0, p1 = scale.packed
+        kind, form = int(scale.kind), int(form)
         y, logabsdet = _autoregressive(
-            x,
-            context,
-            weights,
-            biases,
-            context_weights,
-            visible,
-            conditioner.order,
-            activations,
-            int(scale.kind),
-            *scale.packed,
-            int(form),
-            inverse,
+            x, context, weights, biases, context_weights, visible, order, activations, kind, p0, p1, form, inverse
         )
     return (y if dtype == compute else y.to(dtype)), logabsdet
 
 
 _SOFTCLIP = ScaleMap.softclip()
+# the loop computes in float64 for float64, in float32 for everything narrower
+_COMPUTE = {torch.float64: torch.float64} | dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float32)
 
 
 def _check_input(x: Tensor, conditioner: Conditioner, context: Tensor | None) -> None:
-    first = conditioner.layers[0].weight
+    first = conditioner.weights[0]
     features = first.shape[0]
     if x.dim() != 2 or x.shape[1] != features:
         raise ValueError(f"x must have shape [batch, {features}], one column per feature; got {list(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"x must be a floating-point tensor; got {x.dtype}")
+    if x.dtype not in _COMPUTE:
+        raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {x.dtype}")
     if x.device != first.device:
         raise ValueError(f"x must be on {first.device}, like the weights; got {x.device}")
     half = (torch.float16, torch.bfloat16)
@@ -144,11 +138,3 @@ def _check_input(x: Tensor, conditioner: Conditioner, context: Tensor | None) ->
         raise ValueError(f"context must have shape [{x.shape[0]}, {wanted}], one row per row of x; got {list(context.shape)}")
     if context.device != x.device or context.dtype != x.dtype:
         raise ValueError(f"context must be {x.dtype} on {x.device}, like x; got {context.dtype} on {context.device}")
-
-
-def _cast(x: Tensor, context: Tensor | None, conditioner: Conditioner, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Conditioner]:
-    layers = tuple(
-        MaskedLayer(w.to(dtype), b.to(dtype), visible, activation, None if c is None else c.to(dtype))
-        for w, b, visible, activation, c in conditioner.layers
-    )
-    return x.to(dtype), None if context is None else context.to(dtype), Conditioner(layers, conditioner.order)

@@ -1,5 +1,6 @@
-"""What the sequential loop knows about a network: a list of masked layers. See docs in `Conditioner`."""
+"""What the sequential loop knows about a network: a list of masked layers."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,20 +26,47 @@ class MaskedLayer(NamedTuple):
 class Conditioner(NamedTuple):
     """A MADE (Germain et al. 2015) as the fused loop takes it: masked layers whose units are sorted by degree.
 
-    layers: hidden layers, then the output layer. Inputs of the first are the features in the order in which they are generated.
-        Outputs 2p and 2p + 1 of the last are shift and raw scale of the p-th generated feature.
+    Entry l of each list belongs to layer l: hidden layers, then the output layer. `Conditioner.of(layers)` makes the lists from
+    `MaskedLayer`s, and `layers` gives them back; lists are what the op's schema takes, and small flows feel every conversion.
+
+    weights: input-major, [inputs, outputs]. Inputs of the first layer are the features in the order in which they are generated;
+        outputs 2p and 2p + 1 of the last are shift and raw scale of the p-th generated feature.
+    biases: [outputs].
+    visible: int32 [outputs], ascending: how many inputs each output sees.
+    activations: codes of `Activation`.
+    context_weights: [context features, outputs] each, or an empty list where there is no context.
     order: the k-th entry is the feature generated k-th, int64 [features]; None for 0, 1, 2, ...
 
-    What each unit may see is in the `visible` of its layer alone; degrees are how one makes them (`ops.degrees`). Features whose
-    outputs are ready at the same time form one step of the loop, so partial orders need nothing special.
+    What each unit may see is in `visible` alone; degrees are how one makes it (`ops.degrees`). Features whose outputs are ready at
+    the same time form one step of the loop, so partial orders need nothing special.
     """
 
-    layers: tuple[MaskedLayer, ...]
+    weights: list[Tensor]
+    biases: list[Tensor]
+    visible: list[Tensor]
+    activations: list[int]
+    context_weights: list[Tensor]
     order: Tensor | None = None
 
-    def tensors(self) -> list[Tensor | None]:
-        """Everything that may want a gradient."""
-        return [t for layer in self.layers for t in (layer.weight, layer.bias, layer.context_weight)]
+    @classmethod
+    def of(cls, layers: Sequence[MaskedLayer], order: Tensor | None = None) -> "Conditioner":
+        """The network of these layers, the output layer last."""
+        weights, biases, visible, activations, contexts = zip(*layers, strict=True)
+        context_weights = [c for c in contexts if c is not None]
+        if context_weights and len(context_weights) != len(weights):
+            raise ValueError("context_weight must be given for every layer or for none")
+        return cls(list(weights), list(biases), list(visible), [int(a) for a in activations], context_weights, order)
+
+    @property
+    def layers(self) -> list[MaskedLayer]:
+        contexts = self.context_weights or [None] * len(self.weights)
+        codes = [Activation(a) for a in self.activations]
+        return list(map(MaskedLayer, self.weights, self.biases, self.visible, codes, contexts))
+
+    def to(self, dtype: torch.dtype) -> "Conditioner":
+        """The same network with its parameters in another dtype."""
+        cast = lambda tensors: [t.to(dtype) for t in tensors]
+        return self._replace(weights=cast(self.weights), biases=cast(self.biases), context_weights=cast(self.context_weights))
 
 
 def check_conditioner(conditioner: Conditioner) -> list[list[int]]:
@@ -95,33 +123,6 @@ def _steps(features: int, staircases: list[list[int]]) -> list[list[int]]:
     return steps
 
 
-def flatten(conditioner: Conditioner) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[int]]:
-    """The lists that the op's schema wants: weights, biases, context weights (empty without context), visible, activations."""
-    weights, biases, visible, activations, contexts = zip(*conditioner.layers, strict=True)
-    return list(weights), list(biases), [c for c in contexts if c is not None], list(visible), [int(a) for a in activations]
-
-
-def unflatten(
-    weights: list[Tensor],
-    biases: list[Tensor],
-    context_weights: list[Tensor],
-    visible: list[Tensor],
-    order: Tensor | None,
-    activations: list[int],
-) -> Conditioner:
-    """The inverse of `flatten`."""
-    contexts = context_weights or [None] * len(weights)
-    codes = [Activation(a) for a in activations]
-    layers = map(MaskedLayer, weights, biases, visible, codes, contexts)
-    return Conditioner(tuple(layers), order)
-
-
 def context_features(conditioner: Conditioner) -> int:
     """Width of the context that the network takes; 0 for none."""
-    weight = conditioner.layers[0].context_weight
-    return 0 if weight is None else weight.shape[0]
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The loop computes in float64 for float64, in float32 for everything narrower."""
-    return torch.promote_types(dtype, torch.float32)
+    return conditioner.context_weights[0].shape[0] if conditioner.context_weights else 0

@@ -38,6 +38,24 @@ def _(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
     return x.new_empty((x.shape[-1], dy.shape[-1]))
 
 
+def _register_vmap(name: str, n_rows: int) -> None:
+    """vmap over the batch-first arguments, the first n_rows, adds a leading dimension; over others the op runs once for each."""
+    op = getattr(torch.ops.flowkernels, name).default
+
+    def rule(info, in_dims, *args):
+        if n_rows and all(d is None for d in in_dims[n_rows:]):
+            return op(args[0].movedim(in_dims[0], 0), *args[n_rows:]), 0
+        each = (op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size))
+        return torch.stack(list(each)), 0
+
+    torch.library.register_vmap(f"flowkernels::{name}", rule, lib=library)
+
+
+_register_vmap("masked_linear", 1)
+_register_vmap("masked_linear_dx", 1)
+_register_vmap("masked_linear_dweight", 0)
+
+
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
     if wants_reference("masked_linear", x.device):
         return masked_linear_reference(x, weight, bias, visible)
