@@ -62,7 +62,8 @@ def run_demo(folder: str | Path, *, quick: bool = False) -> dict[str, Any]:
     results |= {"epochs_now": progress.epochs, "seconds_now": seconds}
     results["test"] = compare(trainer.model, gaussian, split)
     draw(out, trainer, gaussian, split)
-    results["sampling_seconds"] = time_sampling(trainer.model.flow, flow_settings)
+    with _one_thread():
+        results["sampling_seconds"] = time_sampling(trainer.model.flow, flow_settings)
     atomic_write(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     print(f"\nin {out}: samples.png, training.png, results.json; the run itself in {out / 'run'}")
     return results
@@ -70,8 +71,10 @@ def run_demo(folder: str | Path, *, quick: bool = False) -> dict[str, Any]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """A network this small gains nothing from a second thread and waits for it where another program has the core; and so the
-    result is the same bits on machines of any number of cores."""
+    """One thread, so that a busy machine distorts neither training nor times, and any number of cores gives the same bits.
+
+    A network this small gains little from a second thread, and waits for it at every step where another program has the core.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -131,7 +134,7 @@ def time_sampling(flow: Flow, settings: dict[str, Any], repeats: int = 5) -> dic
     peer = _nflows_maf(flow.features, settings)
     if peer is not None:
         runs["nflows"] = lambda: peer.inverse(z, context)[0]
-    print(f"\nsampling {TIMED_SAMPLES} images, {torch.get_num_threads()} threads")
+    print(f"\nsampling {TIMED_SAMPLES} images on {torch.get_num_threads()} thread")
     seconds = {}
     with torch.no_grad():
         for name, run in runs.items():

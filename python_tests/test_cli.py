@@ -24,6 +24,15 @@ class Hostile:
         return (pytest.fail, ("a pickle was run",))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Flows this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
@@ -272,7 +281,7 @@ def test_ctrl_c_and_a_second_start_give_the_same_bits(files):
     whole = process([*train, "--out", "whole"], files)
     broken = process([*train, "--out", "broken"], files)
     deadline = time.monotonic() + 60
-    while not (files / "broken" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+    while not (files / "broken" / "checkpoint.pt").exists() and broken.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     broken.send_signal(signal.SIGINT)
     _, error = broken.communicate(timeout=60)
