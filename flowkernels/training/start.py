@@ -120,6 +120,6 @@ def train_run(path: str | Path, config: dict[str, Any], split: Split, *, device:
                     kept = trainer.epoch
                     next_write = time.monotonic() + (time.monotonic() - began) / _WRITING_SHARE
     except KeyboardInterrupt:
-        raise Interrupted(f"{kept} epochs are kept in {path}; start the same command again to go on") from None
+        raise Interrupted(f"{path} is kept up to epoch {kept}; start the same command again to go on") from None
     model.flow.load_state_dict(trainer.best)
     return trainer
