@@ -25,20 +25,22 @@ struct Tile {
   int64_t rows;
 };
 
-// U units x V vectors of rows, K inputs
+// U units x V vectors of rows, K >= 1 inputs: a loop that might not run would cost a spill of every sum
 template <int U, int V, class T>
 FK_INLINE void multiply_add(const T* weight, int64_t ld, const T* h, T* acc, int64_t rows, int64_t K) {
   Vec<T> a[U][V];
   for (int u = 0; u < U; ++u)
     for (int v = 0; v < V; ++v) a[u][v] = load(acc + u * rows + v * lanes<T>);
-  for (int64_t k = 0; k < K; ++k, weight += ld, h += rows) {
+  do {
     Vec<T> x[V];
     for (int v = 0; v < V; ++v) x[v] = load(h + v * lanes<T>);
     for (int u = 0; u < U; ++u) {
       const Vec<T> w = broadcast<T>(weight[u]);
       for (int v = 0; v < V; ++v) a[u][v] = fma(w, x[v], a[u][v]);
     }
-  }
+    weight += ld;
+    h += rows;
+  } while (--K > 0);
   for (int u = 0; u < U; ++u)
     for (int v = 0; v < V; ++v) store(acc + u * rows + v * lanes<T>, a[u][v]);
 }
