@@ -15,6 +15,7 @@
 
 #include "cpu/autoregressive.h"
 #include "cpu/scratch.h"
+#include "cpu/tensor.h"
 
 #define FK_KERNEL "cpu/autoregressive_tiles.h"
 #include "cpu/for_each_target.h"
@@ -27,25 +28,6 @@ using torch::stable::Tensor;
 
 // The message is built where a check fails: there is one check per unit.
 inline void check(bool ok, const char* what, const char* more = "") { STD_TORCH_CHECK(ok, "flowkernels::autoregressive: ", what, more); }
-
-// asks first: the call of contiguous itself goes through the dispatcher
-Tensor made_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-// Contiguous and uninitialised, with the dtype of `like`; new_empty would look its operator up by name.
-Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor rows_contiguous(const Tensor& weight) {
-  return weight.size(0) <= 1 || weight.size(1) <= 1 || weight.stride(1) == 1 ? weight : torch::stable::contiguous(weight);
-}
 
 // Python has checked what users get wrong; here only what would corrupt memory.
 template <class T>

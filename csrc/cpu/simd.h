@@ -152,6 +152,62 @@ FK_INLINE V at_least(V a, V limit) {
 
 #endif
 
+// ---- lanes as a whole
+
+#if defined(FK_TARGET_AVX2)
+
+FK_INLINE bool any(IVec<float> mask) { return _mm256_movemask_ps((__m256)mask) != 0; }
+FK_INLINE bool any(IVec<double> mask) { return _mm256_movemask_pd((__m256d)mask) != 0; }
+
+FK_INLINE void transpose(Vec<float> (&rows)[8]) {
+  Vec<float> pairs[8], quads[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      quads[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+      quads[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+  }
+}
+FK_INLINE void transpose(Vec<double> (&rows)[4]) {
+  const Vec<double> low[2] = {_mm256_unpacklo_pd(rows[0], rows[1]), _mm256_unpacklo_pd(rows[2], rows[3])};
+  const Vec<double> high[2] = {_mm256_unpackhi_pd(rows[0], rows[1]), _mm256_unpackhi_pd(rows[2], rows[3])};
+  rows[0] = _mm256_permute2f128_pd(low[0], low[1], 0x20);
+  rows[1] = _mm256_permute2f128_pd(high[0], high[1], 0x20);
+  rows[2] = _mm256_permute2f128_pd(low[0], low[1], 0x31);
+  rows[3] = _mm256_permute2f128_pd(high[0], high[1], 0x31);
+}
+
+#else
+
+#if defined(FK_TARGET_AVX512)
+FK_INLINE bool any(IVec<float> mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
+FK_INLINE bool any(IVec<double> mask) { return _mm512_movepi64_mask((__m512i)mask) != 0; }
+#else
+template <class M>
+FK_INLINE bool any(M mask) {
+  bool found = false;
+  for (int i = 0; i < static_cast<int>(sizeof(M) / sizeof(mask[0])); ++i) found |= mask[i] != 0;
+  return found;
+}
+#endif
+
+template <class V, int n>
+FK_INLINE void transpose(V (&rows)[n]) {
+  V columns[n]{};
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < n; ++j) columns[i][j] = rows[j][i];
+  for (int i = 0; i < n; ++i) rows[i] = columns[i];
+}
+
+#endif
+
 // ---- elementwise, for vectors of either type
 
 template <class M, class V>
@@ -201,6 +257,9 @@ template <class V>
 FK_INLINE V max(V a, V b) {
   return select(b != b, b, at_least(a, b));
 }
+
+FK_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+FK_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
 template <class V>
 FK_INLINE V fma(V a, V b, scalar_t<V> c) {

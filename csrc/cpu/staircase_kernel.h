@@ -25,24 +25,25 @@ struct Tile {
   int64_t rows;
 };
 
-// U units x V vectors of rows, K >= 1 inputs: a loop that might not run would cost a spill of every sum
+// acc[u][v] += sum over k < K of a[u * a_unit + k * a_step] * b[k * b_step + v], for U values u and V vectors v. K >= 1: a loop that
+// might not run would cost a spill of every sum.
 template <int U, int V, class T>
-FK_INLINE void multiply_add(const T* weight, int64_t ld, const T* h, T* acc, int64_t rows, int64_t K) {
-  Vec<T> a[U][V];
+FK_INLINE void multiply_add(const T* a, int64_t a_unit, int64_t a_step, const T* b, int64_t b_step, T* acc, int64_t acc_unit, int64_t K) {
+  Vec<T> sum[U][V];
   for (int u = 0; u < U; ++u)
-    for (int v = 0; v < V; ++v) a[u][v] = load(acc + u * rows + v * lanes<T>);
+    for (int v = 0; v < V; ++v) sum[u][v] = load(acc + u * acc_unit + v * lanes<T>);
   do {
     Vec<T> x[V];
-    for (int v = 0; v < V; ++v) x[v] = load(h + v * lanes<T>);
+    for (int v = 0; v < V; ++v) x[v] = load(b + v * lanes<T>);
     for (int u = 0; u < U; ++u) {
-      const Vec<T> w = broadcast<T>(weight[u]);
-      for (int v = 0; v < V; ++v) a[u][v] = fma(w, x[v], a[u][v]);
+      const Vec<T> w = broadcast<T>(a[u * a_unit]);
+      for (int v = 0; v < V; ++v) sum[u][v] = fma(w, x[v], sum[u][v]);
     }
-    weight += ld;
-    h += rows;
+    a += a_step;
+    b += b_step;
   } while (--K > 0);
   for (int u = 0; u < U; ++u)
-    for (int v = 0; v < V; ++v) store(acc + u * rows + v * lanes<T>, a[u][v]);
+    for (int v = 0; v < V; ++v) store(acc + u * acc_unit + v * lanes<T>, sum[u][v]);
 }
 
 template <int U, class T>
@@ -50,10 +51,11 @@ void multiply_add_rows(const T* weight, int64_t ld, const T* h, T* acc, int64_t 
   constexpr int64_t L = lanes<T>;
   int64_t r = 0;
   if constexpr (U <= kUnits) {
-    for (; r + kRowVectors * L <= rows; r += kRowVectors * L) multiply_add<U, kRowVectors>(weight, ld, h + r, acc + r, rows, K);
-    for (; r + 2 * L <= rows; r += 2 * L) multiply_add<U, 2>(weight, ld, h + r, acc + r, rows, K);
+    for (; r + kRowVectors * L <= rows; r += kRowVectors * L)
+      multiply_add<U, kRowVectors>(weight, 1, ld, h + r, rows, acc + r, rows, K);
+    for (; r + 2 * L <= rows; r += 2 * L) multiply_add<U, 2>(weight, 1, ld, h + r, rows, acc + r, rows, K);
   }
-  for (; r < rows; r += L) multiply_add<U, 1>(weight, ld, h + r, acc + r, rows, K);
+  for (; r < rows; r += L) multiply_add<U, 1>(weight, 1, ld, h + r, rows, acc + r, rows, K);
 }
 
 template <class T>

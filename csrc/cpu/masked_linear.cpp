@@ -1,0 +1,218 @@
+// Masked linear maps for CPU tensors: checks, tasks, registration. The products themselves are in masked_linear_kernel.h.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "cpu/masked_linear.h"
+#include "cpu/scratch.h"
+#include "cpu/tensor.h"
+
+#define FK_KERNEL "cpu/masked_linear_tasks.h"
+#include "cpu/for_each_target.h"
+
+namespace flowkernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Python has checked what users get wrong; here only what would corrupt memory.
+inline void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "flowkernels::masked_linear: ", what); }
+
+bool fits(const Tensor& t, ScalarType dtype) { return t.is_cpu() && t.scalar_type() == dtype; }
+
+// [..., columns] as a matrix whose rows are contiguous
+Tensor as_rows(const Tensor& t) {
+  const int64_t columns = t.size(t.dim() - 1);
+  return rows_contiguous(t.dim() == 2 ? t : torch::stable::reshape(t, {columns ? t.numel() / columns : 0, columns}));
+}
+
+int64_t row_stride(const Tensor& t) { return t.size(0) > 1 ? t.stride(0) : t.size(1); }
+
+// What the three products share: the staircase, checked, and the order in which tasks of unequal size are spread over threads
+template <class T>
+struct Product {
+  std::vector<Tensor> kept;  // contiguous copies must outlive the kernel
+  std::vector<int32_t> first;
+  MaskedLinearArgs<T> args{};
+
+  const T* matrix(const Tensor& t, ScalarType dtype, int64_t rows, int64_t columns, int64_t& ld, const char* misfit) {
+    check(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && fits(t, dtype), misfit);
+    kept.push_back(rows_contiguous(t));
+    ld = row_stride(kept.back());
+    return static_cast<const T*>(kept.back().const_data_ptr());
+  }
+
+  void set_staircase(const Tensor& visible) {
+    check(visible.dim() == 1 && visible.size(0) == args.outputs && fits(visible, ScalarType::Int), "visible does not fit the weight");
+    kept.push_back(made_contiguous(visible));
+    args.visible = static_cast<const int32_t*>(kept.back().const_data_ptr());
+    check(args.inputs < (int64_t{1} << 31), "too many inputs");
+    bool ascends = args.outputs == 0 || (args.visible[0] >= 0 && args.visible[args.outputs - 1] <= args.inputs);
+    for (int64_t j = 1; j < args.outputs; ++j) ascends &= args.visible[j - 1] <= args.visible[j];
+    check(ascends, "visible must ascend from 0 to the number of inputs");
+  }
+
+  void set_first() {
+    first.resize(args.inputs);
+    int64_t j = 0;
+    for (int64_t k = 0; k < args.inputs; ++k) {
+      while (j < args.outputs && args.visible[j] <= k) ++j;
+      first[k] = static_cast<int32_t>(j);
+    }
+    args.first = first.data();
+  }
+
+  double multiply_adds() const {
+    double seen = 0;
+    for (int64_t j = 0; j < args.outputs; ++j) seen += args.visible[j];
+    return seen * static_cast<double>(args.batch);
+  }
+};
+
+// run(task) for every task, in the order first, last, second, last but one: neighbours add up to about the same work, and a
+// thread gets neighbours
+template <class F>
+void for_each_task(int64_t tasks, bool parallel, const F& run) {
+  auto some = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(i % 2 ? tasks - 1 - i / 2 : i / 2);
+  };
+  if (parallel && tasks > 1)
+    torch::stable::parallel_for(0, tasks, 1, some);
+  else
+    some(0, tasks);
+}
+
+constexpr double kParallelMultiplyAdds = 4e5;  // about 10 us of one thread, against 5 us to start the others
+
+// Rows and columns of one task of a product whose output is [batch, columns], in panels of `panel` columns
+struct Split {
+  int64_t rows, columns, row_tasks, column_tasks;
+};
+
+Split split(int64_t batch, int64_t columns, int64_t panel, bool parallel) {
+  constexpr int64_t kRows = 512;  // what a packed panel is used for, and what it meets in the second-level cache
+  const int64_t threads = parallel ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
+  const int64_t row_tasks = (batch + kRows - 1) / kRows, panels = (columns + panel - 1) / panel;
+  // few blocks of rows: cut the columns too, four parts a thread
+  const int64_t parts = row_tasks >= 2 * threads || threads == 1 ? 1 : std::min(panels, 4 * threads);
+  const int64_t width = (panels + parts - 1) / parts * panel;
+  return {(batch + row_tasks - 1) / std::max<int64_t>(row_tasks, 1), width, row_tasks, (columns + width - 1) / width};
+}
+
+template <class T, class F>
+void for_each_part(const Product<T>& product, int64_t columns, const F& run) {
+  const int64_t batch = product.args.batch;
+  if (batch == 0 || columns == 0) return;
+  const bool parallel = product.multiply_adds() > kParallelMultiplyAdds;
+  const Split s = split(batch, columns, FK_DISPATCH(panel_width<T>()), parallel);
+  for_each_task(s.row_tasks * s.column_tasks, parallel, [&](int64_t task) {
+    const int64_t r = task % s.row_tasks * s.rows, c = task / s.row_tasks * s.columns;
+    run(r, std::min(r + s.rows, batch), c, std::min(c + s.columns, columns));
+  });
+}
+
+template <class T>
+Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& visible) {
+  check(x.dim() >= 1 && weight.dim() == 2 && x.size(x.dim() - 1) == weight.size(0), "x does not fit the weight");
+  Product<T> p;
+  const Tensor rows = as_rows(x);
+  p.args.batch = rows.size(0);
+  p.args.inputs = weight.size(0);
+  p.args.outputs = weight.size(1);
+  p.args.x = p.matrix(rows, x.scalar_type(), p.args.batch, p.args.inputs, p.args.x_ld, "x does not fit the weight");
+  p.args.weight = p.matrix(weight, x.scalar_type(), p.args.inputs, p.args.outputs, p.args.weight_ld, "weight does not fit x");
+  p.set_staircase(visible);
+  if (bias) {
+    check(bias->dim() == 1 && bias->size(0) == p.args.outputs && fits(*bias, x.scalar_type()), "bias does not fit the weight");
+    p.kept.push_back(made_contiguous(*bias));
+    p.args.bias = static_cast<const T*>(p.kept.back().const_data_ptr());
+  }
+  std::vector<int64_t> sizes = sizes_of(x);
+  sizes.back() = p.args.outputs;
+  Tensor y = empty(x, sizes);
+  p.args.out = static_cast<T*>(y.mutable_data_ptr());
+  for_each_part(p, p.args.outputs, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
+    FK_DISPATCH(masked_linear_forward<T>(p.args, r0, r1, c0, c1, static_cast<T*>(thread_scratch(FK_DISPATCH(scratch_bytes<T>())))));
+  });
+  return y;
+}
+
+template <class T>
+Tensor dx(const Tensor& dy, const Tensor& weight, const Tensor& visible) {
+  check(dy.dim() >= 1 && weight.dim() == 2 && dy.size(dy.dim() - 1) == weight.size(1), "dy does not fit the weight");
+  Product<T> p;
+  const Tensor rows = as_rows(dy);
+  p.args.batch = rows.size(0);
+  p.args.inputs = weight.size(0);
+  p.args.outputs = weight.size(1);
+  p.args.dy = p.matrix(rows, dy.scalar_type(), p.args.batch, p.args.outputs, p.args.dy_ld, "dy does not fit the weight");
+  p.args.weight = p.matrix(weight, dy.scalar_type(), p.args.inputs, p.args.outputs, p.args.weight_ld, "weight does not fit dy");
+  p.set_staircase(visible);
+  p.set_first();
+  std::vector<int64_t> sizes = sizes_of(dy);
+  sizes.back() = p.args.inputs;
+  Tensor out = empty(dy, sizes);
+  p.args.out = static_cast<T*>(out.mutable_data_ptr());
+  for_each_part(p, p.args.inputs, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
+    FK_DISPATCH(masked_linear_dx<T>(p.args, r0, r1, c0, c1, static_cast<T*>(thread_scratch(FK_DISPATCH(scratch_bytes<T>())))));
+  });
+  return out;
+}
+
+template <class T>
+Tensor dweight(const Tensor& x, const Tensor& dy, const Tensor& visible) {
+  check(x.dim() >= 1 && dy.dim() == x.dim(), "x and dy must have the same number of dimensions");
+  Product<T> p;
+  const Tensor x_rows = as_rows(x), dy_rows = as_rows(dy);
+  p.args.batch = x_rows.size(0);
+  p.args.inputs = x_rows.size(1);
+  p.args.outputs = dy_rows.size(1);
+  p.args.x = p.matrix(x_rows, x.scalar_type(), p.args.batch, p.args.inputs, p.args.x_ld, "x does not fit dy");
+  p.args.dy = p.matrix(dy_rows, x.scalar_type(), p.args.batch, p.args.outputs, p.args.dy_ld, "dy does not fit x");
+  p.set_staircase(visible);
+  Tensor out = empty(x, {p.args.inputs, p.args.outputs});
+  p.args.out = static_cast<T*>(out.mutable_data_ptr());
+  if (p.args.inputs == 0) return out;
+  const bool parallel = p.multiply_adds() > kParallelMultiplyAdds;
+  const int64_t threads = parallel ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
+  const int64_t rows = FK_DISPATCH(dweight_rows<T>(p.args.inputs, threads)), tasks = (p.args.inputs + rows - 1) / rows;
+  for_each_task(tasks, parallel, [&](int64_t task) {
+    T* scratch = static_cast<T*>(thread_scratch(FK_DISPATCH(dweight_scratch_bytes<T>(rows))));
+    FK_DISPATCH(masked_linear_dweight<T>(p.args, task * rows, std::min((task + 1) * rows, p.args.inputs), scratch));
+  });
+  return out;
+}
+
+void check_dtype(const Tensor& t) {
+  check(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, "the compiled kernel takes float32 and float64");
+}
+
+Tensor masked_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor visible) {
+  check_dtype(x);
+  return (x.scalar_type() == ScalarType::Float ? forward<float> : forward<double>)(x, weight, bias, visible);
+}
+Tensor masked_linear_dx(Tensor dy, Tensor weight, Tensor visible) {
+  check_dtype(dy);
+  return (dy.scalar_type() == ScalarType::Float ? dx<float> : dx<double>)(dy, weight, visible);
+}
+Tensor masked_linear_dweight(Tensor x, Tensor dy, Tensor visible) {
+  check_dtype(x);
+  return (x.scalar_type() == ScalarType::Float ? dweight<float> : dweight<double>)(x, dy, visible);
+}
+
+}  // namespace
+}  // namespace flowkernels
+
+STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
+  if (flowkernels::hardware_target() == flowkernels::Target::none) return;
+  m.impl("masked_linear", TORCH_BOX(&flowkernels::masked_linear));
+  m.impl("masked_linear_dx", TORCH_BOX(&flowkernels::masked_linear_dx));
+  m.impl("masked_linear_dweight", TORCH_BOX(&flowkernels::masked_linear_dweight));
+}

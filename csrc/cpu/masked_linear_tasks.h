@@ -1,0 +1,32 @@
+// The products of a masked linear map and the sizes of their tasks, for masked_linear.cpp. Included once per instruction set.
+
+#include "cpu/staircase_kernel.h"
+#include "cpu/masked_linear_kernel.h"
+
+namespace flowkernels {
+namespace FK_TARGET {
+
+template <class T>
+int64_t panel_width() {
+  return kPanel<T>;
+}
+
+template <class T>
+size_t scratch_bytes() {
+  return kChunk * kPanel<T> * sizeof(T);
+}
+
+// inputs of one task: 128 at most, whose chunk of x stays in the second-level cache; two tasks a thread where there are fewer
+template <class T>
+int64_t dweight_rows(int64_t inputs, int64_t threads) {
+  const int64_t even = (inputs + 2 * threads - 1) / (2 * threads);
+  return (smaller(even, 128) + kUnits - 1) / kUnits * kUnits;
+}
+
+template <class T>
+size_t dweight_scratch_bytes(int64_t rows) {
+  return kChunk * (kPanel<T> + rows) * sizeof(T);
+}
+
+}  // namespace FK_TARGET
+}  // namespace flowkernels

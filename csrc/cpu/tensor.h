@@ -1,0 +1,38 @@
+// Small helpers on stable tensors.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace flowkernels {
+
+// asks first: the call of contiguous itself goes through the dispatcher
+inline torch::stable::Tensor made_contiguous(const torch::stable::Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// a matrix whose rows are contiguous
+inline torch::stable::Tensor rows_contiguous(const torch::stable::Tensor& t) {
+  return t.size(0) <= 1 || t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+inline std::vector<int64_t> sizes_of(const torch::stable::Tensor& t) {
+  std::vector<int64_t> sizes(t.dim());
+  for (int64_t i = 0; i < t.dim(); ++i) sizes[i] = t.size(i);
+  return sizes;
+}
+
+// Contiguous and uninitialised, with the dtype of `like`; new_empty would look its operator up by name.
+inline torch::stable::Tensor empty(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return torch::stable::Tensor(handle);
+}
+
+}  // namespace flowkernels
