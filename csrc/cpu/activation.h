@@ -8,6 +8,9 @@ namespace flowkernels {
 // the codes of Activation in flowkernels/ops/activation.py
 enum class Activation : int { identity, relu, tanh, elu, gelu, silu, leaky_relu, softplus, sigmoid };
 
+// whether the derivative is known from the activation's value
+constexpr bool derivative_from_value(Activation a) { return a != Activation::gelu && a != Activation::silu; }
+
 template <Activation A>
 struct ActivationTag {
   static constexpr Activation value = A;
@@ -58,6 +61,20 @@ FK_INLINE V activate_derivative(V x) {
   return one;
 }
 
+// The same derivative from h = activate(x), or from x itself where h does not tell
+template <Activation A, class V>
+FK_INLINE V derivative_at(V h) {
+  using T = scalar_t<V>;
+  const V one = splat<V>(T(1));
+  if constexpr (A == Activation::relu) return select(h > T(0), one, splat<V>(T(0)));
+  if constexpr (A == Activation::tanh) return fma(-h, h, T(1));
+  if constexpr (A == Activation::elu) return select(h > T(0), one, h + T(1));
+  if constexpr (A == Activation::leaky_relu) return select(h > T(0), one, splat<V>(T(0.01)));
+  if constexpr (A == Activation::softplus) return -expm1(-h);
+  if constexpr (A == Activation::sigmoid) return h * (T(1) - h);
+  return activate_derivative<A>(h);
+}
+
 // f(tag), the activation being decltype(tag)::value
 template <class F>
 FK_INLINE auto with_activation(Activation activation, F&& f) {
@@ -78,6 +95,11 @@ FK_INLINE auto with_activation(Activation activation, F&& f) {
 template <class V>
 FK_CALL V activate(Activation activation, V x) {
   return with_activation(activation, [&](auto tag) { return activate<decltype(tag)::value>(x); });
+}
+
+template <class V>
+FK_CALL V derivative_at(Activation activation, V h) {
+  return with_activation(activation, [&](auto tag) { return derivative_at<decltype(tag)::value>(h); });
 }
 
 }  // namespace FK_TARGET

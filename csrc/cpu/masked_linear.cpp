@@ -11,9 +11,10 @@
 
 #include "cpu/masked_linear.h"
 #include "cpu/scratch.h"
+#include "cpu/staircase.h"
 #include "cpu/tensor.h"
 
-#define FK_KERNEL "cpu/masked_linear_tasks.h"
+#define FK_KERNEL "cpu/masked_linear_targets.h"
 #include "cpu/for_each_target.h"
 
 namespace flowkernels {
@@ -54,26 +55,15 @@ struct Product {
     kept.push_back(made_contiguous(visible));
     args.visible = static_cast<const int32_t*>(kept.back().const_data_ptr());
     check(args.inputs < (int64_t{1} << 31), "too many inputs");
-    bool ascends = args.outputs == 0 || (args.visible[0] >= 0 && args.visible[args.outputs - 1] <= args.inputs);
-    for (int64_t j = 1; j < args.outputs; ++j) ascends &= args.visible[j - 1] <= args.visible[j];
-    check(ascends, "visible must ascend from 0 to the number of inputs");
+    check(is_staircase(args.visible, args.outputs, args.inputs), "visible must ascend from 0 to the number of inputs");
   }
 
   void set_first() {
-    first.resize(args.inputs);
-    int64_t j = 0;
-    for (int64_t k = 0; k < args.inputs; ++k) {
-      while (j < args.outputs && args.visible[j] <= k) ++j;
-      first[k] = static_cast<int32_t>(j);
-    }
+    first = first_seen_by(args.visible, args.outputs, args.inputs);
     args.first = first.data();
   }
 
-  double multiply_adds() const {
-    double seen = 0;
-    for (int64_t j = 0; j < args.outputs; ++j) seen += args.visible[j];
-    return seen * static_cast<double>(args.batch);
-  }
+  double multiply_adds() const { return seen_pairs(args.visible, args.outputs) * static_cast<double>(args.batch); }
 };
 
 // run(task) for every task, in the order first, last, second, last but one: neighbours add up to about the same work, and a
@@ -132,12 +122,13 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   if (bias) {
     check(bias->dim() == 1 && bias->size(0) == p.args.outputs && fits(*bias, x.scalar_type()), "bias does not fit the weight");
     p.kept.push_back(made_contiguous(*bias));
-    p.args.bias = static_cast<const T*>(p.kept.back().const_data_ptr());
+    p.args.finish.bias = static_cast<const T*>(p.kept.back().const_data_ptr());
   }
   std::vector<int64_t> sizes = sizes_of(x);
   sizes.back() = p.args.outputs;
   Tensor y = empty(x, sizes);
   p.args.out = static_cast<T*>(y.mutable_data_ptr());
+  p.args.out_ld = p.args.outputs;
   for_each_part(p, p.args.outputs, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
     FK_DISPATCH(masked_linear_forward<T>(p.args, r0, r1, c0, c1, static_cast<T*>(thread_scratch(FK_DISPATCH(scratch_bytes<T>())))));
   });
@@ -160,6 +151,7 @@ Tensor dx(const Tensor& dy, const Tensor& weight, const Tensor& visible) {
   sizes.back() = p.args.inputs;
   Tensor out = empty(dy, sizes);
   p.args.out = static_cast<T*>(out.mutable_data_ptr());
+  p.args.out_ld = p.args.inputs;
   for_each_part(p, p.args.inputs, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
     FK_DISPATCH(masked_linear_dx<T>(p.args, r0, r1, c0, c1, static_cast<T*>(thread_scratch(FK_DISPATCH(scratch_bytes<T>())))));
   });
@@ -179,6 +171,7 @@ Tensor dweight(const Tensor& x, const Tensor& dy, const Tensor& visible) {
   p.set_staircase(visible);
   Tensor out = empty(x, {p.args.inputs, p.args.outputs});
   p.args.out = static_cast<T*>(out.mutable_data_ptr());
+  p.args.out_ld = p.args.outputs;
   if (p.args.inputs == 0) return out;
   const bool parallel = p.multiply_adds() > kParallelMultiplyAdds;
   const int64_t threads = parallel ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;

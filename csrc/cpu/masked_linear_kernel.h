@@ -65,69 +65,120 @@ void pack_transposed(const T* weight, int64_t ld, const Panel<T>& p) {
   }
 }
 
-// One chunk of the sums of U rows. kFrom: see limits above
-template <int U, bool kFrom, class T>
-FK_INLINE void panel_tile(const T* x, int64_t ld, const Panel<T>& p, T* y, int64_t y_ld) {
-  alignas(FK_VECTOR_BYTES) T acc[U * kPanel<T>];
-  for (int64_t i = 0; i < U * kPanel<T>; i += lanes<T>) store(acc + i, zero<T>());
-  multiply_add<U, kRowVectors>(x + p.k0, ld, 1, p.data, kPanel<T>, acc, kPanel<T>, p.k1 - p.k0);
-  IVec<T> bad{};
-  for (int64_t i = 0; i < U * kPanel<T>; i += lanes<T>) bad |= load(acc + i) != load(acc + i);
-  if (any(bad)) {
-    for (int u = 0; u < U; ++u)
-      for (int64_t i = 0; i < p.n; ++i) {
-        T sum = 0;
-        for (int64_t k = p.k0; k < p.k1; ++k)
-          if ((k >= p.limits[i]) == kFrom) sum = fma(x[u * ld + k], p.data[(k - p.k0) * kPanel<T> + i], sum);
-        acc[u * kPanel<T> + i] = sum;
-      }
+template <class T>
+FK_INLINE Vec<T> load_some(const T* p, int64_t n) {
+  return n >= lanes<T> ? load(p) : load_partial(p, static_cast<int>(n));
+}
+template <class T>
+FK_INLINE void store_some(T* p, Vec<T> v, int64_t n) {
+  n >= lanes<T> ? store(p, v) : store_partial(p, v, static_cast<int>(n));
+}
+
+// What a tile does with its sums: the common cases without a call for each vector
+enum class Store { plain, relu, relu_derivative, any };
+
+template <class T>
+Store store_of(const Finish<T>& finish, bool last) {
+  if (!last || (finish.activation == Activation::identity && !finish.pre)) return Store::plain;
+  if (finish.activation == Activation::relu && !finish.pre) return finish.values ? Store::relu_derivative : Store::relu;
+  return Store::any;
+}
+
+// n columns from j on of row r: sum is this chunk's, and may be the first
+template <Store STORE, class T>
+FK_INLINE void store_sum(const MaskedLinearArgs<T>& args, Vec<T> sum, int64_t r, int64_t j, int64_t n, bool first) {
+  const Finish<T>& finish = args.finish;
+  T* to = args.out + r * args.out_ld + j;
+  if (!first || finish.accumulate)
+    sum = load_some(to, n) + sum;
+  else if (finish.bias)
+    sum = load_some(finish.bias + j, n) + sum;
+  if constexpr (STORE == Store::relu) sum = activate<Activation::relu>(sum);
+  if constexpr (STORE == Store::relu_derivative)
+    sum = sum * derivative_at<Activation::relu>(load_some(finish.values + r * finish.values_ld + j, n));
+  if constexpr (STORE == Store::any) {
+    if (finish.pre) store_some(finish.pre + r * finish.pre_ld + j, sum, n);
+    sum = finish.values ? sum * derivative_at(finish.activation, load_some(finish.values + r * finish.values_ld + j, n))
+                        : activate(finish.activation, sum);
   }
-  for (int u = 0; u < U; ++u) {
-    T* to = y + u * y_ld;
-    for (int64_t i = 0; i < p.n; i += lanes<T>) {
-      const Vec<T> sum = load(acc + u * kPanel<T> + i);
-      if (i + lanes<T> <= p.n)
-        store(to + i, load(to + i) + sum);
-      else
-        store_partial(to + i, load_partial(to + i, p.n - i) + sum, p.n - i);
+  store_some(to, sum, n);
+}
+
+// The sums of a tile term by term, seeing nothing outside the staircase
+template <int U, bool kFrom, class T>
+void careful_sums(const T* x, int64_t ld, const Panel<T>& p, Vec<T> (&sum)[U][kRowVectors]) {
+  for (int u = 0; u < U; ++u)
+    for (int64_t i = 0; i < p.n; ++i) {
+      T one = 0;
+      for (int64_t k = p.k0; k < p.k1; ++k)
+        if ((k >= p.limits[i]) == kFrom) one = fma(x[u * ld + k], p.data[(k - p.k0) * kPanel<T> + i], one);
+      sum[u][i / lanes<T>][i % lanes<T>] = one;
     }
+}
+
+// One chunk of the sums of U rows from row r on, columns from j on. kFrom: see limits above. x: row r
+template <int U, bool kFrom, Store STORE, class T>
+FK_INLINE void panel_tile(const MaskedLinearArgs<T>& args, const T* x, int64_t ld, const Panel<T>& p, int64_t r, int64_t j, bool first) {
+  Vec<T> sum[U][kRowVectors];
+  for (int u = 0; u < U; ++u)
+    for (int v = 0; v < kRowVectors; ++v) sum[u][v] = zero<T>();
+  if (p.k0 < p.k1) multiply<U, kRowVectors>(x + p.k0, ld, 1, p.data, kPanel<T>, p.k1 - p.k0, sum);
+  IVec<T> bad{};
+  for (int u = 0; u < U; ++u)
+    for (int v = 0; v < kRowVectors; ++v) bad |= sum[u][v] != sum[u][v];
+  if (__builtin_expect(any(bad), 0)) careful_sums<U, kFrom>(x, ld, p, sum);
+  if (p.n == kPanel<T>) {
+    for (int u = 0; u < U; ++u)
+      for (int v = 0; v < kRowVectors; ++v) store_sum<STORE>(args, sum[u][v], r + u, j + v * lanes<T>, lanes<T>, first);
+  } else {
+    for (int u = 0; u < U; ++u)
+      for (int v = 0; v < kRowVectors; ++v)
+        if (v * lanes<T> < p.n) store_sum<STORE>(args, sum[u][v], r + u, j + v * lanes<T>, p.n - v * lanes<T>, first);
   }
 }
 
+template <bool kFrom, Store STORE, class T>
+void panel_rows(const MaskedLinearArgs<T>& args, const T* x, int64_t ld, const Panel<T>& p, int64_t r0, int64_t r1, int64_t j, bool first) {
+  int64_t r = r0;
+  for (; r + kUnits <= r1; r += kUnits) panel_tile<kUnits, kFrom, STORE>(args, x + r * ld, ld, p, r, j, first);
+  for (; r < r1; ++r) panel_tile<1, kFrom, STORE>(args, x + r * ld, ld, p, r, j, first);
+}
+
 template <bool kFrom, class T>
-void panel_rows(const T* x, int64_t ld, const Panel<T>& p, T* y, int64_t y_ld, int64_t rows) {
-  int64_t r = 0;
-  for (; r + kUnits <= rows; r += kUnits) panel_tile<kUnits, kFrom>(x + r * ld, ld, p, y + r * y_ld, y_ld);
-  for (; r < rows; ++r) panel_tile<1, kFrom>(x + r * ld, ld, p, y + r * y_ld, y_ld);
+void panel_rows(const MaskedLinearArgs<T>& args, const T* x, int64_t ld, const Panel<T>& p, int64_t r0, int64_t r1, int64_t j, bool first,
+                bool last) {
+  switch (store_of(args.finish, last)) {
+    case Store::plain: return panel_rows<kFrom, Store::plain>(args, x, ld, p, r0, r1, j, first);
+    case Store::relu: return panel_rows<kFrom, Store::relu>(args, x, ld, p, r0, r1, j, first);
+    case Store::relu_derivative: return panel_rows<kFrom, Store::relu_derivative>(args, x, ld, p, r0, r1, j, first);
+    default: return panel_rows<kFrom, Store::any>(args, x, ld, p, r0, r1, j, first);
+  }
 }
 
 // Rows [r0, r1) of outputs [j0, j1); j0 and j1 are whole panels but for the end
 template <class T>
 void masked_linear_forward(const MaskedLinearArgs<T>& args, int64_t r0, int64_t r1, int64_t j0, int64_t j1, T* scratch) {
-  for (int64_t r = r0; r < r1; ++r)
-    for (int64_t j = j0; j < j1; ++j) args.out[r * args.outputs + j] = args.bias ? args.bias[j] : T(0);
-  for (int64_t k0 = 0; k0 < args.inputs; k0 += kChunk) {
+  for (int64_t k0 = 0; k0 == 0 || k0 < args.inputs; k0 += kChunk) {
     for (int64_t j = j0; j < j1; j += kPanel<T>) {
-      const int64_t n = smaller(kPanel<T>, j1 - j), k1 = smaller(smaller(k0 + kChunk, args.inputs), args.visible[j + n - 1]);
-      if (k1 <= k0) continue;
+      const int64_t n = smaller(kPanel<T>, j1 - j), end = args.visible[j + n - 1], k1 = smaller(k0 + kChunk, end);
+      if (k0 > 0 && k1 <= k0) continue;
       const Panel<T> panel{scratch, k0, k1, n, args.visible + j};
       pack(args.weight + j, args.weight_ld, panel);
-      panel_rows<false>(args.x + r0 * args.x_ld, args.x_ld, panel, args.out + r0 * args.outputs + j, args.outputs, r1 - r0);
+      panel_rows<false>(args, args.x, args.x_ld, panel, r0, r1, j, k0 == 0, k1 == end);
     }
   }
 }
 
 template <class T>
 void masked_linear_dx(const MaskedLinearArgs<T>& args, int64_t r0, int64_t r1, int64_t k0, int64_t k1, T* scratch) {
-  for (int64_t r = r0; r < r1; ++r)
-    for (int64_t k = k0; k < k1; ++k) args.out[r * args.inputs + k] = T(0);
-  for (int64_t c = 0; c < args.outputs; c += kChunk) {
+  for (int64_t c = 0; c == 0 || c < args.outputs; c += kChunk) {
     for (int64_t k = k0; k < k1; k += kPanel<T>) {
-      const int64_t n = smaller(kPanel<T>, k1 - k), begin = args.first[k] > c ? args.first[k] : c, end = smaller(c + kChunk, args.outputs);
-      if (end <= begin) continue;
-      const Panel<T> panel{scratch, begin, end, n, args.first + k};
+      const int64_t n = smaller(kPanel<T>, k1 - k), begin = args.first[k], end = smaller(c + kChunk, args.outputs);
+      const bool last = end == args.outputs;
+      if (end <= begin && !last) continue;  // a column that nobody sees is written with the last chunk
+      const Panel<T> panel{scratch, begin > c ? begin : c, end, n, args.first + k};
       pack_transposed(args.weight + k * args.weight_ld, args.weight_ld, panel);
-      panel_rows<true>(args.dy + r0 * args.dy_ld, args.dy_ld, panel, args.out + r0 * args.inputs + k, args.inputs, r1 - r0);
+      panel_rows<true>(args, args.dy, args.dy_ld, panel, r0, r1, k, begin >= c, last);
     }
   }
 }
@@ -150,7 +201,7 @@ FK_INLINE void dweight_tile(const T* x, const T* dy, int64_t rows, const MaskedL
   for (int64_t i = 0; i < U * kPanel<T>; i += lanes<T>) store(acc + i, zero<T>());
   multiply_add<U, kRowVectors>(x, 1, kUnits, dy, kPanel<T>, acc, kPanel<T>, rows);
   for (int u = 0; u < U && k + u < args.visible[j + n - 1]; ++u) {
-    T* to = args.out + (k + u) * args.outputs + j;
+    T* to = args.out + (k + u) * args.out_ld + j;
     if (n == kPanel<T> && k + u < args.visible[j]) {
       for (int64_t i = 0; i < n; i += lanes<T>) store(to + i, load(to + i) + load(acc + u * kPanel<T> + i));
     } else {
@@ -163,7 +214,8 @@ FK_INLINE void dweight_tile(const T* x, const T* dy, int64_t rows, const MaskedL
 // Rows [k0, k1) of dweight
 template <class T>
 void masked_linear_dweight(const MaskedLinearArgs<T>& args, int64_t k0, int64_t k1, T* scratch) {
-  for (int64_t i = k0 * args.outputs; i < k1 * args.outputs; ++i) args.out[i] = T(0);
+  for (int64_t k = k0; k < k1; ++k)
+    for (int64_t j = 0; j < args.outputs; ++j) args.out[k * args.out_ld + j] = T(0);
   T *panel = scratch, *broadcasts = scratch + kChunk * kPanel<T>;  // broadcasts: [group of kUnits inputs][row][kUnits]
   for (int64_t b = 0; b < args.batch; b += kChunk) {
     const int64_t rows = smaller(kChunk, args.batch - b);

@@ -1,7 +1,5 @@
 // The products of a masked linear map and the sizes of their tasks, for masked_linear.cpp. Included once per instruction set.
 
-#include "cpu/staircase_kernel.h"
-#include "cpu/masked_linear_kernel.h"
 
 namespace flowkernels {
 namespace FK_TARGET {

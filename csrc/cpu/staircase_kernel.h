@@ -25,13 +25,10 @@ struct Tile {
   int64_t rows;
 };
 
-// acc[u][v] += sum over k < K of a[u * a_unit + k * a_step] * b[k * b_step + v], for U values u and V vectors v. K >= 1: a loop that
+// sum[u][v] += sum over k < K of a[u * a_unit + k * a_step] * b[k * b_step + v], for U values u and V vectors v. K >= 1: a loop that
 // might not run would cost a spill of every sum.
 template <int U, int V, class T>
-FK_INLINE void multiply_add(const T* a, int64_t a_unit, int64_t a_step, const T* b, int64_t b_step, T* acc, int64_t acc_unit, int64_t K) {
-  Vec<T> sum[U][V];
-  for (int u = 0; u < U; ++u)
-    for (int v = 0; v < V; ++v) sum[u][v] = load(acc + u * acc_unit + v * lanes<T>);
+FK_INLINE void multiply(const T* a, int64_t a_unit, int64_t a_step, const T* b, int64_t b_step, int64_t K, Vec<T> (&sum)[U][V]) {
   do {
     Vec<T> x[V];
     for (int v = 0; v < V; ++v) x[v] = load(b + v * lanes<T>);
@@ -42,6 +39,15 @@ FK_INLINE void multiply_add(const T* a, int64_t a_unit, int64_t a_step, const T*
     a += a_step;
     b += b_step;
   } while (--K > 0);
+}
+
+// The same, added to acc[u][v] in memory
+template <int U, int V, class T>
+FK_INLINE void multiply_add(const T* a, int64_t a_unit, int64_t a_step, const T* b, int64_t b_step, T* acc, int64_t acc_unit, int64_t K) {
+  Vec<T> sum[U][V];
+  for (int u = 0; u < U; ++u)
+    for (int v = 0; v < V; ++v) sum[u][v] = load(acc + u * acc_unit + v * lanes<T>);
+  multiply<U, V>(a, a_unit, a_step, b, b_step, K, sum);
   for (int u = 0; u < U; ++u)
     for (int v = 0; v < V; ++v) store(acc + u * acc_unit + v * lanes<T>, sum[u][v]);
 }

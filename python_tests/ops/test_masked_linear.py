@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from flowkernels._extension import has_kernel
 from flowkernels.ops import masked_linear
 from python_tests.battery import Example, OpBattery
 
@@ -30,12 +31,13 @@ def example(inputs, visible):
 
 class TestMaskedLinear(OpBattery):
     bare_op = torch.ops.flowkernels.masked_linear.default
-    row_bits = False  # the reference is a BLAS product
+    row_bits = has_kernel("masked_linear", "CPU")  # the reference is a BLAS product
     cases = {
         "square": example(6, [1, 1, 2, 3, 5, 6]),
         "sees nothing at first": example(3, [0, 0, 1, 3, 3]),
         "one input": example(1, [0, 1]),
         "one output": example(5, [3]),
+        "several panels and chunks": example(300, sorted(torch.randint(0, 301, (61,), generator=torch.Generator().manual_seed(3)).tolist())),
     }
 
 

@@ -18,6 +18,7 @@ from ..masked_linear import masked_linear
 from ..scale_map import Form, ScaleMap, parse_form
 from .conditioner import Conditioner, MaskedLayer, check_conditioner, context_features
 from .reference import autoregressive_reference
+from .training import autoregressive_training, serves
 
 __all__ = ["Conditioner", "MaskedLayer", "autoregressive", "check_conditioner"]
 
@@ -98,7 +99,10 @@ def autoregressive(
 
     weights, biases, visible, activations, context_weights, order = conditioner
     if needs_autograd((x, context, *weights, *biases, *context_weights)):
-        y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse, linear=masked_linear)
+        if not inverse and serves(conditioner, x):
+            y, logabsdet = autoregressive_training(x, conditioner, context, scale, form)
+        else:
+            y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse, linear=masked_linear)
     elif wants_reference("autoregressive", x.device):
         y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse)
     else:

@@ -1,0 +1,136 @@
+// The training passes of a masked autoregressive map, a block of rows at a time. Included once per instruction set, after
+// masked_linear_kernel.h.
+
+namespace flowkernels {
+namespace FK_TARGET {
+
+constexpr int64_t kLogTerms = 16;  // log-derivatives are summed in chunks, as inputs are
+
+// shift and raw scale of each feature lie side by side; the scratch holds [shift | raw | a | b], each `padded` long
+template <class T>
+struct FeatureRow {
+  T *shift, *raw, *a, *b;
+  FeatureRow(T* scratch, int64_t padded) : shift(scratch), raw(shift + padded), a(raw + padded), b(a + padded) {}
+};
+
+template <class T>
+int64_t padded_features(int64_t features) {
+  return (features + lanes<T> - 1) / lanes<T> * lanes<T>;
+}
+
+template <class T>
+void split_outputs(const T* outputs, int64_t features, FeatureRow<T>& row) {
+  for (int64_t p = 0; p < features; ++p) {
+    row.shift[p] = outputs[2 * p];
+    row.raw[p] = outputs[2 * p + 1];
+  }
+}
+
+template <class T>
+void training_forward(const TrainingArgs<T>& args, int64_t r0, int64_t r1, T* scratch) {
+  const int64_t D = args.features, padded = padded_features<T>(D);
+  for (int64_t r = r0; r < r1; ++r)
+    for (int64_t p = 0; p < D; ++p) args.values[r * args.values_ld + p] = args.x[r * args.x_row + (args.order ? args.order[p] : p) * args.x_column];
+  for (int l = 0; l < args.n_layers; ++l) {
+    if (args.contexts) masked_linear_forward(args.contexts[l], r0, r1, int64_t(0), args.contexts[l].outputs, scratch);
+    masked_linear_forward(args.layers[l], r0, r1, int64_t(0), args.layers[l].outputs, scratch);
+  }
+  FeatureRow<T> row(scratch, padded);
+  for (int64_t i = 0; i < 4 * padded; ++i) scratch[i] = T(0);
+  for (int64_t r = r0; r < r1; ++r) {
+    const T* values = args.values + r * args.values_ld;
+    split_outputs(values + args.outputs, D, row);
+    for (int64_t p = 0; p < D; p += lanes<T>) {
+      const ValueAndLog<Vec<T>> out = apply_form(args.form, args.scale, load_some(values + p, D - p), load(row.shift + p), load(row.raw + p));
+      store(row.a + p, out.value);
+      store(row.b + p, out.log);
+    }
+    T* y = args.y + r * D;
+    T total = 0;
+    for (int64_t chunk = 0; chunk < D; chunk += kLogTerms) {
+      T sum = row.b[chunk];
+      for (int64_t p = chunk + 1; p < smaller(chunk + kLogTerms, D); ++p) sum += row.b[p];
+      total += sum;
+    }
+    for (int64_t p = 0; p < D; ++p) y[args.order ? args.order[p] : p] = row.a[p];
+    args.logabsdet[r] = total;
+  }
+}
+
+template <class V>
+struct FormGradient {
+  V dx, dshift, draw;
+};
+
+// The gradient of g * y + c * log|dy/dx| for y = form(x; shift, sigma(raw))
+template <class V>
+FK_CALL FormGradient<V> form_gradient(Form form, const ScaleMapParams& p, V x, V shift, V raw, V g, V c) {
+  return with_scale_map<V>(p, [&](const auto& map) -> FormGradient<V> {
+    const V dlog = map.dlog_sigma(raw);
+    if (form == Form::divide) {
+      const V dx = g * map.reciprocal_and_log(raw).value;
+      return {dx, -dx, -fma(dx, x - shift, c) * dlog};
+    }
+    const V dx = g * map.sigma(raw);
+    const V by_sigma = form == Form::scale_shift ? x : form == Form::gate ? x - shift : x + shift;
+    const V dshift = form == Form::scale_shift ? g : form == Form::gate ? g * map.complement(raw) : dx;
+    return {dx, dshift, fma(g * by_sigma, map.dsigma(raw), c * dlog)};
+  });
+}
+
+// The deltas of rows [r0, r1), and dx. need_dx: whether anybody asks for the gradient by x
+template <class T>
+void training_backward(const TrainingArgs<T>& args, bool need_dx, int64_t r0, int64_t r1, T* scratch) {
+  const int64_t D = args.features, padded = padded_features<T>(D);
+  FeatureRow<T> row(scratch, padded);
+  for (int64_t i = 0; i < 4 * padded; ++i) scratch[i] = T(0);
+  for (int64_t r = r0; r < r1; ++r) {
+    const T* values = args.values + r * args.values_ld;
+    T *deltas = args.deltas + r * args.deltas_ld, *outputs = deltas + args.outputs;
+    split_outputs(values + args.outputs, D, row);
+    for (int64_t p = 0; p < D; ++p) row.a[p] = args.dy[r * args.dy_row + (args.order ? args.order[p] : p) * args.dy_column];
+    const Vec<T> c = broadcast<T>(args.dlogabsdet[r * args.dlogabsdet_step]);
+    for (int64_t p = 0; p < D; p += lanes<T>) {
+      const FormGradient<Vec<T>> gradient =
+          form_gradient(args.form, args.scale, load_some(values + p, D - p), load(row.shift + p), load(row.raw + p), load(row.a + p), c);
+      store_some(deltas + p, gradient.dx, D - p);
+      store(row.shift + p, gradient.dshift);
+      store(row.raw + p, gradient.draw);
+    }
+    for (int64_t p = 0; p < D; ++p) {
+      outputs[2 * p] = row.shift[p];
+      outputs[2 * p + 1] = row.raw[p];
+    }
+  }
+  for (int l = 0; l < args.n_layers; ++l) {
+    if (args.contexts) masked_linear_dx(args.contexts[l], r0, r1, int64_t(0), args.contexts[l].inputs, scratch);
+    if (need_dx || l + 1 < args.n_layers) masked_linear_dx(args.layers[l], r0, r1, int64_t(0), args.layers[l].inputs, scratch);
+  }
+  if (!need_dx) return;
+  for (int64_t r = r0; r < r1; ++r)
+    for (int64_t p = 0; p < D; ++p) args.dx[r * D + (args.order ? args.order[p] : p)] = args.deltas[r * args.deltas_ld + p];
+}
+
+template <class T>
+size_t training_scratch_bytes(int64_t features) {
+  const int64_t row = 4 * padded_features<T>(features), panel = kChunk * kPanel<T>;
+  return (row > panel ? row : panel) * sizeof(T);
+}
+
+// out[j] = sum over rows of dy[r][j], in chunks of kChunk rows
+template <class T>
+void sum_rows(const T* dy, int64_t ld, int64_t rows, int64_t columns, T* out) {
+  for (int64_t j = 0; j < columns; j += lanes<T>) {
+    const int64_t n = columns - j;
+    Vec<T> total = zero<T>();
+    for (int64_t b = 0; b < rows; b += kChunk) {
+      Vec<T> sum = zero<T>();
+      for (int64_t r = b; r < smaller(b + kChunk, rows); ++r) sum = sum + load_some(dy + r * ld + j, n);
+      total = total + sum;
+    }
+    store_some(out + j, total, n);
+  }
+}
+
+}  // namespace FK_TARGET
+}  // namespace flowkernels
