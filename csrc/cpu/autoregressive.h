@@ -8,16 +8,26 @@
 
 namespace flowkernels {
 
+// One layer of the conditioner (flowkernels/ops/autoregressive/conditioner.py). Values are counted from 0, the features; layer l
+// writes values l + 1, and reads those of its source.
 template <class T>
 struct MaskedLayer {
-  const T* weight;  // [inputs, outputs], row stride ld
+  const T* weight;  // [inputs, outputs], row stride ld; of a unitwise layer [outputs], or null for ones
   int64_t ld;
-  const T* bias;            // [outputs]
+  const T* bias;            // [outputs]; null for zeros, in a unitwise layer alone
   const T* context_weight;  // [context features, outputs], row stride context_ld; null without context
   int64_t context_ld;
+  const T* context_bias;   // [outputs]; null for zeros
   const int32_t* visible;  // [outputs], ascending
   int64_t inputs, outputs;
-  int activation;
+  int activation, context_activation;
+  int source, residual;  // numbers of values; residual -1 for none
+  bool unitwise;         // unit j sees unit j of its source alone
+  bool gate;             // the context term multiplies the sum instead of joining it
+
+  bool joins() const { return gate || residual >= 0; }
+  // whether the context term is more than weights: it is finished before it meets the sum
+  bool own_context_term() const { return gate || context_bias || context_activation != static_cast<int>(Activation::identity); }
 };
 
 template <class T>
@@ -36,6 +46,7 @@ struct AutoregressiveArgs {
   ScaleMapParams scale;
   int form;
   bool inverse;
+  bool gated;           // whether any layer is
   const int64_t* ends;  // ends[s * (n_layers + 1) + l]: units of layer l known after step s; layer 0 is the features
   int64_t n_steps;
   T* y;  // [rows, features], contiguous
@@ -62,7 +73,8 @@ std::vector<int64_t> make_schedule(const MaskedLayer<T>* layers, int n_layers, i
     const int64_t known = ready[0];
     for (int l = 1; l <= n_layers; ++l) {
       const MaskedLayer<T>& layer = layers[l - 1];
-      while (ready[l] < layer.outputs && layer.visible[ready[l]] <= ready[l - 1]) ++ready[l];
+      const int64_t most = layer.residual < 0 ? layer.outputs : ready[layer.residual];
+      while (ready[l] < most && layer.visible[ready[l]] <= ready[layer.source]) ++ready[l];
     }
     ready[n_layers] -= ready[n_layers] % 2;  // a feature is known when both its shift and its raw scale are
     if (ready[n_layers] / 2 == known) return {};

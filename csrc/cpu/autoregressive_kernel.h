@@ -37,22 +37,27 @@ struct RowLanes {
   T* values;                        // [layer][unit][row]: pending sums, then the values themselves; layer 0 is the features
   T* totals;
   const int64_t* offsets;           // first unit of each layer in values
-  T *context, *log, *log_total;
+  T *gates, *context, *log, *log_total;
 
   RowLanes(const AutoregressiveArgs<T>& args, const int64_t* offsets, int64_t units, int64_t first_row, int64_t n_rows, int64_t rows,
            T* scratch)
       : args(args), first_row(first_row), n_rows(n_rows), rows(rows), values(scratch), totals(values + units * rows), offsets(offsets) {
-    context = totals + units * rows;
+    gates = totals + units * rows;
+    context = gates + (args.gated ? units * rows : 0);
     log = context + args.context_features * rows;
     log_total = log + rows;
   }
 
   static int64_t scratch(const AutoregressiveArgs<T>& args, int64_t units, int64_t rows) {
-    return rows * (2 * units + args.context_features + 2);
+    return rows * ((args.gated ? 3 : 2) * units + args.context_features + 2);
   }
 
-  bool one_chunk(int l) const { return args.layers[l - 1].inputs <= kChunk && !args.layers[l - 1].context_weight; }
+  bool one_chunk(int l) const {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    return layer.inputs <= kChunk && (!layer.context_weight || layer.gate);
+  }
   T* layer_values(int l) const { return values + offsets[l] * rows; }
+  T* layer_gates(int l) const { return gates + offsets[l] * rows; }
   T* layer_totals(int l) const { return one_chunk(l) ? nullptr : totals + offsets[l] * rows; }
 
   void read(const Strided<T>& from, int64_t columns, const int64_t* order, T* to) const {
@@ -66,14 +71,16 @@ struct RowLanes {
     if (args.context_features) read(args.context, args.context_features, nullptr, context);
     for (int l = 1; l <= args.n_layers; ++l) {
       const MaskedLayer<T>& layer = args.layers[l - 1];
-      Tile<T> tile{context, layer_values(l), layer_totals(l), rows};
+      if (layer.unitwise) continue;
+      Tile<T> tile{context, layer_values(l), totals + offsets[l] * rows, rows};
       for (int64_t i = 0; i < layer.outputs * rows; i += lanes<T>) store(tile.acc + i, zero<T>());
-      if (!tile.total) continue;
-      for (int64_t j = 0; j < layer.outputs; ++j)
-        for (int64_t r = 0; r < rows; r += lanes<T>) store(tile.total + j * rows + r, broadcast<T>(layer.bias[j]));
       if (layer.context_weight) {
+        fill(tile.total, layer.own_context_term() ? layer.context_bias : layer.bias, layer.outputs);
         push<T>(layer.context_weight, layer.context_ld, nullptr, tile, 0, args.context_features, 0, layer.outputs);
         flush_chunk(tile, 0, layer.outputs);
+        if (layer.own_context_term()) finish_context(l, tile.total);
+      } else if (!one_chunk(l)) {
+        fill(tile.total, layer.bias, layer.outputs);
       }
     }
     for (int64_t r = 0; r < rows; r += lanes<T>) {
@@ -82,9 +89,27 @@ struct RowLanes {
     }
   }
 
+  void fill(T* to, const T* units, int64_t n) const {  // null: zeros
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t r = 0; r < rows; r += lanes<T>) store(to + j * rows + r, broadcast<T>(units ? units[j] : T(0)));
+  }
+
+  // total holds the context's sums; then, the gates are known, or total holds what the sums of the layer begin with
+  void finish_context(int l, T* total) const {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    for (int64_t j = 0; j < layer.outputs; ++j)
+      for (int64_t r = 0; r < rows; r += lanes<T>) {
+        const int64_t at = j * rows + r;
+        const Vec<T> term = activate(static_cast<Activation>(layer.context_activation), load(total + at)), bias = broadcast<T>(layer.bias[j]);
+        if (layer.gate) store(layer_gates(l) + at, term);
+        store(total + at, layer.gate ? bias : bias + term);
+      }
+  }
+
   void push_layer(int l, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
     const MaskedLayer<T>& layer = args.layers[l - 1];
-    push<T>(layer.weight, layer.ld, layer.visible, {layer_values(l - 1), layer_values(l), layer_totals(l), rows}, k0, k1, j0, j1);
+    if (layer.unitwise) return;
+    push<T>(layer.weight, layer.ld, layer.visible, {layer_values(layer.source), layer_values(l), layer_totals(l), rows}, k0, k1, j0, j1);
   }
 
   FK_INLINE Vec<T> sum(const MaskedLayer<T>& layer, const T* acc, const T* total, int64_t j, int64_t r) const {
@@ -95,10 +120,38 @@ struct RowLanes {
     const MaskedLayer<T>& layer = args.layers[l - 1];
     T* h = layer_values(l);
     const T* total = layer_totals(l);
+    const bool joined = layer.unitwise || layer.joins();
+    if (joined) join(l, j0, j1);
     with_activation(static_cast<Activation>(layer.activation), [&](auto code) {
+      constexpr Activation A = decltype(code)::value;
+      if (joined) {
+        if constexpr (A != Activation::identity)
+          for (int64_t i = j0 * rows; i < j1 * rows; i += lanes<T>) store(h + i, activate<A>(load(h + i)));
+        return;
+      }
       for (int64_t j = j0; j < j1; ++j)
-        for (int64_t r = 0; r < rows; r += lanes<T>) store(h + j * rows + r, activate<decltype(code)::value>(sum(layer, h, total, j, r)));
+        for (int64_t r = 0; r < rows; r += lanes<T>) store(h + j * rows + r, activate<A>(sum(layer, h, total, j, r)));
     });
+  }
+
+  // what the activation of a unitwise, gated or residual layer acts on
+  void join(int l, int64_t j0, int64_t j1) {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    T* h = layer_values(l);
+    const T *total = layer_totals(l), *from = layer_values(layer.source), *gate = layer.gate ? layer_gates(l) : nullptr;
+    const T* residual = layer.residual < 0 ? nullptr : layer_values(layer.residual);
+    for (int64_t j = j0; j < j1; ++j)
+      for (int64_t r = 0; r < rows; r += lanes<T>) {
+        const int64_t at = j * rows + r;
+        Vec<T> v;
+        if (!layer.unitwise)
+          v = sum(layer, h, total, j, r);
+        else
+          v = layer.weight ? fma(broadcast<T>(layer.weight[j]), load(from + at), broadcast<T>(layer.bias[j])) : load(from + at);
+        if (gate) v = v * load(gate + at);
+        if (residual) v = v + load(residual + at);
+        store(h + at, v);
+      }
   }
 
   void finish_features(int64_t p0, int64_t p1) {
@@ -139,19 +192,18 @@ struct UnitLanes {
   int64_t units;  // of all layers, padded
   T* values;      // [row][layer][unit]; vectors may reach past the end of a row, never past the scratch
   T* totals;
+  T* gates;
   T* context;
   const int64_t* offsets;
   T log[lanes<T>] = {}, log_total[lanes<T>] = {};
 
   UnitLanes(const AutoregressiveArgs<T>& args, const int64_t* offsets, int64_t units, int64_t first_row, T* scratch)
-      : args(args), first_row(first_row), units(units), values(scratch), totals(values + B * units), context(totals + B * units),
-        offsets(offsets) {}
+      : args(args), first_row(first_row), units(units), values(scratch), totals(values + B * units), gates(totals + B * units),
+        context(gates + (args.gated ? B * units : 0)), offsets(offsets) {}
 
   static int64_t scratch(const AutoregressiveArgs<T>& args, int64_t units) {
-    return B * (2 * units + args.context_features) + lanes<T>;
+    return B * ((args.gated ? 3 : 2) * units + args.context_features) + lanes<T>;
   }
-
-  bool one_chunk(int l) const { return args.layers[l - 1].inputs <= kChunk && !args.layers[l - 1].context_weight; }
 
   template <int K>
   FK_INLINE void push_group(const T* const* weight, const Vec<T> (*h)[kGroup], T* acc, int64_t n) const {
@@ -253,31 +305,78 @@ struct UnitLanes {
       for (int64_t c = 0; c < args.context_features; ++c)
         context[b * args.context_features + c] = args.context.data[(first_row + b) * args.context.row + c * args.context.column];
       for (int64_t i = args.features; i < units; ++i) row[i] = T(0);
-      for (int l = 1; l <= args.n_layers; ++l)
-        for (int64_t j = 0; j < args.layers[l - 1].outputs; ++j) totals[b * units + offsets[l] + j] = args.layers[l - 1].bias[j];
+      for (int l = 1; l <= args.n_layers; ++l) {
+        const MaskedLayer<T>& layer = args.layers[l - 1];
+        const T* from = layer.context_weight && layer.own_context_term() ? layer.context_bias : layer.bias;
+        for (int64_t j = 0; j < layer.outputs; ++j) totals[b * units + offsets[l] + j] = from ? from[j] : T(0);
+      }
     }
     for (int l = 1; l <= args.n_layers; ++l) {
       const MaskedLayer<T>& layer = args.layers[l - 1];
       if (!layer.context_weight) continue;
       push(l, layer.context_weight, layer.context_ld, nullptr, context, args.context_features, 0, args.context_features, 0, layer.outputs);
       flush_chunk(l, 0, layer.outputs);
+      if (layer.own_context_term()) finish_context(l);
+    }
+  }
+
+  // totals hold the context's sums; then, the gates are known, or totals hold what the sums of the layer begin with
+  void finish_context(int l) {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    for (int b = 0; b < B; ++b) {
+      T *total = totals + b * units + offsets[l], *gate = gates + b * units + offsets[l];
+      for (int64_t j = 0; j < layer.outputs; j += lanes<T>) {
+        const int64_t n = smaller(layer.outputs - j, lanes<T>);
+        const Vec<T> term = activate(static_cast<Activation>(layer.context_activation), load(total + j)), bias = load_partial(layer.bias + j, n);
+        if (layer.gate) store_head(gate + j, term, n);
+        store_head(total + j, layer.gate ? bias : bias + term, n);
+      }
     }
   }
 
   void push_layer(int l, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
     const MaskedLayer<T>& layer = args.layers[l - 1];
-    push(l, layer.weight, layer.ld, layer.visible, values + offsets[l - 1], units, k0, k1, j0, j1);
+    if (layer.unitwise) return;
+    push(l, layer.weight, layer.ld, layer.visible, values + offsets[layer.source], units, k0, k1, j0, j1);
   }
 
   void finish_hidden(int l, int64_t j0, int64_t j1) {
-    with_activation(static_cast<Activation>(args.layers[l - 1].activation), [&](auto code) {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    const bool joined = layer.unitwise || layer.joins();
+    if (joined) join(l, j0, j1);
+    with_activation(static_cast<Activation>(layer.activation), [&](auto code) {
+      constexpr Activation A = decltype(code)::value;
       for (int b = 0; b < B; ++b) {
         T *h = values + b * units + offsets[l], *total = totals + b * units + offsets[l];
-        for (int64_t j = j0; j < j1; j += lanes<T>) {
-          store_head(h + j, activate<decltype(code)::value>(load(total + j) + load(h + j)), j1 - j);
+        if (joined) {
+          if constexpr (A != Activation::identity)
+            for (int64_t j = j0; j < j1; j += lanes<T>) store_head(h + j, activate<A>(load(h + j)), j1 - j);
+          continue;
         }
+        for (int64_t j = j0; j < j1; j += lanes<T>) store_head(h + j, activate<A>(load(total + j) + load(h + j)), j1 - j);
       }
     });
+  }
+
+  // what the activation of a unitwise, gated or residual layer acts on
+  void join(int l, int64_t j0, int64_t j1) {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    for (int b = 0; b < B; ++b) {
+      T *row = values + b * units, *h = row + offsets[l];
+      const T *total = totals + b * units + offsets[l], *gate = gates + b * units + offsets[l], *from = row + offsets[layer.source];
+      const T* residual = layer.residual < 0 ? nullptr : row + offsets[layer.residual];
+      for (int64_t j = j0; j < j1; j += lanes<T>) {
+        const int64_t n = smaller(j1 - j, lanes<T>);
+        Vec<T> v;
+        if (!layer.unitwise)
+          v = load(total + j) + load(h + j);
+        else
+          v = layer.weight ? fma(load_partial(layer.weight + j, n), load(from + j), load_partial(layer.bias + j, n)) : load(from + j);
+        if (layer.gate) v = v * load(gate + j);
+        if (residual) v = v + load(residual + j);
+        store_head(h + j, v, n);
+      }
+    }
   }
 
   void finish_features(int64_t p0, int64_t p1) {
@@ -320,7 +419,8 @@ void run_step(State& state, const AutoregressiveArgs<T>& args, int64_t s) {
   for (int l = 1; l <= args.n_layers; ++l) {
     const int64_t j0 = step_begin(args, s, l), j1 = step_end(args, s, l);
     if (j0 == j1) continue;
-    state.push_layer(l, step_begin(args, s, l - 1), step_end(args, s, l - 1), j0, j1);
+    const int source = args.layers[l - 1].source;
+    state.push_layer(l, step_begin(args, s, source), step_end(args, s, source), j0, j1);
     if (l < args.n_layers)
       state.finish_hidden(l, j0, j1);
     else
@@ -333,8 +433,10 @@ void run_steps(State& state, const AutoregressiveArgs<T>& args, int64_t a, int64
   if (b - a == 1) return run_step(state, args, a);
   const int64_t middle = a + (b - a) / 2;
   run_steps(state, args, a, middle);
-  for (int l = 1; l <= args.n_layers; ++l)
-    state.push_layer(l, step_begin(args, a, l - 1), step_end(args, middle - 1, l - 1), step_end(args, middle - 1, l), step_end(args, b - 1, l));
+  for (int l = 1; l <= args.n_layers; ++l) {
+    const int source = args.layers[l - 1].source;
+    state.push_layer(l, step_begin(args, a, source), step_end(args, middle - 1, source), step_end(args, middle - 1, l), step_end(args, b - 1, l));
+  }
   run_steps(state, args, middle, b);
 }
 

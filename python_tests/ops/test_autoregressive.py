@@ -77,16 +77,18 @@ def example(
 
         def schema(rows, parameters):
             x, c = split(rows)
-            weights, biases, seen, activations, contexts, _ = conditioner(parameters)
+            weights, biases, seen, activations, contexts, _, wiring, context_biases = conditioner(parameters)
             return (
                 x,
                 c,
                 weights,
                 biases,
                 contexts,
+                context_biases,
                 seen,
                 order,
                 activations,
+                wiring,
                 int(scale.kind),
                 *scale.packed,
                 int(Form[form.upper()]),

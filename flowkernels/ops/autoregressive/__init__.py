@@ -23,8 +23,9 @@ from .training import autoregressive_training, serves
 __all__ = ["Conditioner", "MaskedLayer", "autoregressive", "check_conditioner"]
 
 library.define(
-    "autoregressive(Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] visible, "
-    "Tensor? order, int[] activations, int scale_kind, float scale_p0, float scale_p1, int form, bool inverse) -> (Tensor, Tensor)"
+    "autoregressive(Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] context_biases, "
+    "Tensor[] visible, Tensor? order, int[] activations, int[] wiring, int scale_kind, float scale_p0, float scale_p1, int form, "
+    "bool inverse) -> (Tensor, Tensor)"
 )
 
 
@@ -34,16 +35,18 @@ def _composite(
     weights: list[Tensor],
     biases: list[Tensor],
     context_weights: list[Tensor],
+    context_biases: list[Tensor],
     visible: list[Tensor],
     order: Tensor | None,
     activations: list[int],
+    wiring: list[int],
     scale_kind: int,
     scale_p0: float,
     scale_p1: float,
     form: int,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    conditioner = Conditioner(weights, biases, visible, activations, context_weights, order)
+    conditioner = Conditioner(weights, biases, visible, activations, context_weights, order, wiring, context_biases)
     scale = ScaleMap.from_packed(scale_kind, scale_p0, scale_p1)
     return autoregressive_reference(x, conditioner, context, scale, Form(form), inverse)
 
@@ -74,7 +77,7 @@ def autoregressive(
 
     Args:
         x: input of the map that is applied: data, or noise with `inverse`; [batch, features].
-        conditioner: the network; `check_conditioner` tells whether it is autoregressive.
+        conditioner: the network, plain, residual or gated by the context; `check_conditioner` tells whether it is autoregressive.
         context: [batch, context features] where the network takes one.
         scale: scale map from raw scale to sigma; `ScaleMap.softclip()` by default.
         form: "scale_shift" x*sigma + shift, "shift_scale" (x + shift)*sigma, "divide" (x - shift)/sigma, or
@@ -97,8 +100,8 @@ def autoregressive(
         x, conditioner = x.to(compute), conditioner.to(compute)
         context = None if context is None else context.to(compute)
 
-    weights, biases, visible, activations, context_weights, order = conditioner
-    if needs_autograd((x, context, *weights, *biases, *context_weights)):
+    weights, biases, visible, activations, context_weights, order, wiring, context_biases = conditioner
+    if needs_autograd((x, context, *weights, *biases, *context_weights, *context_biases)):
         if not inverse and serves(conditioner, x):
             y, logabsdet = autoregressive_training(x, conditioner, context, scale, form)
         else:
@@ -109,7 +112,7 @@ def autoregressive(
         p0, p1 = scale.packed
         kind, form = int(scale.kind), int(form)
         y, logabsdet = _autoregressive(
-            x, context, weights, biases, context_weights, visible, order, activations, kind, p0, p1, form, inverse
+            x, context, weights, biases, context_weights, context_biases, visible, order, activations, wiring, kind, p0, p1, form, inverse
         )
     return (y if dtype == compute else y.to(dtype)), logabsdet
 
@@ -121,7 +124,7 @@ _COMPUTE = {torch.float64: torch.float64} | dict.fromkeys((torch.float32, torch.
 
 def _check_input(x: Tensor, conditioner: Conditioner, context: Tensor | None) -> None:
     first = conditioner.weights[0]
-    features = first.shape[0]
+    features = conditioner.weights[-1].shape[1] // 2
     if x.dim() != 2 or x.shape[1] != features:
         raise ValueError(f"x must have shape [batch, {features}], one column per feature; got {list(x.shape)}")
     if x.dtype not in _COMPUTE:

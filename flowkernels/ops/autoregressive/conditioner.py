@@ -1,5 +1,6 @@
-"""What the sequential loop knows about a network: a list of masked layers."""
+"""What the sequential loop knows about a network: a list of masked layers, and how they are wired."""
 
+import enum
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,17 +11,58 @@ from ..activation import Activation
 
 
 class MaskedLayer(NamedTuple):
-    """One masked layer: h_out = activation(bias + context @ context_weight + sum_{k < visible[j]} h_in[k] weight[k, j]).
+    """One layer of a conditioner.
 
-    weight: input-major, [inputs, outputs]. bias: [outputs]. visible: int32 [outputs], ascending.
-    context_weight: [context features, outputs], or None. activation: applied as the output is written.
+        c     = context_activation(context_bias + context @ context_weight)
+        sum_j = bias_j + sum_{k < visible[j]} h_source[k] * weight[k, j]
+        h     = activation(sum + c + h_residual),   or with `gate`   activation(sum * c + h_residual)
+
+    weight: input-major, [inputs, outputs]. A unitwise layer, whose unit j sees unit j of its source alone, has one factor a unit,
+        [units], or none: that is an activation as the source is read, and the source's own values stay as they were written.
+    bias: [outputs]; None in a unitwise layer without weight.
+    visible: int32 [outputs], ascending; 1..units in a unitwise layer.
+    activation: applied as the output is written.
+    context_weight: [context features, outputs], or None. context_bias: [outputs], or None.
+    gate: the context term multiplies the sum instead of joining it.
+    source, residual: numbers of the values that are read and added; values 0 are the features, and the l-th layer of a list
+        (counted from 0) writes values l + 1. By default a layer reads the values before it, and adds none.
     """
 
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
     visible: Tensor
     activation: Activation = Activation.IDENTITY
     context_weight: Tensor | None = None
+    context_bias: Tensor | None = None
+    context_activation: Activation = Activation.IDENTITY
+    gate: bool = False
+    source: int | None = None
+    residual: int | None = None
+
+    @property
+    def unitwise(self) -> bool:
+        return self.weight is None or self.weight.dim() == 1
+
+
+class ContextUse(enum.IntEnum):
+    NONE = 0
+    ADD = 1
+    GATE = 2
+
+
+class Wiring(NamedTuple):
+    """How one layer is wired, as the op's list of integers says it; residual is -1 for none."""
+
+    source: int
+    residual: int
+    context: ContextUse
+    context_activation: Activation
+
+    @classmethod
+    def of(cls, number: int, layer: MaskedLayer) -> "Wiring":
+        use = ContextUse.NONE if layer.context_weight is None else ContextUse.GATE if layer.gate else ContextUse.ADD
+        source = number if layer.source is None else layer.source
+        return cls(source, -1 if layer.residual is None else layer.residual, use, Activation(layer.context_activation))
 
 
 class Conditioner(NamedTuple):
@@ -29,13 +71,16 @@ class Conditioner(NamedTuple):
     Entry l of each list belongs to layer l: hidden layers, then the output layer. `Conditioner.of(layers)` makes the lists from
     `MaskedLayer`s, and `layers` gives them back; lists are what the op's schema takes, and small flows feel every conversion.
 
-    weights: input-major, [inputs, outputs]. Inputs of the first layer are the features in the order in which they are generated;
-        outputs 2p and 2p + 1 of the last are shift and raw scale of the p-th generated feature.
+    weights: input-major, [inputs, outputs]; [units], or empty, where the layer is unitwise. Values 0 are the features in the order
+        in which they are generated; outputs 2p and 2p + 1 of the last layer are shift and raw scale of the p-th generated feature.
     biases: [outputs].
     visible: int32 [outputs], ascending: how many inputs each output sees.
     activations: codes of `Activation`.
-    context_weights: [context features, outputs] each, or an empty list where there is no context.
+    context_weights: [context features, outputs], one for each layer that takes the context; an empty list where there is none.
     order: the k-th entry is the feature generated k-th, int64 [features]; None for 0, 1, 2, ...
+    wiring: the numbers of a `Wiring` for each layer, one after the other; empty for a plain chain, where each layer reads the one
+        before it and context terms are added in every layer or in none.
+    context_biases: one for each of context_weights, or an empty list for zeros.
 
     What each unit may see is in `visible` alone; degrees are how one makes it (`ops.degrees`). Features whose outputs are ready at
     the same time form one step of the loop, so partial orders need nothing special.
@@ -47,30 +92,65 @@ class Conditioner(NamedTuple):
     activations: list[int]
     context_weights: list[Tensor]
     order: Tensor | None = None
+    wiring: list[int] = []
+    context_biases: list[Tensor] = []
 
     @classmethod
     def of(cls, layers: Sequence[MaskedLayer], order: Tensor | None = None) -> "Conditioner":
         """The network of these layers, the output layer last."""
-        weights, biases, visible, activations, contexts = zip(*layers, strict=True)
-        context_weights = [c for c in contexts if c is not None]
-        if context_weights and len(context_weights) != len(weights):
-            raise ValueError("context_weight must be given for every layer or for none")
-        return cls(list(weights), list(biases), list(visible), [int(a) for a in activations], context_weights, order)
+        like = layers[-1].weight
+        given = lambda t: like.new_empty(0) if t is None else t
+        context = [layer for layer in layers if layer.context_weight is not None]
+        biased = any(layer.context_bias is not None for layer in context)
+        return cls(
+            [given(layer.weight) for layer in layers],
+            [given(layer.bias) for layer in layers],
+            [layer.visible for layer in layers],
+            [int(layer.activation) for layer in layers],
+            [layer.context_weight for layer in context],
+            order,
+            wiring(layers),
+            [like.new_zeros(len(c.visible)) if c.context_bias is None else c.context_bias for c in context] if biased else [],
+        )
 
     @property
     def layers(self) -> list[MaskedLayer]:
-        contexts = self.context_weights or [None] * len(self.weights)
-        codes = [Activation(a) for a in self.activations]
-        return list(map(MaskedLayer, self.weights, self.biases, self.visible, codes, contexts))
+        weights, biases = iter(self.context_weights), iter(self.context_biases)
+        layers = []
+        parts = zip(self.weights, self.biases, self.visible, self.activations, strict=True)
+        for number, (weight, bias, visible, activation) in enumerate(parts):
+            alone = weight.dim() == 1 and not weight.numel()
+            layer = MaskedLayer(None if alone else weight, None if alone else bias, visible, Activation(activation))
+            if self.wiring:
+                source, residual, use, context_activation = Wiring(*self.wiring[4 * number : 4 * number + 4])
+                layer = layer._replace(source=source, residual=None if residual < 0 else residual, gate=use == ContextUse.GATE)
+                layer = layer._replace(context_activation=Activation(context_activation))
+            else:
+                use = ContextUse.ADD if self.context_weights else ContextUse.NONE
+            if use != ContextUse.NONE:
+                layer = layer._replace(context_weight=next(weights), context_bias=next(biases, None))
+            layers.append(layer)
+        return layers
 
     def to(self, dtype: torch.dtype) -> "Conditioner":
         """The same network with its parameters in another dtype."""
         cast = lambda tensors: [t.to(dtype) for t in tensors]
-        return self._replace(weights=cast(self.weights), biases=cast(self.biases), context_weights=cast(self.context_weights))
+        weights, biases = cast(self.weights), cast(self.biases)
+        contexts, context_biases = cast(self.context_weights), cast(self.context_biases)
+        return self._replace(weights=weights, biases=biases, context_weights=contexts, context_biases=context_biases)
+
+
+def wiring(layers: Sequence[MaskedLayer]) -> list[int]:
+    """`Conditioner.wiring` of these layers: empty where they are a plain chain."""
+    wired = [Wiring.of(number, layer) for number, layer in enumerate(layers)]
+    chain = any(
+        wired == [Wiring(number, -1, use, Activation.IDENTITY) for number in range(len(wired))] for use in (ContextUse.NONE, ContextUse.ADD)
+    )
+    return [] if chain else [int(number) for w in wired for number in w]
 
 
 def check_conditioner(conditioner: Conditioner) -> list[list[int]]:
-    """Check that a network is autoregressive, and return its steps: steps[s][l] units of layer l are known after step s.
+    """Check that a network is autoregressive, and return its steps: steps[s][l] units of values l are known after step s.
 
     Reads the staircases, so it belongs where a network is built, not where it is called.
 
@@ -79,43 +159,67 @@ def check_conditioner(conditioner: Conditioner) -> list[list[int]]:
             output depends on itself or on a later feature (the message says which).
     """
     layers = conditioner.layers
-    features = layers[0].weight.shape[0]
+    features = layers[0].weight.shape[0] if not layers[0].unitwise else len(layers[0].visible)
     if conditioner.order is not None and sorted(conditioner.order.tolist()) != list(range(features)):
         raise ValueError(f"order must be a permutation of 0..{features - 1}; got {conditioner.order.tolist()}")
-    staircases = []
+    widths, staircases, reads = [features], [], []
     for number, layer in enumerate(layers):
-        inputs, outputs = layer.weight.shape
-        expected = layers[number - 1].weight.shape[1] if number else features
-        if inputs != expected:
-            raise ValueError(f"layer {number} must have {expected} inputs, the outputs of the layer before; got {inputs}")
+        source, residual, *_ = Wiring.of(number, layer)
+        if not 0 <= source <= number or not -1 <= residual <= number:
+            raise ValueError(f"layer {number} must read values 0 to {number}; got source {source} and residual {residual}")
         visible = layer.visible.tolist()
-        if len(visible) != outputs:
-            raise ValueError(f"layer {number}: visible must have one entry per output ({outputs}); got {len(visible)}")
-        if visible != sorted(visible) or (visible and not 0 <= visible[0] <= visible[-1] <= inputs):
-            raise ValueError(f"layer {number}: visible must ascend from 0 to at most {inputs}; got {visible}")
+        _check_shapes(number, layer, widths[source], context_features(conditioner))
+        if visible != sorted(visible) or (visible and not 0 <= visible[0] <= visible[-1] <= widths[source]):
+            raise ValueError(f"layer {number}: visible must ascend from 0 to at most {widths[source]}; got {visible}")
+        if residual >= 0 and widths[residual] != len(visible):
+            raise ValueError(f"layer {number}: residual must be {len(visible)} wide, like the layer; got {widths[residual]}")
+        widths.append(len(visible))
         staircases.append(visible)
-    if layers[-1].weight.shape[1] != 2 * features:
-        raise ValueError(
-            f"the last layer must have {2 * features} outputs, shift and raw scale of {features} features; got {layers[-1].weight.shape[1]}"
-        )
-    return _steps(features, staircases)
+        reads.append((source, residual))
+    last = layers[-1]
+    if widths[-1] != 2 * features:
+        raise ValueError(f"the last layer must have {2 * features} outputs, shift and raw scale of {features} features; got {widths[-1]}")
+    if last.unitwise or last.gate or last.residual is not None or last.activation != Activation.IDENTITY:
+        raise ValueError("the last layer must be a masked layer with neither gate nor residual nor activation")
+    return _steps(features, staircases, reads)
 
 
-def _steps(features: int, staircases: list[list[int]]) -> list[list[int]]:
+def _check_shapes(number: int, layer: MaskedLayer, inputs: int, contexts: int) -> None:
+    outputs = len(layer.visible)
+    if layer.unitwise:
+        if outputs != inputs:
+            raise ValueError(f"layer {number} must have {inputs} units, like what it acts on unit by unit; got {outputs}")
+        if layer.visible.tolist() != list(range(1, outputs + 1)):
+            raise ValueError(f"layer {number}: visible of a unitwise layer must be 1..{outputs}; got {layer.visible.tolist()}")
+        if layer.context_weight is not None:
+            raise ValueError(f"layer {number} is unitwise and cannot take a context")
+    elif layer.weight.shape[0] != inputs:
+        raise ValueError(f"layer {number} must have {inputs} inputs, the outputs of the layer it reads; got {layer.weight.shape[0]}")
+    elif layer.weight.shape[1] != outputs:
+        raise ValueError(f"layer {number}: visible must have one entry per output ({layer.weight.shape[1]}); got {outputs}")
+    wanted = {"weight": (outputs,)} if layer.unitwise else {}
+    wanted |= {"bias": (outputs,), "context_weight": (contexts, outputs), "context_bias": (outputs,)}
+    for name, shape in wanted.items():
+        value = getattr(layer, name)
+        if value is not None and value.shape != shape:
+            raise ValueError(f"layer {number}: {name} must have shape {list(shape)}; got {list(value.shape)}")
+
+
+def _steps(features: int, staircases: list[list[int]], reads: list[tuple[int, int]]) -> list[list[int]]:
     ready = [0] * (len(staircases) + 1)
     steps = []
     while ready[0] < features or not steps:
         before = ready[-1]
-        for number, visible in enumerate(staircases, start=1):
-            end = ready[number]
-            while end < len(visible) and visible[end] <= ready[number - 1]:
+        for number, (visible, (source, residual)) in enumerate(zip(staircases, reads, strict=True), start=1):
+            end, most = ready[number], len(visible) if residual < 0 else ready[residual]
+            while end < most and visible[end] <= ready[source]:
                 end += 1
             ready[number] = end
         ready[-1] -= ready[-1] % 2  # a feature is known when both its shift and its raw scale are
         if ready[-1] == before:
             raise ValueError(
                 f"the network is not autoregressive: feature {ready[-1] // 2} in the order of generation can see itself or a later one "
-                f"(its outputs see {staircases[-1][ready[-1]]} and {staircases[-1][ready[-1] + 1]} units, of which {ready[-2]} "
+                f"(its outputs see {staircases[-1][ready[-1]]} and {staircases[-1][ready[-1] + 1]} units, of which {ready[reads[-1][0]]} "
                 f"can be known when {ready[0]} features are)"
             )
         steps.append(list(ready))

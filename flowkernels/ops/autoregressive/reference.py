@@ -8,7 +8,7 @@ from torch import Tensor
 from ..activation import apply_activation
 from ..masked_linear.reference import masked_linear_reference
 from ..scale_map import Form, ScaleMap, apply_form, invert_form
-from .conditioner import Conditioner
+from .conditioner import Conditioner, MaskedLayer
 
 Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
@@ -17,13 +17,29 @@ def conditioner_reference(
     x: Tensor, conditioner: Conditioner, context: Tensor | None, linear: Linear = masked_linear_reference
 ) -> tuple[Tensor, Tensor]:
     """Shift and raw scale of every feature, given the features in the order of generation; each [batch, features]."""
-    h = x
+    values = [x]
     for layer in conditioner.layers:
-        pre = linear(h, layer.weight, layer.bias, layer.visible)
+        h = _sum(layer, values[-1 if layer.source is None else layer.source], linear)
         if layer.context_weight is not None:
-            pre = pre + context @ layer.context_weight
-        h = apply_activation(layer.activation, pre)
-    return h[:, 0::2], h[:, 1::2]
+            term = _context_term(layer, context)
+            h = h * term if layer.gate else h + term
+        if layer.residual is not None:
+            h = h + values[layer.residual]
+        values.append(apply_activation(layer.activation, h))
+    return values[-1][:, 0::2], values[-1][:, 1::2]
+
+
+def _sum(layer: MaskedLayer, h: Tensor, linear: Linear) -> Tensor:
+    if not layer.unitwise:
+        return linear(h, layer.weight, layer.bias, layer.visible)
+    return h if layer.weight is None else h * layer.weight + layer.bias
+
+
+def _context_term(layer: MaskedLayer, context: Tensor) -> Tensor:
+    term = context @ layer.context_weight
+    if layer.context_bias is not None:
+        term = term + layer.context_bias
+    return apply_activation(layer.context_activation, term)
 
 
 def autoregressive_reference(

@@ -53,7 +53,7 @@ def _(dy, dlogabsdet, values, context, weights, context_weights, *scale_and_netw
 
 def serves(conditioner: Conditioner, x: Tensor) -> bool:
     """Whether the two ops can take this call: a plain chain of layers, on a device that has the kernel."""
-    if torch._C._functorch.maybe_current_level() is not None or wants_reference("autoregressive", x.device):
+    if conditioner.wiring or torch._C._functorch.maybe_current_level() is not None or wants_reference("autoregressive", x.device):
         return False
     return _COMPILED and x.device.type == "cpu"
 
@@ -62,7 +62,7 @@ def autoregressive_training(
     x: Tensor, conditioner: Conditioner, context: Tensor | None, scale: ScaleMap, form: Form
 ) -> tuple[Tensor, Tensor]:
     """The forward map, for autograd. The conditioner must be one that `serves`."""
-    weights, biases, visible, activations, context_weights, order = conditioner
+    weights, biases, visible, activations, context_weights, order, *_ = conditioner
     p0, p1 = scale.packed
     return _Training.apply(
         x, context, visible, order, activations, (int(scale.kind), p0, p1, int(form)), *weights, *biases, *context_weights
