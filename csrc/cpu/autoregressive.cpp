@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor> launch(const Tensor& x, const std::optional<Tensor>& 
   }
   const MaskedLayer<T>& last = layers.back();
   check(last.outputs == 2 * features, "the last layer must give shift and raw scale of each feature");
-  check(!last.unitwise && !last.joins() && last.activation == static_cast<int>(Activation::identity),
+  check(!last.joins() && last.activation == static_cast<int>(Activation::identity),
         "the last layer must be a plain masked layer");
 
   args.layers = layers.data();

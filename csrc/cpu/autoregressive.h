@@ -25,7 +25,8 @@ struct MaskedLayer {
   bool unitwise;         // unit j sees unit j of its source alone
   bool gate;             // the context term multiplies the sum instead of joining it
 
-  bool joins() const { return gate || residual >= 0; }
+  // whether more than a sum meets the activation
+  bool joins() const { return unitwise || gate || residual >= 0; }
   // whether the context term is more than weights: it is finished before it meets the sum
   bool own_context_term() const { return gate || context_bias || context_activation != static_cast<int>(Activation::identity); }
 };
@@ -73,8 +74,10 @@ std::vector<int64_t> make_schedule(const MaskedLayer<T>* layers, int n_layers, i
     const int64_t known = ready[0];
     for (int l = 1; l <= n_layers; ++l) {
       const MaskedLayer<T>& layer = layers[l - 1];
-      const int64_t most = layer.residual < 0 ? layer.outputs : ready[layer.residual];
-      while (ready[l] < most && layer.visible[ready[l]] <= ready[layer.source]) ++ready[l];
+      const int64_t seen = ready[layer.source], most = layer.residual < 0 ? layer.outputs : ready[layer.residual];
+      int64_t end = ready[l];
+      while (end < most && layer.visible[end] <= seen) ++end;
+      ready[l] = end;
     }
     ready[n_layers] -= ready[n_layers] % 2;  // a feature is known when both its shift and its raw scale are
     if (ready[n_layers] / 2 == known) return {};

@@ -120,22 +120,15 @@ struct RowLanes {
     const MaskedLayer<T>& layer = args.layers[l - 1];
     T* h = layer_values(l);
     const T* total = layer_totals(l);
-    const bool joined = layer.unitwise || layer.joins();
-    if (joined) join(l, j0, j1);
+    if (layer.joins()) return finish_joined(l, j0, j1);
     with_activation(static_cast<Activation>(layer.activation), [&](auto code) {
-      constexpr Activation A = decltype(code)::value;
-      if (joined) {
-        if constexpr (A != Activation::identity)
-          for (int64_t i = j0 * rows; i < j1 * rows; i += lanes<T>) store(h + i, activate<A>(load(h + i)));
-        return;
-      }
       for (int64_t j = j0; j < j1; ++j)
-        for (int64_t r = 0; r < rows; r += lanes<T>) store(h + j * rows + r, activate<A>(sum(layer, h, total, j, r)));
+        for (int64_t r = 0; r < rows; r += lanes<T>) store(h + j * rows + r, activate<decltype(code)::value>(sum(layer, h, total, j, r)));
     });
   }
 
-  // what the activation of a unitwise, gated or residual layer acts on
-  void join(int l, int64_t j0, int64_t j1) {
+  // the same where more than a sum meets the activation
+  FK_CALL void finish_joined(int l, int64_t j0, int64_t j1) {
     const MaskedLayer<T>& layer = args.layers[l - 1];
     T* h = layer_values(l);
     const T *total = layer_totals(l), *from = layer_values(layer.source), *gate = layer.gate ? layer_gates(l) : nullptr;
@@ -152,6 +145,9 @@ struct RowLanes {
         if (residual) v = v + load(residual + at);
         store(h + at, v);
       }
+    with_activation(static_cast<Activation>(layer.activation), [&](auto code) {
+      for (int64_t i = j0 * rows; i < j1 * rows; i += lanes<T>) store(h + i, activate<decltype(code)::value>(load(h + i)));
+    });
   }
 
   void finish_features(int64_t p0, int64_t p1) {
@@ -308,7 +304,11 @@ struct UnitLanes {
       for (int l = 1; l <= args.n_layers; ++l) {
         const MaskedLayer<T>& layer = args.layers[l - 1];
         const T* from = layer.context_weight && layer.own_context_term() ? layer.context_bias : layer.bias;
-        for (int64_t j = 0; j < layer.outputs; ++j) totals[b * units + offsets[l] + j] = from ? from[j] : T(0);
+        T* total = totals + b * units + offsets[l];
+        if (from)
+          for (int64_t j = 0; j < layer.outputs; ++j) total[j] = from[j];
+        else if (layer.context_weight)
+          for (int64_t j = 0; j < layer.outputs; ++j) total[j] = T(0);
       }
     }
     for (int l = 1; l <= args.n_layers; ++l) {
@@ -342,25 +342,19 @@ struct UnitLanes {
 
   void finish_hidden(int l, int64_t j0, int64_t j1) {
     const MaskedLayer<T>& layer = args.layers[l - 1];
-    const bool joined = layer.unitwise || layer.joins();
-    if (joined) join(l, j0, j1);
+    if (layer.joins()) return finish_joined(l, j0, j1);
     with_activation(static_cast<Activation>(layer.activation), [&](auto code) {
-      constexpr Activation A = decltype(code)::value;
       for (int b = 0; b < B; ++b) {
         T *h = values + b * units + offsets[l], *total = totals + b * units + offsets[l];
-        if (joined) {
-          if constexpr (A != Activation::identity)
-            for (int64_t j = j0; j < j1; j += lanes<T>) store_head(h + j, activate<A>(load(h + j)), j1 - j);
-          continue;
-        }
-        for (int64_t j = j0; j < j1; j += lanes<T>) store_head(h + j, activate<A>(load(total + j) + load(h + j)), j1 - j);
+        for (int64_t j = j0; j < j1; j += lanes<T>) store_head(h + j, activate<decltype(code)::value>(load(total + j) + load(h + j)), j1 - j);
       }
     });
   }
 
-  // what the activation of a unitwise, gated or residual layer acts on
-  void join(int l, int64_t j0, int64_t j1) {
+  // the same where more than a sum meets the activation
+  FK_CALL void finish_joined(int l, int64_t j0, int64_t j1) {
     const MaskedLayer<T>& layer = args.layers[l - 1];
+    const Activation activation = static_cast<Activation>(layer.activation);
     for (int b = 0; b < B; ++b) {
       T *row = values + b * units, *h = row + offsets[l];
       const T *total = totals + b * units + offsets[l], *gate = gates + b * units + offsets[l], *from = row + offsets[layer.source];
@@ -374,7 +368,7 @@ struct UnitLanes {
           v = layer.weight ? fma(load_partial(layer.weight + j, n), load(from + j), load_partial(layer.bias + j, n)) : load(from + j);
         if (layer.gate) v = v * load(gate + j);
         if (residual) v = v + load(residual + j);
-        store_head(h + j, v, n);
+        store_head(h + j, activate(activation, v), n);
       }
     }
   }

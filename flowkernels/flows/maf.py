@@ -19,7 +19,7 @@ class MAF(Flow):
         transforms: number of autoregressive layers.
         hidden_features: widths of each layer's hidden layers.
         batch_norm: flow batch norm after each autoregressive layer.
-        activation, scale: see `layers.MaskedAutoregressive`.
+        activation, residual, scale, context_rule: see `layers.MaskedAutoregressive`.
     """
 
     def __init__(
@@ -31,7 +31,9 @@ class MAF(Flow):
         hidden_features: Sequence[int] = (512, 512),
         batch_norm: bool = False,
         activation: str = "relu",
+        residual: bool = False,
         scale: ScaleMap | None = None,
+        context_rule: str = "every_output",
     ) -> None:
         if transforms < 1:
             raise ValueError(f"transforms must be at least 1; got {transforms}")
@@ -40,7 +42,14 @@ class MAF(Flow):
             order = "descending" if i % 2 else "ascending"
             layers.append(
                 MaskedAutoregressive(
-                    features, hidden_features, context_features=context_features, activation=activation, scale=scale, order=order
+                    features,
+                    hidden_features,
+                    context_features=context_features,
+                    activation=activation,
+                    residual=residual,
+                    scale=scale,
+                    order=order,
+                    context_rule=context_rule,
                 )
             )
             if batch_norm:

@@ -3,7 +3,7 @@
 from .batch_norm import FlowBatchNorm
 from .inverse import Inverse
 from .masked_autoregressive import MaskedAutoregressive
-from .masked_linear import MaskedLinear
+from .masked_linear import MaskedLinear, Unitwise
 from .permute import Permute
 
-__all__ = ["FlowBatchNorm", "Inverse", "MaskedAutoregressive", "MaskedLinear", "Permute"]
+__all__ = ["FlowBatchNorm", "Inverse", "MaskedAutoregressive", "MaskedLinear", "Permute", "Unitwise"]

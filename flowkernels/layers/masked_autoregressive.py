@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops import Conditioner, ScaleMap, autoregressive, check_conditioner
+from ..ops import Conditioner, MaskedLayer, ScaleMap, autoregressive, check_conditioner
 from ..ops.activation import Activation, parse_activation
 from ..ops.degrees import hidden_degrees, staircase
 from ..ops.scale_map import parse_form
-from .masked_linear import MaskedLinear
+from .masked_linear import MaskedLinear, Unitwise
 
 
 class MaskedAutoregressive(nn.Module):
@@ -20,14 +20,18 @@ class MaskedAutoregressive(nn.Module):
 
     Args:
         features: number of features D.
-        hidden_features: widths of the hidden layers.
-        context_features: width of the context; 0 for none. A context reaches every output, the first included.
+        hidden_features: widths of the hidden layers; with `residual`, the width of each residual block, all of them equal.
+        context_features: width of the context; 0 for none.
         activation: "relu", "tanh", "elu", "gelu", "silu", "leaky_relu", "softplus", "sigmoid", or the torch function or module.
-        residual: residual blocks; not in this version.
+        residual: after a first masked layer, residual blocks h + W2 act(W1 act(h) + context term), as in the residual MADE of
+            neural spline flows (Durkan et al. 2019, appendix B); the second layer of each block starts near zero.
         scale: scale map; `ScaleMap.softclip()` by default.
         form: affine form; see `ops.autoregressive`.
         order: "ascending", "descending", or a permutation whose k-th entry is the feature generated k-th.
         degrees: rule of the hidden degrees: "even", "cycling" (as other libraries count) or "random".
+        context_rule: which outputs the context reaches. "every_output", by hidden units that see no feature and by a term in the
+            output layer; or the old rule, "all_but_first", as in MAF's own code, nflows and normflows: hidden degrees begin at 1
+            and the output layer takes no context, so that the distribution of the first generated feature ignores it.
 
     Shape:
         x, z: [batch, features]; context: [batch, context_features]; logabsdet: [batch], in nats.
@@ -45,47 +49,81 @@ class MaskedAutoregressive(nn.Module):
         form: str = "scale_shift",
         order: str | Sequence[int] | Tensor = "ascending",
         degrees: str = "even",
+        context_rule: str = "every_output",
     ) -> None:
         super().__init__()
+        widths = tuple(hidden_features)
         if features < 1:
             raise ValueError(f"features must be at least 1; got {features}")
-        if not hidden_features or min(hidden_features) < 1:
-            raise ValueError(f"hidden_features must be widths of at least 1; got {tuple(hidden_features)}")
+        if not widths or min(widths) < 1:
+            raise ValueError(f"hidden_features must be widths of at least 1; got {widths}")
+        if residual and len(set(widths)) > 1:
+            raise ValueError(f"hidden_features must all be equal with residual=True; got {widths}")
         if context_features < 0:
             raise ValueError(f"context_features must be at least 0; got {context_features}")
-        if residual:
-            raise NotImplementedError("residual=True is not in this version; use residual=False")
-        self.features = features
-        self.context_features = context_features
-        self.activation = parse_activation(activation)
+        if context_rule not in ("every_output", "all_but_first"):
+            raise ValueError(f"context_rule must be 'every_output' or 'all_but_first'; got {context_rule!r}")
+        every_output = context_features > 0 and context_rule == "every_output"
+        code = parse_activation(activation)
+        draw = lambda units: hidden_degrees(units, features, rule=degrees, context=every_output)
+        inputs = torch.arange(1, features + 1)
+        build = _residual_network if residual else _plain_network
+        modules, layers, below = build(inputs, widths, context_features, code, draw)
+        last = MaskedLinear(
+            staircase(below, inputs.repeat_interleave(2), strict=True),
+            len(below),
+            context_features=context_features if every_output else 0,
+        )
+        modules.append(last)
+        layers.append(_layer(last))
+        self._assemble(modules, Conditioner.of(layers, parse_order(order, features)), scale, form)
+
+    @classmethod
+    def of(cls, conditioner: Conditioner, *, scale: ScaleMap | None = None, form: str = "scale_shift") -> "MaskedAutoregressive":
+        """The layer of a given network, whose tensors are copied into its parameters; so are other libraries' networks taken over.
+
+        Raises:
+            ValueError: the network is not autoregressive; see `ops.check_conditioner`.
+        """
+        check_conditioner(conditioner)
+        last = conditioner.weights[-1]
+        if conditioner.order is None:
+            conditioner = conditioner._replace(order=torch.arange(last.shape[1] // 2, device=last.device))
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._assemble([_module(part) for part in conditioner.layers], conditioner, scale, form)
+        return layer
+
+    def _assemble(self, modules: list[nn.Module], network: Conditioner, scale: ScaleMap | None, form: str) -> None:
+        check_conditioner(network)
+        self.features = len(network.order)
+        self.context_features = network.context_weights[0].shape[0] if network.context_weights else 0
         self.scale = ScaleMap.softclip() if scale is None else scale
         self.form = parse_form(form)
-        self.register_buffer("order", parse_order(order, features))
-
-        below, widths, layers = torch.arange(1, features + 1), tuple(hidden_features), []
-        for units in widths:
-            above = hidden_degrees(units, features, rule=degrees, context=context_features > 0)
-            layers.append(MaskedLinear(staircase(below, above, strict=False), len(below), context_features=context_features))
-            below = above
-        outputs = torch.arange(1, features + 1).repeat_interleave(2)
-        layers.append(MaskedLinear(staircase(below, outputs, strict=True), len(below), context_features=context_features))
-        self.layers = nn.ModuleList(layers)
-        self._activations = [int(self.activation)] * len(widths) + [int(Activation.IDENTITY)]
-        check_conditioner(self.conditioner())
+        self.register_buffer("order", network.order)
+        self.layers = nn.ModuleList(modules)
+        self._activations, self._wiring = network.activations, network.wiring
+        self._contexts = [i for i, m in enumerate(modules) if getattr(m, "context_weight", None) is not None]
+        self._context_biases = bool(network.context_biases)
 
     def conditioner(self) -> Conditioner:
         """The network as the op takes it."""
         # from the dictionaries: attribute access on modules costs half a microsecond each, and small flows are made of microseconds
         modules = self._modules["layers"]._modules.values()
-        stores = [m._parameters for m in modules]
+        stores = [m._parameters or m._buffers for m in modules]  # a unitwise layer may have no parameters
+        contexts, context_biases = [], []
         try:
             weights, biases = [s["weight"] for s in stores], [s["bias"] for s in stores]
-            context_weights = [s["context_weight"] for s in stores] if self.context_features else []
+            if self.context_features:
+                contexts = [stores[i]["context_weight"] for i in self._contexts]
+                context_biases = [stores[i]["context_bias"] for i in self._contexts] if self._context_biases else []
         except KeyError:  # a parametrization computes one of them
+            modules = list(modules)
             weights, biases = [m.weight for m in modules], [m.bias for m in modules]
-            context_weights = [m.context_weight for m in modules] if self.context_features else []
+            contexts = [modules[i].context_weight for i in self._contexts]
+            context_biases = [modules[i].context_bias for i in self._contexts] if self._context_biases else []
         visible = [m._buffers["visible"] for m in modules]
-        return Conditioner(weights, biases, visible, self._activations, context_weights, self._buffers["order"])
+        return Conditioner(weights, biases, visible, self._activations, contexts, self._buffers["order"], self._wiring, context_biases)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return autoregressive(x, self.conditioner(), context, scale=self.scale, form=self.form)
@@ -94,9 +132,60 @@ class MaskedAutoregressive(nn.Module):
         return autoregressive(z, self.conditioner(), context, scale=self.scale, form=self.form, inverse=True)
 
     def extra_repr(self) -> str:
-        return f"features={self.features}, context_features={self.context_features}, activation={self.activation.name.lower()}, " + (
+        activations = [Activation(a).name.lower() for a in dict.fromkeys(self._activations[:-1])]
+        return f"features={self.features}, context_features={self.context_features}, activation={'/'.join(activations) or None}, " + (
             f"scale={self.scale!r}, form={self.form.name.lower()}"
         )
+
+
+_Network = tuple[list[nn.Module], list[MaskedLayer], Tensor]  # the hidden layers, and the degrees of what the output layer reads
+
+
+def _plain_network(inputs: Tensor, widths: Sequence[int], context_features: int, activation: Activation, draw: Callable) -> _Network:
+    below, modules = inputs, []
+    for units in widths:
+        above = draw(units)
+        modules.append(MaskedLinear(staircase(below, above, strict=False), len(below), context_features=context_features))
+        below = above
+    return modules, [_layer(m, activation=activation) for m in modules], below
+
+
+def _residual_network(inputs: Tensor, widths: Sequence[int], context_features: int, activation: Activation, draw: Callable) -> _Network:
+    degrees = draw(widths[0])  # one for all: a sum must not see more than its unit may
+    inner = staircase(degrees, degrees, strict=False)
+    modules = [MaskedLinear(staircase(inputs, degrees, strict=False), len(inputs), context_features=context_features)]
+    layers = [_layer(modules[0])]
+    for units in widths:
+        stream = len(layers)
+        first = MaskedLinear(inner, units, context_features=context_features)
+        second = MaskedLinear(inner, units)
+        with torch.no_grad():  # a block starts near the identity, as in nflows
+            for parameter in second.parameters():
+                parameter.mul_(1e-3)
+        read = Unitwise(units)
+        modules += [read, first, second]
+        layers += [_layer(read, activation=activation), _layer(first, activation=activation), _layer(second, residual=stream)]
+    return modules, layers, degrees
+
+
+def _layer(module: nn.Module, **wiring) -> MaskedLayer:
+    context_weight = getattr(module, "context_weight", None)
+    return MaskedLayer(module.weight, module.bias, module.visible, context_weight=context_weight, **wiring)
+
+
+def _module(layer: MaskedLayer) -> nn.Module:
+    """A module with copies of a layer's tensors as its parameters."""
+    units, like = len(layer.visible), layer.visible if layer.weight is None else layer.weight
+    if layer.unitwise:
+        module = Unitwise(units, affine=layer.weight is not None)
+    else:
+        contexts = 0 if layer.context_weight is None else layer.context_weight.shape[0]
+        module = MaskedLinear(layer.visible, layer.weight.shape[0], context_features=contexts, context_bias=layer.context_bias is not None)
+    module = module.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(getattr(layer, name))
+    return module
 
 
 def parse_order(order: str | Sequence[int] | Tensor, features: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Parameters of one masked linear layer."""
+"""Parameters of one layer of a masked network."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from ..ops.masked_linear.reference import staircase_mask
 class MaskedLinear(nn.Module):
     """Linear layer under a staircase mask, with an optional unmasked context term.
 
-        y = x masked@ weight + bias + context @ context_weight
+        y = x masked@ weight + bias + context @ context_weight [+ context_bias]
 
     The weight is input-major, [in_features, out_features]; its entries outside the staircase are zero and stay so, because their
     gradient is zero.
@@ -19,9 +19,10 @@ class MaskedLinear(nn.Module):
         visible: number of inputs that each output sees, ascending, int32 [out_features] (`ops.degrees.staircase`).
         in_features: number of inputs.
         context_features: width of the context; 0 for none.
+        context_bias: give the context term a bias of its own, for networks that put an activation between the two.
     """
 
-    def __init__(self, visible: Tensor, in_features: int, *, context_features: int = 0) -> None:
+    def __init__(self, visible: Tensor, in_features: int, *, context_features: int = 0, context_bias: bool = False) -> None:
         super().__init__()
         out_features = len(visible)
         self.register_buffer("visible", visible.to(torch.int32))
@@ -29,6 +30,7 @@ class MaskedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features))
         context_weight = nn.Parameter(torch.empty(context_features, out_features)) if context_features else None
         self.register_parameter("context_weight", context_weight)
+        self.register_parameter("context_bias", nn.Parameter(torch.empty(out_features)) if context_bias else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -36,15 +38,41 @@ class MaskedLinear(nn.Module):
         contexts = 0 if self.context_weight is None else self.context_weight.shape[0]
         bound = 1 / (self.visible + contexts).clamp(min=1).sqrt()
         with torch.no_grad():
-            for parameter in (self.weight, self.bias, self.context_weight):
+            for parameter in self.parameters():
                 if parameter is not None:
                     parameter.copy_((torch.rand_like(parameter) * 2 - 1) * bound)
             self.weight.mul_(staircase_mask(self.visible, self.weight.shape[0]))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         y = masked_linear(x, self.weight, self.bias, self.visible)
-        return y if self.context_weight is None else y + context @ self.context_weight
+        if self.context_weight is not None:
+            y = y + context @ self.context_weight
+        return y if self.context_bias is None else y + self.context_bias
 
     def extra_repr(self) -> str:
         contexts = 0 if self.context_weight is None else self.context_weight.shape[0]
         return f"in_features={self.weight.shape[0]}, out_features={self.weight.shape[1]}, context_features={contexts}"
+
+
+class Unitwise(nn.Module):
+    """What happens to each unit by itself as a layer reads it: y = x * weight + bias, or y = x, before an activation.
+
+    Args:
+        units: number of units.
+        affine: whether there are weight and bias, as a batch norm in evaluation mode leaves them.
+    """
+
+    def __init__(self, units: int, *, affine: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("visible", torch.arange(1, units + 1, dtype=torch.int32), persistent=False)
+        if affine:
+            self.weight, self.bias = nn.Parameter(torch.ones(units)), nn.Parameter(torch.zeros(units))
+        else:  # empty, which is how the op is told
+            self.register_buffer("weight", torch.empty(0), persistent=False)
+            self.register_buffer("bias", torch.empty(0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias if self.weight.numel() else x
+
+    def extra_repr(self) -> str:
+        return f"units={len(self.visible)}, affine={bool(self.weight.numel())}"

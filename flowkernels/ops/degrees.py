@@ -22,8 +22,8 @@ def hidden_degrees(
         rule: "even" spreads the units evenly over all degrees, so that a narrow layer still sees the last features. "cycling"
             counts 1, 2, ..., features - 1, 1, 2, ... as other libraries do: with fewer than features - 1 units the last
             features are seen by nothing. "random" draws uniformly.
-        context: whether a context enters the layer. Then "even" includes degree 0; without degree-0 units the first feature
-            could not see the context.
+        context: whether a context enters the layer that every output shall see. Then degrees begin at 0: without units that see
+            no feature, the first feature's outputs could see no hidden unit that sees the context.
         generator: source of the random rule.
 
     Returns:
@@ -34,10 +34,11 @@ def hidden_degrees(
     top = features - 1
     if top == 0:
         return torch.zeros(units, dtype=torch.int64)
+    lowest = 0 if context else 1
     if rule == "cycling":
-        return (torch.arange(units) % top + 1).sort().values
+        return (torch.arange(units) % (features - lowest) + lowest).sort().values
     if rule == "random":
-        return torch.randint(1, top + 1, (units,), generator=generator).sort().values
+        return torch.randint(lowest, features, (units,), generator=generator).sort().values
     free = min(max(CONTEXT_UNITS, units // features), units // 2) if context else 0
     rest = units - free
     if rest > 1 and rest < top:

@@ -96,7 +96,7 @@ def autoregressive(
     _check_input(x, conditioner, context)
     dtype = x.dtype
     compute = _COMPUTE[dtype]
-    if dtype != compute or conditioner.weights[0].dtype != compute:
+    if dtype != compute or conditioner.weights[-1].dtype != compute:
         x, conditioner = x.to(compute), conditioner.to(compute)
         context = None if context is None else context.to(compute)
 
@@ -123,17 +123,17 @@ _COMPUTE = {torch.float64: torch.float64} | dict.fromkeys((torch.float32, torch.
 
 
 def _check_input(x: Tensor, conditioner: Conditioner, context: Tensor | None) -> None:
-    first = conditioner.weights[0]
-    features = conditioner.weights[-1].shape[1] // 2
+    last = conditioner.weights[-1]
+    features = last.shape[1] // 2
     if x.dim() != 2 or x.shape[1] != features:
         raise ValueError(f"x must have shape [batch, {features}], one column per feature; got {list(x.shape)}")
     if x.dtype not in _COMPUTE:
         raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {x.dtype}")
-    if x.device != first.device:
-        raise ValueError(f"x must be on {first.device}, like the weights; got {x.device}")
+    if x.device != last.device:
+        raise ValueError(f"x must be on {last.device}, like the weights; got {x.device}")
     half = (torch.float16, torch.bfloat16)
-    if x.dtype != first.dtype and not (x.dtype in half and first.dtype is torch.float32):
-        raise ValueError(f"x must be {first.dtype}, like the weights; got {x.dtype}")
+    if x.dtype != last.dtype and not (x.dtype in half and last.dtype is torch.float32):
+        raise ValueError(f"x must be {last.dtype}, like the weights; got {x.dtype}")
     wanted = context_features(conditioner)
     if context is None:
         if wanted:

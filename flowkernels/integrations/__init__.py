@@ -1,0 +1,12 @@
+"""Layers of other libraries, taken over: the same function, from their parameters, through our kernels.
+
+    layer = flowkernels.integrations.from_nflows(transform)
+
+The other library is imported when one of its modules is taken over, not before.
+"""
+
+from .nflows import from_nflows
+from .normflows import from_normflows
+from .zuko import from_zuko
+
+__all__ = ["from_nflows", "from_normflows", "from_zuko"]

@@ -1,0 +1,99 @@
+"""Transformations and flows of zuko (1.6), taken over."""
+
+import functools
+
+import torch
+from torch import nn
+
+from ..flows import Flow
+from ..layers import MaskedAutoregressive
+from ..ops import ScaleMap
+from ..ops.activation import parse_activation
+from .foreign import ForeignLayer, conditioner_of
+
+
+def from_zuko(module: nn.Module) -> MaskedAutoregressive | Flow:
+    """The layer, or the flow, that computes what a zuko transformation or flow computes, from copies of its parameters.
+
+    z = x * exp(s / (1 + |s / log slope|)) + shift, data to noise in both libraries. Orders, passes and adjacencies are read from the
+    masks: any nested adjacency becomes an order of degrees.
+
+    Args:
+        module: a `MaskedAutoregressiveTransform`, or a `MAF` or other `Flow` made of them over a standard normal base.
+
+    Raises:
+        TypeError: module is none of these, or holds another transformation.
+        ValueError: an adjacency is not nested (the message says which output sees which input), the context does not reach all units, the
+            univariate transformation is not affine, the base is not standard normal, or an activation is none that the kernels know.
+    """
+    from zuko.flows import Flow as ZukoFlow
+    from zuko.flows import MaskedAutoregressiveTransform
+
+    if isinstance(module, MaskedAutoregressiveTransform):
+        return _layer(module)
+    if not isinstance(module, ZukoFlow):
+        raise TypeError(f"module must be a zuko MaskedAutoregressiveTransform or Flow; got {type(module).__name__}")
+    transforms = list(getattr(module.transform, "transforms", [module.transform]))
+    for number, transform in enumerate(transforms):
+        if not isinstance(transform, MaskedAutoregressiveTransform):
+            raise TypeError(f"transform {number} of the flow must be a MaskedAutoregressiveTransform; got {type(transform).__name__}")
+    layers = [_layer(transform) for transform in transforms]
+    _check_base(module.base, layers[0].features)
+    return Flow(layers, layers[0].features, context_features=layers[0].context_features).train(module.training)
+
+
+def _layer(transform: nn.Module) -> MaskedAutoregressive:
+    scale = _scale(transform)
+    layers = _layers(transform.hyper, transform.hyper.out_features // 2)
+    return MaskedAutoregressive.of(conditioner_of(layers, scale_first=False), scale=scale).train(transform.training)
+
+
+def _scale(transform: nn.Module) -> ScaleMap:
+    from zuko.transforms import MonotonicAffineTransform
+
+    univariate, settings = transform.univariate, {}
+    if isinstance(univariate, functools.partial) and not univariate.args:
+        univariate, settings = univariate.func, univariate.keywords
+    if univariate is not MonotonicAffineTransform or not settings.keys() <= {"slope"}:
+        raise ValueError(f"univariate must be MonotonicAffineTransform; got {transform.univariate}")
+    return ScaleMap.softclip(**settings)
+
+
+def _layers(hyper: nn.Sequential, features: int) -> list[ForeignLayer]:
+    from zuko.nn import MaskedLinear, Residual
+
+    layers: list[ForeignLayer] = []
+    for name, part in hyper.named_children():
+        if isinstance(part, MaskedLinear):
+            layers.append(_linear(name, part))
+        elif isinstance(part, Residual):
+            stream, (first, activation, second) = len(layers), part
+            layers.append(_linear(f"{name}.0", first, activation=parse_activation(activation)))
+            layers.append(_linear(f"{name}.2", second, residual=stream))
+        else:
+            layers[-1] = layers[-1]._replace(activation=parse_activation(part))
+    return [_without_context(layers[0], features), *layers[1:]]
+
+
+def _linear(name: str, linear: nn.Module, **more) -> ForeignLayer:
+    return ForeignLayer(f"hyper.{name}", linear.weight.detach(), linear.bias.detach(), linear.mask.bool(), **more)
+
+
+def _without_context(first: ForeignLayer, features: int) -> ForeignLayer:
+    """zuko appends the context to the features; here it has a weight of its own."""
+    if first.mask.shape[1] == features:
+        return first
+    unseen = (~first.mask[:, features:]).nonzero().tolist()
+    if unseen:
+        unit, column = unseen[0]
+        raise ValueError(f"every unit must see the whole context; in {first.name}, output {unit} does not see context feature {column}")
+    own, context = first.weight.split([features, first.mask.shape[1] - features], dim=1)
+    return first._replace(weight=own, mask=first.mask[:, :features], context_weight=context)
+
+
+def _check_base(base: nn.Module, features: int) -> None:
+    from zuko.distributions import DiagNormal
+
+    normal = getattr(base, "f", None) is DiagNormal and base().base_dist
+    if not normal or normal.loc.shape != (features,) or normal.loc.ne(0).any() or normal.scale.ne(torch.ones(())).any():
+        raise ValueError(f"base must be a standard normal, DiagNormal(0, 1) of {features} features; got {base}")
