@@ -1,6 +1,7 @@
 """A masked network as other libraries keep it, and its conversion: units are permuted once, so that masks become staircases."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ def _check_dependencies(reached: Tensor) -> None:
             f"the masks are not autoregressive: the output of feature {i} sees input {j}, and the output of feature {j} sees input {i}"
         )
     by_count = reached.sum(1).argsort(stable=True).tolist()
-    for i, j in zip(by_count, by_count[1:], strict=False):
+    for i, j in pairwise(by_count):
         missing = (reached[i] & ~reached[j]).nonzero().flatten().tolist()
         if missing:
             other = (reached[j] & ~reached[i]).nonzero().flatten().tolist()
@@ -145,7 +146,9 @@ def batch_norm_affine(module: nn.BatchNorm1d, name: str) -> tuple[Tensor, Tensor
         ValueError: it normalises by the statistics of the batch.
     """
     if module.training or module.running_var is None:
-        raise ValueError(f"{name} normalises by the batch it sees, which mixes its rows; call eval() on the network before it is taken over")
+        raise ValueError(
+            f"{name} normalises by the batch it sees, which mixes its rows; call eval() on the network before it is taken over"
+        )
     factor = torch.rsqrt(module.running_var + module.eps)
     if module.weight is not None:
         factor = factor * module.weight.detach()

@@ -1,10 +1,10 @@
 """The autoregressive op against the D-pass loop, autograd's Jacobian and the definition of its conditioner."""
 
 import itertools
+from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
 from flowkernels import ScaleMap, backend
 from flowkernels.ops import Activation, Conditioner, Form, MaskedLayer, autoregressive, check_conditioner
@@ -27,43 +27,84 @@ SCALES = [
 FORMS = ["scale_shift", "shift_scale", "divide", "gate"]
 
 
-def staircases(features: int, widths: tuple[int, ...], rule: str, context: bool, degrees: Tensor, seed: int = 0) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    below, result = degrees, []
-    for units in widths:
-        above = hidden_degrees(units, int(degrees.max()) if features else 1, rule=rule, context=context, generator=g)
-        result.append(staircase(below, above, strict=False))
-        below = above
-    return [*result, staircase(below, degrees.repeat_interleave(2), strict=True)]
+class Part(NamedTuple):
+    """One layer of a test network: how wide, what it reads and adds, and what the context does there."""
+
+    width: int  # 0: the output layer
+    activation: str = "identity"
+    source: int | None = None
+    residual: int | None = None
+    context: str = ""  # "add", "gate", or the activation of a term that is added; with a trailing "+" it has a bias
+    unitwise: str = ""  # "read" or "affine"
+
+
+def network_degrees(parts, rule, context, degrees):
+    """The degrees of all values; what is added to each other shares them."""
+    g = torch.Generator().manual_seed(0)
+    top = int(degrees.max()) if len(degrees) else 1
+    values = [degrees]
+    for number, part in enumerate(parts):
+        if part.residual is not None:
+            values.append(values[part.residual])
+        elif part.unitwise:
+            values.append(values[number if part.source is None else part.source])
+        elif part.width:
+            values.append(hidden_degrees(part.width, top, rule=rule, context=context, generator=g))
+        else:
+            values.append(degrees.repeat_interleave(2))
+    return values
 
 
 def example(
-    features, widths, *, rule="even", context=0, activation="relu", scale=None, form="scale_shift", order=None, degrees=None, inverse=False
+    features, parts, *, rule="even", context=0, activation="relu", scale=None, form="scale_shift", order=None, degrees=None, inverse=False
 ):
-    """degrees: sorted degrees of the features in their order of generation; shared degrees make a partial order."""
+    """parts: the network, or the widths of a plain one. degrees: sorted degrees of the features in their order of generation;
+    shared degrees make a partial order."""
+    if all(isinstance(p, int) for p in parts):
+        parts = [Part(w, activation if w else "identity", context="add" if context else "") for w in (*parts, 0)]
     degrees = torch.arange(1, features + 1) if degrees is None else torch.tensor(degrees)
-    visible = staircases(features, widths, rule, context > 0, degrees)
-    code, scale = Activation[activation.upper()], scale or ScaleMap.softclip()
+    values = network_degrees(parts, rule, context > 0, degrees)
+    scale = scale or ScaleMap.softclip()
     order = None if order is None else torch.tensor(order)
-    sizes = [features, *widths, 2 * features]
+
+    def layer(number, tensor):
+        """tensor(fan_in, *shape) gives the next parameter."""
+        part = parts[number]
+        source = number if part.source is None else part.source
+        above, outputs = values[number + 1], len(values[number + 1])
+        seen = staircase(values[source], above, strict=not part.width and not part.unitwise)
+        wiring = {"source": part.source, "residual": part.residual}
+        if part.unitwise:
+            seen = torch.arange(1, outputs + 1, dtype=torch.int32)
+            pair = (tensor(1, outputs), tensor(10, outputs)) if part.unitwise == "affine" else (None, None)
+            return MaskedLayer(*pair, seen, Activation[part.activation.upper()], **wiring)
+        fan_in = (seen + context).clamp(min=1)
+        weight, bias = tensor(fan_in, len(values[source]), outputs), tensor(10, outputs)
+        if part.context:
+            kind = part.context.rstrip("+")
+            wiring["context_weight"] = tensor(fan_in, context, outputs)
+            wiring["context_bias"] = tensor(10, outputs) if part.context.endswith("+") else None
+            wiring["gate"] = kind == "gate"
+            wiring["context_activation"] = Activation[{"add": "IDENTITY", "gate": "SIGMOID"}.get(kind, kind.upper())]
+        return MaskedLayer(weight, bias, seen, Activation[part.activation.upper()], **wiring)
 
     def conditioner(parameters):
-        per_layer = 3 if context else 2
-        layers = []
-        for i, seen in enumerate(visible):
-            weight, bias, *rest = parameters[i * per_layer : (i + 1) * per_layer]
-            kind = code if i < len(widths) else Activation.IDENTITY
-            layers.append(MaskedLayer(weight, bias, seen, kind, rest[0] if rest else None))
-        return Conditioner.of(layers, order)
+        left = iter(parameters)
+        network = Conditioner.of([layer(number, lambda *_: next(left)) for number in range(len(parts))], order)
+        assert next(left, None) is None
+        return network
 
     def make(batch, dtype):
         g = torch.Generator().manual_seed(2)
         randn = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)
         parameters = []
-        for i, seen in enumerate(visible):
-            fan_in = (seen + context).clamp(min=1).sqrt().to(dtype)
-            parameters += [randn(sizes[i], sizes[i + 1]) / fan_in, 0.3 * randn(sizes[i + 1])]
-            parameters += [randn(context, sizes[i + 1]) / fan_in] if context else []
+
+        def draw(fan_in, *shape):
+            parameters.append(randn(*shape) / torch.as_tensor(fan_in, dtype=dtype).sqrt())
+            return parameters[-1]
+
+        for number in range(len(parts)):
+            layer(number, draw)
         rows = [randn(batch, features), *([randn(batch, context)] if context else [])]
         split = lambda rows: (rows[0], rows[1] if context else None)
 
@@ -76,28 +117,44 @@ def example(
             return autoregressive_reference(x, conditioner(parameters), c, scale, Form[form.upper()], inverse)
 
         def schema(rows, parameters):
-            x, c = split(rows)
-            weights, biases, seen, activations, contexts, _, wiring, context_biases = conditioner(parameters)
-            return (
-                x,
-                c,
-                weights,
-                biases,
-                contexts,
-                context_biases,
-                seen,
-                order,
-                activations,
-                wiring,
-                int(scale.kind),
-                *scale.packed,
-                int(Form[form.upper()]),
-                inverse,
-            )
+            n = conditioner(parameters)
+            lists = (n.weights, n.biases, n.context_weights, n.context_biases, n.visible, order, n.activations, n.wiring)
+            return (*split(rows), *lists, int(scale.kind), *scale.packed, int(Form[form.upper()]), inverse)
 
         return Example(rows, parameters, op, oracle, schema, transform=True)
 
     return make
+
+
+# context in front of the first activation and inside each block, activations as a block reads: nflows
+RESIDUAL = [
+    Part(7, context="tanh+"),
+    Part(7, "tanh", unitwise="read"),
+    Part(7, "tanh", context="add+"),
+    Part(7, residual=1),
+    Part(7, "tanh", unitwise="read"),
+    Part(7, "tanh", context="add+"),
+    Part(7, residual=4),
+    Part(0),
+]
+# the context gates the end of each block, which begins with a batch norm: normflows
+GATED = [
+    Part(6, context="add"),
+    Part(6, "silu", unitwise="affine"),
+    Part(9, "silu"),
+    Part(6, residual=1, context="gate+"),
+    Part(0),
+]
+# a block with another width inside and no activation around it, then one that ends in an activation and adds activated values: zuko
+# and the rest of what wiring can say
+WIRED = [
+    Part(5, "elu"),
+    Part(8, "elu"),
+    Part(5, "sigmoid", residual=1),
+    Part(5, "tanh", source=0, residual=3),
+    Part(5, unitwise="affine", source=3, residual=1),
+    Part(0, source=5),
+]
 
 
 def both(name, *args, **kwargs):
@@ -116,6 +173,9 @@ class TestAutoregressive(OpBattery):
         **both("random degrees", 4, (6, 5), rule="random", activation="softplus", form="gate", scale=ScaleMap.sigmoid(bias=1.0)),
         **both("shared degrees", 5, (6, 6), degrees=[1, 1, 2, 4, 4], activation="gelu"),
         **both("a coupling", 4, (5,), degrees=[1, 1, 2, 2], activation="leaky_relu", form="shift_scale"),
+        **both("residual", 3, RESIDUAL, context=2),
+        **both("gated", 3, GATED, context=2, order=[1, 2, 0]),
+        **both("wired", 4, WIRED, degrees=[1, 2, 2, 3]),
     }
 
 
@@ -139,12 +199,28 @@ class TestMapsAndForms:
         torch.testing.assert_close(opposite, -logabsdet, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("features, widths, context", [(40, (300, 520), 0), (20, (600,), 300), (130, (64, 64), 5), (300, (40,), 0)])
+def widened(parts, width):
+    return [part._replace(width=width if part.width else 0) for part in parts]
+
+
+@pytest.mark.parametrize(
+    "features, parts, context",
+    [
+        (40, (300, 520), 0),
+        (20, (600,), 300),
+        (130, (64, 64), 5),
+        (300, (40,), 0),
+        (20, widened(RESIDUAL, 270), 3),
+        (20, widened(GATED, 270), 300),
+        (9, widened(GATED, 20), 2),
+        (300, widened(WIRED, 40), 0),
+    ],
+)
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_sizes_beyond_one_chunk(features, widths, context, inverse, dtype):
+def test_sizes_beyond_one_chunk(features, parts, context, inverse, dtype):
     """Sums longer than a chunk of 256 inputs, in every form of the loop, with the same bits in each."""
-    case = example(features, widths, context=context, activation="tanh", inverse=inverse)
+    case = example(features, parts, context=context, activation="tanh", inverse=inverse)
     rows, parameters, op, oracle, *_ = case(101, dtype)
     with torch.no_grad():
         whole = op(rows, parameters)
