@@ -143,10 +143,10 @@ class Conditioner(NamedTuple):
 def wiring(layers: Sequence[MaskedLayer]) -> list[int]:
     """`Conditioner.wiring` of these layers: empty where they are a plain chain."""
     wired = [Wiring.of(number, layer) for number, layer in enumerate(layers)]
-    chain = any(
-        wired == [Wiring(number, -1, use, Activation.IDENTITY) for number in range(len(wired))] for use in (ContextUse.NONE, ContextUse.ADD)
-    )
-    return [] if chain else [int(number) for w in wired for number in w]
+    chains = ([Wiring(number, -1, use, Activation.IDENTITY) for number in range(len(wired))] for use in (ContextUse.NONE, ContextUse.ADD))
+    if wired in chains and all(layer.context_bias is None for layer in layers):
+        return []
+    return [int(number) for w in wired for number in w]
 
 
 def check_conditioner(conditioner: Conditioner) -> list[list[int]]:

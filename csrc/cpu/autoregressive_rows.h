@@ -1,0 +1,151 @@
+// The state of the sequential loop where lanes are batch rows: [unit][row], each weight broadcast to several vectors of rows.
+// Included once per instruction set, by autoregressive_kernel.h.
+
+namespace flowkernels {
+namespace FK_TARGET {
+
+template <class T>
+struct RowLanes {
+  const AutoregressiveArgs<T>& args;
+  int64_t first_row, n_rows, rows;  // rows: padded to whole vectors
+  T* values;                        // [layer][unit][row]: pending sums, then the values themselves; layer 0 is the features
+  T* totals;
+  const int64_t* offsets;           // first unit of each layer in values
+  T *gates, *context, *log, *log_total;
+
+  RowLanes(const AutoregressiveArgs<T>& args, const int64_t* offsets, int64_t units, int64_t first_row, int64_t n_rows, int64_t rows,
+           T* scratch)
+      : args(args), first_row(first_row), n_rows(n_rows), rows(rows), values(scratch), totals(values + units * rows), offsets(offsets) {
+    gates = totals + units * rows;
+    context = gates + (args.gated ? units * rows : 0);
+    log = context + args.context_features * rows;
+    log_total = log + rows;
+  }
+
+  static int64_t scratch(const AutoregressiveArgs<T>& args, int64_t units, int64_t rows) {
+    return rows * ((args.gated ? 3 : 2) * units + args.context_features + 2);
+  }
+
+  bool one_chunk(int l) const {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    return layer.inputs <= kChunk && (!layer.context_weight || layer.gate);
+  }
+  T* layer_values(int l) const { return values + offsets[l] * rows; }
+  T* layer_gates(int l) const { return gates + offsets[l] * rows; }
+  T* layer_totals(int l) const { return one_chunk(l) ? nullptr : totals + offsets[l] * rows; }
+
+  void read(const Strided<T>& from, int64_t columns, const int64_t* order, T* to) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; ++c)
+        to[c * rows + r] = r < n_rows ? from.data[(first_row + r) * from.row + (order ? order[c] : c) * from.column] : T(0);
+  }
+
+  void begin() {
+    read(args.x, args.features, args.order, values);
+    if (args.context_features) read(args.context, args.context_features, nullptr, context);
+    for (int l = 1; l <= args.n_layers; ++l) {
+      const MaskedLayer<T>& layer = args.layers[l - 1];
+      if (layer.unitwise) continue;
+      Tile<T> tile{context, layer_values(l), totals + offsets[l] * rows, rows};
+      for (int64_t i = 0; i < layer.outputs * rows; i += lanes<T>) store(tile.acc + i, zero<T>());
+      if (layer.context_weight) {
+        fill(tile.total, layer.own_context_term() ? layer.context_bias : layer.bias, layer.outputs);
+        push<T>(layer.context_weight, layer.context_ld, nullptr, tile, 0, args.context_features, 0, layer.outputs);
+        flush_chunk(tile, 0, layer.outputs);
+        if (layer.own_context_term()) finish_context(l, tile.total);
+      } else if (!one_chunk(l)) {
+        fill(tile.total, layer.bias, layer.outputs);
+      }
+    }
+    for (int64_t r = 0; r < rows; r += lanes<T>) {
+      store(log + r, zero<T>());
+      store(log_total + r, zero<T>());
+    }
+  }
+
+  void fill(T* to, const T* units, int64_t n) const {  // null: zeros
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t r = 0; r < rows; r += lanes<T>) store(to + j * rows + r, broadcast<T>(units ? units[j] : T(0)));
+  }
+
+  // total holds the context's sums; then, the gates are known, or total holds what the sums of the layer begin with
+  void finish_context(int l, T* total) const {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    for (int64_t j = 0; j < layer.outputs; ++j)
+      for (int64_t r = 0; r < rows; r += lanes<T>) {
+        const int64_t at = j * rows + r;
+        const Vec<T> term = activate(static_cast<Activation>(layer.context_activation), load(total + at)), bias = broadcast<T>(layer.bias[j]);
+        if (layer.gate) store(layer_gates(l) + at, term);
+        store(total + at, layer.gate ? bias : bias + term);
+      }
+  }
+
+  void push_layer(int l, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    if (layer.unitwise) return;
+    push<T>(layer.weight, layer.ld, layer.visible, {layer_values(layer.source), layer_values(l), layer_totals(l), rows}, k0, k1, j0, j1);
+  }
+
+  FK_INLINE Vec<T> sum(const MaskedLayer<T>& layer, const T* acc, const T* total, int64_t j, int64_t r) const {
+    return (total ? load(total + j * rows + r) : broadcast<T>(layer.bias[j])) + load(acc + j * rows + r);
+  }
+
+  void finish_hidden(int l, int64_t j0, int64_t j1) {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    T* h = layer_values(l);
+    const T* total = layer_totals(l);
+    if (layer.joins()) return finish_joined(l, j0, j1);
+    with_activation(static_cast<Activation>(layer.activation), [&](auto code) {
+      for (int64_t j = j0; j < j1; ++j)
+        for (int64_t r = 0; r < rows; r += lanes<T>) store(h + j * rows + r, activate<decltype(code)::value>(sum(layer, h, total, j, r)));
+    });
+  }
+
+  // the same where more than a sum meets the activation
+  FK_CALL void finish_joined(int l, int64_t j0, int64_t j1) {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    T* h = layer_values(l);
+    const T *total = layer_totals(l), *from = layer_values(layer.source), *gate = layer.gate ? layer_gates(l) : nullptr;
+    const T* residual = layer.residual < 0 ? nullptr : layer_values(layer.residual);
+    for (int64_t j = j0; j < j1; ++j)
+      for (int64_t r = 0; r < rows; r += lanes<T>) {
+        const int64_t at = j * rows + r;
+        Vec<T> v;
+        if (!layer.unitwise)
+          v = sum(layer, h, total, j, r);
+        else
+          v = layer.weight ? fma(broadcast<T>(layer.weight[j]), load(from + at), broadcast<T>(layer.bias[j])) : load(from + at);
+        if (gate) v = v * load(gate + at);
+        if (residual) v = v + load(residual + at);
+        store(h + at, v);
+      }
+    with_activation(static_cast<Activation>(layer.activation), [&](auto code) {
+      for (int64_t i = j0 * rows; i < j1 * rows; i += lanes<T>) store(h + i, activate<decltype(code)::value>(load(h + i)));
+    });
+  }
+
+  void finish_features(int64_t p0, int64_t p1) {
+    const int last = args.n_layers;
+    const MaskedLayer<T>& layer = args.layers[last - 1];
+    const T *acc = layer_values(last), *total = layer_totals(last);
+    for (int64_t p = p0; p < p1; ++p)
+      for (int64_t r = 0; r < rows; r += lanes<T>) {
+        const Vec<T> shift = sum(layer, acc, total, 2 * p, r), raw = sum(layer, acc, total, 2 * p + 1, r);
+        T* at = values + p * rows + r;
+        const ValueAndLog<Vec<T>> out = transform(args, load(at), shift, raw);
+        store(at, out.value);
+        add_log(log + r, log_total + r, out.log, p);
+      }
+  }
+
+  void end() const {
+    for (int64_t r = 0; r < n_rows; ++r) {
+      T* y = args.y + (first_row + r) * args.features;
+      for (int64_t p = 0; p < args.features; ++p) y[args.order ? args.order[p] : p] = values[p * rows + r];
+      args.logabsdet[first_row + r] = log_total[r] + log[r];
+    }
+  }
+};
+
+}  // namespace FK_TARGET
+}  // namespace flowkernels

@@ -1,0 +1,233 @@
+// The state of the sequential loop where lanes are units, for few rows: [row][unit], each known value pushed down its contiguous row of
+// weights. A value that is zero for all rows (a rectified unit) skips its row, which halves the weights that are read.
+// Included once per instruction set, by autoregressive_kernel.h.
+
+namespace flowkernels {
+namespace FK_TARGET {
+
+// The first n lanes of v; the others keep what memory holds there. Masked stores are slow, and loads after them wait.
+template <class T>
+FK_INLINE void store_head(T* p, Vec<T> v, int64_t n) {
+  store(p, n >= lanes<T> ? v : select(iota<T>() < static_cast<int>(n), v, load(p)));
+}
+
+template <class T, int B>
+struct UnitLanes {
+  static constexpr int kGroup = B == 1 ? 8 : B == 2 ? 4 : 2;  // values pushed together: B * kGroup broadcasts stay in registers
+
+  const AutoregressiveArgs<T>& args;
+  int64_t first_row;
+  int64_t units;  // of all layers, padded
+  T* values;      // [row][layer][unit]; vectors may reach past the end of a row, never past the scratch
+  T* totals;
+  T* gates;
+  T* context;
+  const int64_t* offsets;
+  T log[lanes<T>] = {}, log_total[lanes<T>] = {};
+
+  UnitLanes(const AutoregressiveArgs<T>& args, const int64_t* offsets, int64_t units, int64_t first_row, T* scratch)
+      : args(args), first_row(first_row), units(units), values(scratch), totals(values + B * units), gates(totals + B * units),
+        context(gates + (args.gated ? B * units : 0)), offsets(offsets) {}
+
+  static int64_t scratch(const AutoregressiveArgs<T>& args, int64_t units) {
+    return B * ((args.gated ? 3 : 2) * units + args.context_features) + lanes<T>;
+  }
+
+  template <int K>
+  FK_INLINE void push_group(const T* const* weight, const Vec<T> (*h)[kGroup], T* acc, int64_t n) const {
+    int64_t j = 0;
+    if constexpr (B == 1)  // two chains hide each other's latency
+      for (; j + 2 * lanes<T> <= n; j += 2 * lanes<T>) {
+        Vec<T> a = load(acc + j), b = load(acc + j + lanes<T>);
+        for (int k = 0; k < K; ++k) {
+          a = fma(h[0][k], load(weight[k] + j), a);
+          b = fma(h[0][k], load(weight[k] + j + lanes<T>), b);
+        }
+        store(acc + j, a);
+        store(acc + j + lanes<T>, b);
+      }
+    for (; j + lanes<T> <= n; j += lanes<T>) {
+      Vec<T> a[B];
+      for (int b = 0; b < B; ++b) a[b] = load(acc + b * units + j);
+      for (int k = 0; k < K; ++k) {
+        const Vec<T> w = load(weight[k] + j);
+        for (int b = 0; b < B; ++b) a[b] = fma(h[b][k], w, a[b]);
+      }
+      for (int b = 0; b < B; ++b) store(acc + b * units + j, a[b]);
+    }
+    if (j < n)
+      for (int b = 0; b < B; ++b) {
+        Vec<T> a = load(acc + b * units + j);
+        for (int k = 0; k < K; ++k) a = fma(h[b][k], load_partial(weight[k] + j, n - j), a);
+        store_head(acc + b * units + j, a, n - j);
+      }
+  }
+
+  // every unit in [j0, j1) sees every input in [k0, k1); h and acc are those of row 0, other rows follow at the stride given
+  void push_dense(const T* weight, int64_t ld, const T* h, int64_t h_stride, T* acc, int64_t k0, int64_t k1, int64_t j0, int64_t j1) const {
+    const T* rows[kGroup];
+    Vec<T> value[B][kGroup];
+    const int64_t n = j1 - j0;
+    int filled = 0;
+    for (int64_t k = k0; k < k1; ++k) {
+      bool zero_everywhere = true;
+      for (int b = 0; b < B; ++b) {
+        value[b][filled] = broadcast<T>(h[b * h_stride + k]);
+        zero_everywhere &= h[b * h_stride + k] == T(0);
+      }
+      rows[filled] = weight + k * ld + j0;
+      filled += !zero_everywhere;  // no branch: it would be mispredicted half of the time
+      if (filled == kGroup) {
+        push_group<kGroup>(rows, value, acc + j0, n);
+        filled = 0;
+      }
+    }
+    if constexpr (kGroup > 4)
+      if (filled >= 4) {
+        push_group<4>(rows, value, acc + j0, n);
+        for (int i = 4; i < filled; ++i) {
+          rows[i - 4] = rows[i];
+          for (int b = 0; b < B; ++b) value[b][i - 4] = value[b][i];
+        }
+        filled -= 4;
+      }
+    if constexpr (kGroup > 2) {
+      if (filled == 3) push_group<3>(rows, value, acc + j0, n);
+      if (filled == 2) push_group<2>(rows, value, acc + j0, n);
+    }
+    if (filled == 1) push_group<1>(rows, value, acc + j0, n);
+  }
+
+  void flush_chunk(int l, int64_t j0, int64_t j1) {
+    for (int b = 0; b < B; ++b) {
+      T *acc = values + b * units + offsets[l], *total = totals + b * units + offsets[l];
+      for (int64_t j = j0; j < j1; ++j) {
+        total[j] += acc[j];
+        acc[j] = T(0);
+      }
+    }
+  }
+
+  void push(int l, const T* weight, int64_t ld, const int32_t* visible, const T* h, int64_t h_stride, int64_t k0, int64_t k1, int64_t j0,
+            int64_t j1) {
+    T* acc = values + offsets[l];
+    while (k0 < k1 && j0 < j1) {
+      if (visible && visible[j0] <= k0) {
+        ++j0;
+        continue;
+      }
+      if (k0 > 0 && k0 % kChunk == 0) flush_chunk(l, j0, j1);
+      // up to where all units from j0 on see, within one chunk
+      int64_t k = smaller(k1, (k0 / kChunk + 1) * kChunk);
+      if (visible) k = smaller(k, visible[j0]);
+      push_dense(weight, ld, h, h_stride, acc, k0, k, j0, j1);
+      k0 = k;
+    }
+  }
+
+  void begin() {
+    for (int b = 0; b < B; ++b) {
+      const T* x = args.x.data + (first_row + b) * args.x.row;
+      T* row = values + b * units;
+      for (int64_t p = 0; p < args.features; ++p) row[p] = x[(args.order ? args.order[p] : p) * args.x.column];
+      for (int64_t c = 0; c < args.context_features; ++c)
+        context[b * args.context_features + c] = args.context.data[(first_row + b) * args.context.row + c * args.context.column];
+      for (int64_t i = args.features; i < units; ++i) row[i] = T(0);
+      for (int l = 1; l <= args.n_layers; ++l) {
+        const MaskedLayer<T>& layer = args.layers[l - 1];
+        const T* from = layer.context_weight && layer.own_context_term() ? layer.context_bias : layer.bias;
+        T* total = totals + b * units + offsets[l];
+        if (from)
+          for (int64_t j = 0; j < layer.outputs; ++j) total[j] = from[j];
+        else if (layer.context_weight)
+          for (int64_t j = 0; j < layer.outputs; ++j) total[j] = T(0);
+      }
+    }
+    for (int l = 1; l <= args.n_layers; ++l) {
+      const MaskedLayer<T>& layer = args.layers[l - 1];
+      if (!layer.context_weight) continue;
+      push(l, layer.context_weight, layer.context_ld, nullptr, context, args.context_features, 0, args.context_features, 0, layer.outputs);
+      flush_chunk(l, 0, layer.outputs);
+      if (layer.own_context_term()) finish_context(l);
+    }
+  }
+
+  // totals hold the context's sums; then, the gates are known, or totals hold what the sums of the layer begin with
+  void finish_context(int l) {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    for (int b = 0; b < B; ++b) {
+      T *total = totals + b * units + offsets[l], *gate = gates + b * units + offsets[l];
+      for (int64_t j = 0; j < layer.outputs; j += lanes<T>) {
+        const int64_t n = smaller(layer.outputs - j, lanes<T>);
+        const Vec<T> term = activate(static_cast<Activation>(layer.context_activation), load(total + j)), bias = load_partial(layer.bias + j, n);
+        if (layer.gate) store_head(gate + j, term, n);
+        store_head(total + j, layer.gate ? bias : bias + term, n);
+      }
+    }
+  }
+
+  void push_layer(int l, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    if (layer.unitwise) return;
+    push(l, layer.weight, layer.ld, layer.visible, values + offsets[layer.source], units, k0, k1, j0, j1);
+  }
+
+  void finish_hidden(int l, int64_t j0, int64_t j1) {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    if (layer.joins()) return finish_joined(l, j0, j1);
+    with_activation(static_cast<Activation>(layer.activation), [&](auto code) {
+      for (int b = 0; b < B; ++b) {
+        T *h = values + b * units + offsets[l], *total = totals + b * units + offsets[l];
+        for (int64_t j = j0; j < j1; j += lanes<T>) store_head(h + j, activate<decltype(code)::value>(load(total + j) + load(h + j)), j1 - j);
+      }
+    });
+  }
+
+  // the same where more than a sum meets the activation
+  FK_CALL void finish_joined(int l, int64_t j0, int64_t j1) {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    const Activation activation = static_cast<Activation>(layer.activation);
+    for (int b = 0; b < B; ++b) {
+      T *row = values + b * units, *h = row + offsets[l];
+      const T *total = totals + b * units + offsets[l], *gate = gates + b * units + offsets[l], *from = row + offsets[layer.source];
+      const T* residual = layer.residual < 0 ? nullptr : row + offsets[layer.residual];
+      for (int64_t j = j0; j < j1; j += lanes<T>) {
+        const int64_t n = smaller(j1 - j, lanes<T>);
+        Vec<T> v;
+        if (!layer.unitwise)
+          v = load(total + j) + load(h + j);
+        else
+          v = layer.weight ? fma(load_partial(layer.weight + j, n), load(from + j), load_partial(layer.bias + j, n)) : load(from + j);
+        if (layer.gate) v = v * load(gate + j);
+        if (residual) v = v + load(residual + j);
+        store_head(h + j, activate(activation, v), n);
+      }
+    }
+  }
+
+  void finish_features(int64_t p0, int64_t p1) {
+    for (int64_t p = p0; p < p1; ++p) {
+      Vec<T> x = zero<T>(), shift = zero<T>(), raw = zero<T>();
+      for (int b = 0; b < B; ++b) {
+        const int64_t at = b * units + offsets[args.n_layers] + 2 * p;
+        x[b] = values[b * units + p];
+        shift[b] = totals[at] + values[at];
+        raw[b] = totals[at + 1] + values[at + 1];
+      }
+      const ValueAndLog<Vec<T>> out = transform(args, x, shift, raw);
+      add_log(log, log_total, out.log, p);
+      for (int b = 0; b < B; ++b) values[b * units + p] = out.value[b];
+    }
+  }
+
+  void end() const {
+    for (int b = 0; b < B; ++b) {
+      T* y = args.y + (first_row + b) * args.features;
+      for (int64_t p = 0; p < args.features; ++p) y[args.order ? args.order[p] : p] = values[b * units + p];
+      args.logabsdet[first_row + b] = log_total[b] + log[b];
+    }
+  }
+};
+
+}  // namespace FK_TARGET
+}  // namespace flowkernels
