@@ -35,6 +35,7 @@ void training_forward(const TrainingArgs<T>& args, int64_t r0, int64_t r1, T* sc
     if (args.contexts) masked_linear_forward(args.contexts[l], r0, r1, int64_t(0), args.contexts[l].outputs, scratch);
     masked_linear_forward(args.layers[l], r0, r1, int64_t(0), args.layers[l].outputs, scratch);
   }
+  if (!args.y) return;  // the values alone were asked for
   FeatureRow<T> row(scratch, padded);
   for (int64_t i = 0; i < 4 * padded; ++i) scratch[i] = T(0);
   for (int64_t r = r0; r < r1; ++r) {

@@ -15,6 +15,11 @@ constexpr int64_t kBlock = 64;  // inputs of one pass: 64 x 48 rows of h stay in
 constexpr int kRowVectors = 3;  // with 4 (8) units, 12 (24) independent chains hide the latency of a multiply-add
 constexpr int kUnits = FK_REGISTERS >= 32 ? 8 : 4;
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 FK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>

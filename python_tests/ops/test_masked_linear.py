@@ -37,7 +37,9 @@ class TestMaskedLinear(OpBattery):
         "sees nothing at first": example(3, [0, 0, 1, 3, 3]),
         "one input": example(1, [0, 1]),
         "one output": example(5, [3]),
-        "several panels and chunks": example(300, sorted(torch.randint(0, 301, (61,), generator=torch.Generator().manual_seed(3)).tolist())),
+        "several panels and chunks": example(
+            300, sorted(torch.randint(0, 301, (61,), generator=torch.Generator().manual_seed(3)).tolist())
+        ),
     }
 
 

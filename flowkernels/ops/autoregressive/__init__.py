@@ -18,7 +18,7 @@ from ..masked_linear import masked_linear
 from ..scale_map import Form, ScaleMap, parse_form
 from .conditioner import Conditioner, MaskedLayer, check_conditioner, context_features
 from .reference import autoregressive_reference
-from .training import autoregressive_training, serves
+from .training import serves, with_gradient
 
 __all__ = ["Conditioner", "MaskedLayer", "autoregressive", "check_conditioner"]
 
@@ -102,8 +102,8 @@ def autoregressive(
 
     weights, biases, visible, activations, context_weights, order, wiring, context_biases = conditioner
     if needs_autograd((x, context, *weights, *biases, *context_weights, *context_biases)):
-        if not inverse and serves(conditioner, x):
-            y, logabsdet = autoregressive_training(x, conditioner, context, scale, form)
+        if serves(conditioner, x):
+            y, logabsdet = with_gradient(x, conditioner, context, scale, form, inverse)
         else:
             y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse, linear=masked_linear)
     elif wants_reference("autoregressive", x.device):

@@ -31,8 +31,13 @@ library.define(
     f"autoregressive_backward(Tensor dy, Tensor dlogabsdet, Tensor values, Tensor? context, {_NETWORK.format('')}, {_SCALE}, "
     "bool need_dx) -> Tensor[]"
 )
+library.define(
+    f"autoregressive_inverse_backward(Tensor dx, Tensor dlogabsdet, Tensor x, Tensor? context, {_NETWORK.format('Tensor[] biases, ')}, "
+    f"{_SCALE}) -> Tensor[]"
+)
 _training = torch.ops.flowkernels.autoregressive_training.default
 _backward = torch.ops.flowkernels.autoregressive_backward.default
+_inverse_backward = torch.ops.flowkernels.autoregressive_inverse_backward.default
 _COMPILED = _extension.has_kernel("autoregressive_training", "CPU")  # torch.compile cannot ask
 
 
@@ -51,20 +56,31 @@ def _(dy, dlogabsdet, values, context, weights, context_weights, *scale_and_netw
     return [dx, dcontext, *dweights, *dbiases, *(values.new_empty(w.shape) for w in context_weights)]
 
 
+@torch.library.register_fake("flowkernels::autoregressive_inverse_backward", lib=library)
+def _(dx, dlogabsdet, x, context, weights, biases, context_weights, *_) -> list[Tensor]:
+    dcontext = x.new_empty((0, 0) if context is None else context.shape)
+    return [x.new_empty(x.shape), dcontext, *(x.new_empty(t.shape) for t in (*weights, *biases, *context_weights))]
+
+
 def serves(conditioner: Conditioner, x: Tensor) -> bool:
     """Whether the two ops can take this call: a plain chain of layers, on a device that has the kernel."""
-    if conditioner.wiring or torch._C._functorch.maybe_current_level() is not None or wants_reference("autoregressive", x.device):
+    if (
+        conditioner.wiring
+        or conditioner.context_biases
+        or torch._C._functorch.maybe_current_level() is not None
+        or wants_reference("autoregressive", x.device)
+    ):
         return False
     return _COMPILED and x.device.type == "cpu"
 
 
-def autoregressive_training(
-    x: Tensor, conditioner: Conditioner, context: Tensor | None, scale: ScaleMap, form: Form
+def with_gradient(
+    x: Tensor, conditioner: Conditioner, context: Tensor | None, scale: ScaleMap, form: Form, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """The forward map, for autograd. The conditioner must be one that `serves`."""
+    """The map or its inverse, for autograd. The conditioner must be one that `serves`."""
     weights, biases, visible, activations, context_weights, order, *_ = conditioner
     p0, p1 = scale.packed
-    return _Training.apply(
+    return (_Inverse if inverse else _Training).apply(
         x, context, visible, order, activations, (int(scale.kind), p0, p1, int(form)), *weights, *biases, *context_weights
     )
 
@@ -81,12 +97,10 @@ class _Training(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor, dlogabsdet: Tensor):
-        x, context, values, order, *tensors = ctx.saved_tensors
-        n = len(ctx.activations)
-        visible, weights, biases, context_weights = tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :]
+        x, context, values, order, visible, weights, biases, context_weights = _saved(ctx)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             conditioner = Conditioner(weights, biases, visible, ctx.activations, context_weights, order)
-            return _differentiable_gradient(ctx, x, context, conditioner, dy, dlogabsdet)
+            return _differentiable_gradient(ctx, x, context, conditioner, dy, dlogabsdet, inverse=False)
         need_dx = ctx.needs_input_grad[0]
         dx, dcontext, *dparameters = _backward(
             dy, dlogabsdet, values, context, weights, context_weights, visible, order, ctx.activations, *ctx.scale_and_form, need_dx
@@ -94,10 +108,44 @@ class _Training(torch.autograd.Function):
         return dx if need_dx else None, None if context is None else dcontext, None, None, None, None, *dparameters
 
 
-def _differentiable_gradient(ctx, x: Tensor, context: Tensor | None, conditioner: Conditioner, dy: Tensor, dlogabsdet: Tensor) -> tuple:
+class _Inverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, context, visible, order, activations, scale_and_form, *parameters) -> tuple[Tensor, Tensor]:
+        n = len(visible)
+        weights, biases, context_weights = list(parameters[:n]), list(parameters[n : 2 * n]), list(parameters[2 * n :])
+        x, logabsdet = torch.ops.flowkernels.autoregressive(
+            z, context, weights, biases, context_weights, [], visible, order, activations, [], *scale_and_form, True
+        )
+        ctx.save_for_backward(z, context, x, order, *visible, *parameters)
+        ctx.activations, ctx.scale_and_form = activations, scale_and_form
+        return x, logabsdet
+
+    @staticmethod
+    def backward(ctx, dx: Tensor, dlogabsdet: Tensor):
+        z, context, x, order, visible, weights, biases, context_weights = _saved(ctx)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            conditioner = Conditioner(weights, biases, visible, ctx.activations, context_weights, order)
+            return _differentiable_gradient(ctx, z, context, conditioner, dx, dlogabsdet, inverse=True)
+        dz, dcontext, *dparameters = _inverse_backward(
+            dx, dlogabsdet, x, context, weights, biases, context_weights, visible, order, ctx.activations, *ctx.scale_and_form
+        )
+        return dz, None if context is None else dcontext, None, None, None, None, *dparameters
+
+
+def _saved(ctx) -> tuple:
+    """input, context, what the forward pass kept, order, and the lists visible, weights, biases, context weights."""
+    x, context, kept, order, *tensors = ctx.saved_tensors
+    n = len(ctx.activations)
+    return x, context, kept, order, tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :]
+
+
+def _differentiable_gradient(
+    ctx, x: Tensor, context: Tensor | None, conditioner: Conditioner, dy: Tensor, dlogabsdet: Tensor, inverse: bool
+) -> tuple:
     """The same gradient as a graph of its own, for create_graph=True."""
     *packed, form = ctx.scale_and_form
-    y, logabsdet = autoregressive_reference(x, conditioner, context, ScaleMap.from_packed(*packed), Form(form), False, linear=masked_linear)
+    scale = ScaleMap.from_packed(*packed)
+    y, logabsdet = autoregressive_reference(x, conditioner, context, scale, Form(form), inverse, linear=masked_linear)
     parameters = (*conditioner.weights, *conditioner.biases, *conditioner.context_weights)
     inputs = (x, context, None, None, None, None, *parameters)
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]

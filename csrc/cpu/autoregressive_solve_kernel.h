@@ -1,0 +1,186 @@
+// The gradient of the sequential inverse: the loop in reverse, for one tile of rows. Included once per instruction set, after
+// autoregressive_training_kernel.h.
+//
+// With x = f^-1(z) and (z, l) = f(x), and cotangents g of x and c of -l, look for u such that f's gradient by x, for cotangents u of z
+// and -c of l, is -g:
+//     u_i * dz_i/dx_i + (what the deltas of later features push back onto x_i) = -g_i,      i = D..1
+// Then dz = -u, and the same deltas give the gradients of the parameters. Step by step, latest features first: u_i, the deltas of
+// feature i's outputs, those of the hidden units that only features from i on see, and so on down to x. As in the forward loop,
+// a recursion turns nearly all of it into dense blocks; here rows of a weight are read where the forward loop reads columns.
+
+namespace flowkernels {
+namespace FK_TARGET {
+
+constexpr int64_t kSolveRows = 4 * kRowVectors;  // vectors of rows in a tile
+
+// below[k] += sum over j in [j0, j1) with j >= first[k] of weight[k][j] * above[j], for U rows of the weight and all rows of the tile
+template <int U, class T>
+void push_back_rows(const T* weight, int64_t ld, const T* above, T* below, int64_t rows, int64_t K) {
+  int64_t r = 0;
+  auto some = [&](auto vectors) {
+    constexpr int V = decltype(vectors)::value;
+    for (; r + V * lanes<T> <= rows; r += V * lanes<T>) {
+      Vec<T> sum[U][V];
+      for (int u = 0; u < U; ++u)
+        for (int v = 0; v < V; ++v) sum[u][v] = zero<T>();
+      multiply<U, V>(weight, ld, 1, above + r, rows, K, sum);
+      for (int u = 0; u < U; ++u)
+        for (int v = 0; v < V; ++v) {
+          T* to = below + u * rows + r + v * lanes<T>;
+          store(to, load(to) + sum[u][v]);
+        }
+    }
+  };
+  some(Count<kRowVectors>{});
+  some(Count<1>{});
+}
+
+template <class T>
+void push_back(const T* weight, int64_t ld, const int32_t* first, const T* above, T* below, int64_t rows, int64_t k0, int64_t k1, int64_t j0,
+               int64_t j1) {
+  for (; j0 < j1; j0 += kBlock) {
+    const int64_t end = smaller(j0 + kBlock, j1);
+    for (int64_t k = k0; k < k1 && first[k] < end;) {
+      const int n = k + kUnits <= k1 && first[k + kUnits - 1] < end ? kUnits : 1;
+      const int64_t shared = first[k + n - 1] > j0 ? first[k + n - 1] : j0;  // from here on, all n see
+      for (int u = 0; u + 1 < n; ++u) {
+        const int64_t begin = first[k + u] > j0 ? first[k + u] : j0;
+        if (begin < shared) push_back_rows<1>(weight + (k + u) * ld + begin, ld, above + begin * rows, below + (k + u) * rows, rows, shared - begin);
+      }
+      if (n == kUnits)
+        push_back_rows<kUnits>(weight + k * ld + shared, ld, above + shared * rows, below + k * rows, rows, end - shared);
+      else
+        push_back_rows<1>(weight + k * ld + shared, ld, above + shared * rows, below + k * rows, rows, end - shared);
+      k += n;
+    }
+  }
+}
+
+// rows [r0, r0 + n) of a matrix as columns: to[c][r] for c < columns; rows from n on repeat nothing but zeros
+template <class T>
+void read_columns(const T* from, int64_t ld, int64_t n, int64_t columns, T* to, int64_t rows) {
+  for (int64_t r = 0; r < rows; r += lanes<T>)
+    for (int64_t c = 0; c < columns; c += lanes<T>) {
+      Vec<T> block[lanes<T>];
+      for (int i = 0; i < lanes<T>; ++i) block[i] = r + i < n ? load_some(from + (r + i) * ld + c, columns - c) : zero<T>();
+      transpose(block);
+      for (int i = 0; i < lanes<T> && c + i < columns; ++i) store(to + (c + i) * rows + r, block[i]);
+    }
+}
+
+template <class T>
+void write_columns(const T* from, int64_t rows, int64_t n, int64_t columns, T* to, int64_t ld) {
+  for (int64_t r = 0; r < n; r += lanes<T>)
+    for (int64_t c = 0; c < columns; c += lanes<T>) {
+      Vec<T> block[lanes<T>];
+      for (int i = 0; i < lanes<T>; ++i) block[i] = c + i < columns ? load(from + (c + i) * rows + r) : zero<T>();
+      transpose(block);
+      for (int i = 0; i < lanes<T> && r + i < n; ++i) store_some(to + (r + i) * ld + c, block[i], columns - c);
+    }
+}
+
+// The deltas of one tile; values and deltas as in TrainingArgs, here [column][row]
+template <class T>
+struct Solve {
+  const TrainingArgs<T>& args;
+  const MaskedLinearArgs<T>* layers;  // dx products, first layer first
+  const int64_t *ends, *offsets;      // the schedule of the inverse; first column of each layer's deltas, features first
+  int64_t n_layers, rows;
+  const T *values, *c;
+  T* deltas;
+
+  int64_t end(int64_t s, int64_t l) const { return s < 0 ? 0 : ends[s * (n_layers + 1) + l]; }
+  // features known before step s
+  int64_t features_before(int64_t s) const { return s == 0 ? 0 : end(s - 1, n_layers) / 2; }
+
+  void push(int64_t l, int64_t k0, int64_t k1, int64_t j0, int64_t j1) const {
+    if (k0 >= k1 || j0 >= j1) return;
+    const MaskedLinearArgs<T>& layer = layers[l - 1];
+    push_back(layer.weight, layer.weight_ld, layer.first, deltas + offsets[l] * rows, deltas + offsets[l - 1] * rows, rows, k0, k1, j0, j1);
+  }
+
+  // the features of step s: -g + what was pushed, divided by dz/dx, and from it the deltas of shift and raw scale
+  void solve_features(int64_t p0, int64_t p1) const {
+    for (int64_t p = p0; p < p1; ++p)
+      for (int64_t r = 0; r < rows; r += lanes<T>) {
+        T *at = deltas + p * rows + r, *outputs = deltas + (offsets[n_layers] + 2 * p) * rows + r;
+        const T* made = values + (offsets[n_layers] + 2 * p) * rows + r;
+        const Vec<T> x = load(values + p * rows + r), shift = load(made), raw = load(made + rows);
+        const Vec<T> inverse = with_scale_map<Vec<T>>(args.scale, [&](const auto& map) {
+          return args.form == Form::divide ? map.sigma(raw) : map.reciprocal_and_log(raw).value;
+        });
+        const Vec<T> u = -load(at) * inverse;
+        const FormGradient<Vec<T>> gradient = form_gradient(args.form, args.scale, x, shift, raw, u, -load(c + r));
+        store(at, -u);  // dz
+        store(outputs, gradient.dshift);
+        store(outputs + rows, gradient.draw);
+      }
+  }
+
+  void finish_hidden(int64_t l, int64_t j0, int64_t j1) const {
+    const Finish<T>& finish = layers[l].finish;  // the product of the layer above
+    if (finish.activation == Activation::identity) return;
+    T* delta = deltas + (offsets[l] + j0) * rows;
+    const T* h = values + (offsets[l] + j0) * rows;
+    with_activation(finish.activation, [&](auto code) {
+      for (int64_t i = 0; i < (j1 - j0) * rows; i += lanes<T>)
+        store(delta + i, load(delta + i) * derivative_at<decltype(code)::value>(load(h + i)));
+    });
+  }
+
+  void run_step(int64_t s) const {
+    solve_features(features_before(s), end(s, n_layers) / 2);
+    for (int64_t l = n_layers; l > 1; --l) {
+      push(l, end(s - 1, l - 1), end(s, l - 1), end(s - 1, l), end(s, l));
+      finish_hidden(l - 1, end(s - 1, l - 1), end(s, l - 1));
+    }
+  }
+
+  void run(int64_t a, int64_t b) const {
+    if (b - a == 1) return run_step(a);
+    const int64_t middle = a + (b - a) / 2;
+    run(middle, b);
+    for (int64_t l = n_layers; l > 1; --l) push(l, end(a - 1, l - 1), end(middle - 1, l - 1), end(middle - 1, l), end(b - 1, l));
+    push(1, features_before(a), end(middle - 1, n_layers) / 2, end(middle - 1, 1), end(b - 1, 1));
+    run(a, middle);
+  }
+};
+
+template <class T>
+size_t solve_scratch_bytes(const TrainingArgs<T>& args) {
+  return (2 * args.deltas_ld + 1) * kSolveRows * lanes<T> * sizeof(T);
+}
+
+template <class T>
+int64_t solve_rows() {
+  return kSolveRows * lanes<T>;
+}
+
+// Rows [r0, r1), no more than a tile: `values` is full, deltas and dx (here dz) are written
+template <class T>
+void solve_tile(const TrainingArgs<T>& args, const MaskedLinearArgs<T>* layers, const int64_t* ends, int64_t n_steps, const int64_t* offsets,
+                int64_t r0, int64_t r1, T* scratch) {
+  const int64_t n = r1 - r0, rows = (n + lanes<T> - 1) / lanes<T> * lanes<T>, D = args.features;
+  T *values = scratch, *deltas = values + args.deltas_ld * rows, *c = deltas + args.deltas_ld * rows;
+  const T* from = args.values + r0 * args.values_ld;
+  read_columns(from, args.values_ld, n, args.deltas_ld, values, rows);
+  for (int l = 1; l < args.n_layers; ++l) {  // the derivative of some activations needs what came before them
+    const Finish<T>& finish = layers[l].finish;
+    if (!derivative_from_value(finish.activation))
+      read_columns(finish.values + r0 * finish.values_ld, finish.values_ld, n, offsets[l + 1] - offsets[l], values + offsets[l] * rows, rows);
+  }
+  for (int64_t i = 0; i < args.deltas_ld * rows; i += lanes<T>) store(deltas + i, zero<T>());
+  for (int64_t r = 0; r < rows; ++r) {
+    c[r] = r < n ? args.dlogabsdet[(r0 + r) * args.dlogabsdet_step] : T(0);
+    for (int64_t p = 0; p < D; ++p)
+      deltas[p * rows + r] = r < n ? args.dy[(r0 + r) * args.dy_row + (args.order ? args.order[p] : p) * args.dy_column] : T(0);
+  }
+  const Solve<T> solve{args, layers, ends, offsets, args.n_layers, rows, values, c, deltas};
+  if (n_steps) solve.run(0, n_steps);
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t p = 0; p < D; ++p) args.dx[(r0 + r) * D + (args.order ? args.order[p] : p)] = deltas[p * rows + r];
+  write_columns(deltas + D * rows, rows, n, args.deltas_ld - D, args.deltas + r0 * args.deltas_ld + D, args.deltas_ld);
+}
+
+}  // namespace FK_TARGET
+}  // namespace flowkernels
