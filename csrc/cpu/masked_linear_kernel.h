@@ -197,18 +197,22 @@ void pack_broadcasts(const T* x, int64_t ld, int64_t rows, int64_t n, T* to) {
 // U rows of dweight from row k on, one chunk of the batch
 template <int U, class T>
 FK_INLINE void dweight_tile(const T* x, const T* dy, int64_t rows, const MaskedLinearArgs<T>& args, int64_t k, int64_t j, int64_t n) {
-  alignas(FK_VECTOR_BYTES) T acc[U * kPanel<T>];
-  for (int64_t i = 0; i < U * kPanel<T>; i += lanes<T>) store(acc + i, zero<T>());
-  multiply_add<U, kRowVectors>(x, 1, kUnits, dy, kPanel<T>, acc, kPanel<T>, rows);
-  for (int u = 0; u < U && k + u < args.visible[j + n - 1]; ++u) {
-    T* to = args.out + (k + u) * args.out_ld + j;
-    if (n == kPanel<T> && k + u < args.visible[j]) {
-      for (int64_t i = 0; i < n; i += lanes<T>) store(to + i, load(to + i) + load(acc + u * kPanel<T> + i));
-    } else {
-      for (int64_t i = 0; i < n; ++i)
-        if (k + u < args.visible[j + i]) to[i] += acc[u * kPanel<T> + i];
-    }
+  Vec<T> sum[U][kRowVectors];
+  for (int u = 0; u < U; ++u)
+    for (int v = 0; v < kRowVectors; ++v) sum[u][v] = zero<T>();
+  multiply<U, kRowVectors>(x, 1, kUnits, dy, kPanel<T>, rows, sum);
+  T* to = args.out + k * args.out_ld + j;
+  if (n == kPanel<T> && k + U <= args.visible[j]) {
+    for (int u = 0; u < U; ++u)
+      for (int v = 0; v < kRowVectors; ++v) {
+        T* at = to + u * args.out_ld + v * lanes<T>;
+        store(at, load(at) + sum[u][v]);
+      }
+    return;
   }
+  for (int u = 0; u < U; ++u)
+    for (int64_t i = 0; i < n; ++i)
+      if (k + u < args.visible[j + i]) to[u * args.out_ld + i] += sum[u][i / lanes<T>][i % lanes<T>];
 }
 
 // Rows [k0, k1) of dweight
