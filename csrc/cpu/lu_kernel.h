@@ -6,6 +6,8 @@
 // Each element is a chain of fused multiply-adds in ascending k, whatever the number of lanes, so all instruction sets give the same
 // bits. A zero pivot has multipliers of zero (its column is zero below it): the rest goes on, as in LAPACK.
 
+#include "cpu/lu_lanes_kernel.h"
+
 namespace flowkernels {
 namespace FK_TARGET {
 
@@ -31,8 +33,15 @@ struct LuScratch {
   int64_t column_ld() const { return ld + lanes<T>; }
 };
 
+// how many matrices one call of lu_matrices likes to have at once
+template <class T>
+int64_t lu_group(int64_t n) {
+  return n <= kLargestInLanes ? lanes<T> : 1;
+}
+
 template <class T>
 int64_t lu_scratch_bytes(int64_t n, bool inverse) {
+  if (n <= kLargestInLanes) return sizeof(LuLanes<T>);
   const int64_t ld = lu_row<T>(n);
   return (ld * (n * (inverse ? 2 : 1) + 1 + 2 * kPanel) + kPanel * lanes<T>) * static_cast<int64_t>(sizeof(T)) +
          n * static_cast<int64_t>(sizeof(int32_t));
@@ -219,6 +228,10 @@ FK_CALL double sum_of_logs(T* d, int64_t n) {
 // In: the tensors' type; T: what is computed in
 template <class In, class T>
 void lu_matrices(const LuArgs<In>& args, void* scratch, int64_t first, int64_t last) {
+  if (args.n <= kLargestInLanes) {
+    for (int64_t m = first; m < last; m += lanes<T>) lu_in_lanes(args, *static_cast<LuLanes<T>*>(scratch), m, lesser(m + lanes<T>, last));
+    return;
+  }
   const LuScratch<T> s = lu_scratch<T>(scratch, args.n, args.inverse != nullptr);
   const int64_t n = s.n, ld = s.ld;
   for (int64_t m = first; m < last; ++m) {
