@@ -52,7 +52,7 @@ def _by_reference(w: Tensor, name: str) -> bool:
 
 
 class _SlogdetInverse(torch.autograd.Function):
-    generate_vmap_rule = True
+    generate_vmap_rule = True  # and no jvp: a Function that has one does not pass torch.compile(fullgraph=True)
 
     @staticmethod
     def forward(w: Tensor, in_float64: bool) -> tuple[Tensor, Tensor, Tensor]:
