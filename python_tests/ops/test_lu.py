@@ -91,7 +91,9 @@ def test_is_as_exact_as_lapack(kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_error_is_at_most_twice_that_of_lapack_over_many(n, dtype):
     g = torch.Generator().manual_seed(0)
-    w = torch.linalg.qr(torch.randn(200, n, n, generator=g, dtype=torch.float64))[0] * (1 + torch.rand(200, 1, n, generator=g, dtype=torch.float64))
+    w = torch.linalg.qr(torch.randn(200, n, n, generator=g, dtype=torch.float64))[0] * (
+        1 + torch.rand(200, 1, n, generator=g, dtype=torch.float64)
+    )
     w = w.to(dtype)
     exact = lapack(w)
     if dtype is torch.float64:  # two float64 factorisations: they agree
