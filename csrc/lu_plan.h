@@ -12,7 +12,7 @@
 namespace flowkernels {
 
 // A block owns a matrix, [n][ld], as long as the block lives. It lies in shared memory where it fits, else in a workspace in global
-// memory, of which each block has its own part: with the 227 KB of an sm_90 (163 KB of an sm_80) that is beyond n = 237 (201) in
+// memory, of which each block has its own part: with the 227 KB of an sm_90 (163 KB of an sm_80) that is beyond n = 238 (201) in
 // float32 and n = 167 (141) in float64.
 struct LuPlan {
   int64_t ld;            // odd, so that a column's elements are in different banks

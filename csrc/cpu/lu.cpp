@@ -1,4 +1,7 @@
 // log|det| and inverses of small matrices, for CPU tensors: arguments, threads, registration. The factorisation is in lu_kernel.h.
+//
+// And a private op by which the tests reach the arithmetic of the CUDA kernel's launch:
+//   flowkernels::_lu_plan(int n, int batch, int item_bytes, int shared_limit) -> int[]     LuPlan's members in order
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,6 +15,7 @@
 
 #include "cpu/lu.h"
 #include "cpu/scratch.h"
+#include "lu_plan.h"
 
 #define FK_KERNEL "cpu/lu_kernel.h"
 #include "cpu/for_each_target.h"
@@ -100,8 +104,19 @@ std::tuple<Tensor, Tensor, Tensor> slogdet_inverse(Tensor w, bool in_float64) {
   return {sign, logabsdet, inverse};
 }
 
+std::vector<int64_t> plan(int64_t n, int64_t batch, int64_t item_bytes, int64_t shared_limit) {
+  const LuPlan p = lu_plan(n, batch, item_bytes, shared_limit);
+  return {p.ld, p.shared_bytes, p.workspace, p.blocks, p.warps};
+}
+
 }  // namespace
 }  // namespace flowkernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels, m) {
+  m.def("_lu_plan(int n, int batch, int item_bytes, int shared_limit) -> int[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flowkernels, CompositeExplicitAutograd, m) { m.impl("_lu_plan", TORCH_BOX(&flowkernels::plan)); }
 
 STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
   if (flowkernels::hardware_target() == flowkernels::Target::none) return;

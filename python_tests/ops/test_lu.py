@@ -69,10 +69,10 @@ KINDS = ["random", "orthogonal", "upper", "lower", "permutation", "tiny diagonal
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_is_as_exact_as_lapack(kind, dtype):
+def test_is_as_exact_as_lapack(kind, dtype, device="cpu"):
     for n in SIZES:
         w = matrices(kind, n, dtype)
-        sign, logabsdet, inverse = slogdet_inverse(w)
+        sign, logabsdet, inverse = (t.cpu() for t in slogdet_inverse(w.to(device)))
         exact_sign, exact_logabsdet, exact_inverse = lapack(w)
         eager_logabsdet, eager_inverse = torch.linalg.slogdet(w)[1], torch.linalg.inv(w)
         eps = torch.finfo(dtype).eps
@@ -202,6 +202,47 @@ def test_backends_can_be_chosen():
     torch.testing.assert_close(got, want)
     with backend("cuda"), pytest.raises(RuntimeError, match="slogdet was called with tensors on cpu"):
         slogdet(w)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gpu_sanitizer_is_as_exact_as_lapack(kind, dtype):
+    test_is_as_exact_as_lapack(kind, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 2, 12, 31, 33, 48, 96, 145, 205, LARGEST])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gpu_sanitizer_gives_the_cpus_pivots_and_factors(n, dtype):
+    """The same operations in the same order on both: log-determinants differ by the logarithm and its sum alone."""
+    w = torch.randn(5, n, n, generator=torch.Generator().manual_seed(n), dtype=dtype)
+    w[3, n // 2] = 0
+    w[4, 0, n - 1] = torch.nan
+    strided = torch.cat([w, w], -1)[..., :n].mT.contiguous().mT.cuda()
+    for call in (slogdet, slogdet_inverse):
+        got, want = call(strided), call(w)
+        assert torch.equal(got[0].cpu(), want[0])
+        torch.testing.assert_close(got[1].cpu(), want[1], rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps, equal_nan=True)
+        assert_same_bits(call(strided), got)
+        alone = call(strided[1:2])
+        assert_same_bits(alone, tuple(t[1:2] for t in got))
+    assert torch.equal(slogdet(strided)[1].cpu()[:3], slogdet_inverse(strided)[1].cpu()[:3])
+
+
+@pytest.mark.skipif(not _extension.status().cpu_library, reason="the CPU library was not built")
+def test_cuda_launch():
+    """The kernel's launch for every size: what it takes fits, columns are free of bank conflicts, and every matrix has a block."""
+    for item, sm_80, sm_90 in [(4, 201, 238), (8, 141, 167)]:
+        for limit, largest in [(163 * 1024, sm_80), (227 * 1024, sm_90)]:
+            for n in range(LARGEST + 1):
+                for batch in (1, 96, 300, 2**31 + 5):
+                    ld, shared, workspace, blocks, warps = torch.ops.flowkernels._lu_plan(n, batch, item, limit)
+                    assert n <= ld <= n + 1 and ld % 2 == 1 and 1 <= warps <= 16 and 1 <= blocks <= min(batch, 2**31 - 1)
+                    vectors = 4 * n * item + 4 * n
+                    assert shared <= limit and (workspace == 0) == (n <= largest), n
+                    assert shared == vectors + (n * ld * item if workspace == 0 else 0)
+                    assert workspace in (0, n * ld) and blocks * workspace * item <= 256 * 2**20
 
 
 @pytest.mark.parametrize("call", [slogdet, slogdet_inverse])
