@@ -9,12 +9,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "cpu/lu.h"
 #include "cpu/scratch.h"
+#include "cpu/tensor.h"
 #include "lu_plan.h"
 
 #define FK_KERNEL "cpu/lu_kernel.h"
@@ -25,18 +25,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Contiguous and uninitialised, with the dtype of `like`; new_empty would look its operator up by name.
-Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
 
 template <class In, class T>
 void launch(const Tensor& w, const Tensor& sign, const Tensor& logabsdet, const Tensor* inverse) {
