@@ -141,7 +141,7 @@ class ActNormConv1x1(nn.Module):
         inverse:  x = diag(exp(-log_scale)) W^-1 z - bias
 
     Actnorm's scale goes into the matrix. Its bias does not: x + bias is small where the mean of x is large, and the product would
-    have to cancel what W' x + (W' bias) first makes large (measured: 16 times the error at a mean of 10 standard deviations).
+    have to cancel what W' x + (W' bias) first makes large (measured: 7 times the error at a mean of 10 standard deviations, 70 at 100).
 
     Args:
         channels: number of channels C.
