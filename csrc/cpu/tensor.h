@@ -26,7 +26,7 @@ inline std::vector<int64_t> sizes_of(const torch::stable::Tensor& t) {
 // Contiguous and uninitialised, with the dtype of `like`; new_empty would look its operator up by name.
 inline torch::stable::Tensor empty(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle handle = nullptr;

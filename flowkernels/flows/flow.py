@@ -6,6 +6,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from ..layers.invertible_conv1x1 import InvertibleConv1x1, freeze_weights
 from .base import StandardNormal
 
 
@@ -76,9 +77,7 @@ class Flow(nn.Module):
     def freeze(self) -> "Flow":
         """Evaluation mode for serving: what costs to prepare is prepared once and kept until `train()`, loading or moving."""
         self.eval()
-        for layer in self.layers:
-            if hasattr(layer, "freeze"):
-                layer.freeze()
+        freeze_weights({name: module for name, module in self.named_modules() if isinstance(module, InvertibleConv1x1)})
         return self
 
 

@@ -2,7 +2,19 @@
 
 from .activation import Activation
 from .autoregressive import Conditioner, MaskedLayer, autoregressive, check_conditioner
+from .lu import slogdet, slogdet_inverse
 from .masked_linear import masked_linear
 from .scale_map import Form, ScaleMap
 
-__all__ = ["Activation", "Conditioner", "Form", "MaskedLayer", "ScaleMap", "autoregressive", "check_conditioner", "masked_linear"]
+__all__ = [
+    "Activation",
+    "Conditioner",
+    "Form",
+    "MaskedLayer",
+    "ScaleMap",
+    "autoregressive",
+    "check_conditioner",
+    "masked_linear",
+    "slogdet",
+    "slogdet_inverse",
+]

@@ -1,0 +1,104 @@
+"""Activation normalisation: a scale and a shift for each channel, initialised from data."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class ActNorm(nn.Module):
+    """Actnorm (Glow, Kingma & Dhariwal 2018, section 3.1).
+
+        z[:, c] = (x[:, c] + bias_c) * exp(log_scale_c),   logabsdet = sites * sum_c log_scale_c
+
+    The first batch in training sets bias and log_scale so that each channel leaves with zero mean and unit variance; where
+    torch.distributed is initialised, the batches of all ranks together do. A channel that does not vary keeps scale 1. The buffer
+    `initialised` says that this was done, and is saved, loaded and copied with the layer.
+
+    Args:
+        channels: number of channels C.
+
+    Shape:
+        x, z: [batch, C, *sites], any number of site dimensions; logabsdet: [batch], in nats.
+
+    Raises:
+        ValueError: another channel count, or an empty first batch.
+        RuntimeError: used in evaluation, or in the inverse direction, before it was initialised.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1; got {channels}")
+        self.channels = channels
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.log_scale = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("initialised", torch.tensor(False))
+        self._ready = False  # the buffer's value: a call must not read it back from the device
+
+    def prepare(self, x: Tensor) -> None:
+        """Check x, and initialise from it if this is the first batch in training."""
+        if x.dim() < 2 or x.shape[1] != self.channels:
+            raise ValueError(f"x must have shape [batch, {self.channels}, *sites]; got {list(x.shape)}")
+        if self._ready:
+            return
+        if not self.training:
+            raise RuntimeError(
+                "ActNorm was used in evaluation before it was initialised: pass a batch in training mode, or load a checkpoint"
+            )
+        self.initialise(x)
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """Set bias and log_scale from x, [batch, channels, *sites], and the batches of all other ranks."""
+        values = x.detach().transpose(0, 1).flatten(1).double()
+        count = _sum_over_ranks(values.new_tensor([values.shape[1]]))
+        if not count:
+            raise ValueError("x must not be empty: it is the first batch, which initialises ActNorm")
+        # in two passes: the mean of squares less the squared mean would cancel
+        mean = _sum_over_ranks(values.sum(1)) / count
+        std = (_sum_over_ranks((values - mean[:, None]).square().sum(1)) / count).sqrt()
+        varies = std > 1e-6 * torch.maximum(mean.abs(), std.new_tensor(1e-6))
+        self.bias.copy_(-mean)
+        self.log_scale.copy_(torch.where(varies, -std.log(), 0.0))
+        self.initialised.fill_(True)
+        self._ready = True
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.prepare(x)
+        bias, log_scale = self._per_channel(x)
+        return (x + bias) * log_scale.exp(), self.logabsdet(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.prepare_inverse(z)
+        bias, log_scale = self._per_channel(z)
+        return z * (-log_scale).exp() - bias, -self.logabsdet(z)
+
+    def prepare_inverse(self, z: Tensor) -> None:
+        """Check z; noise cannot initialise the layer."""
+        if not self._ready:
+            raise RuntimeError(
+                "ActNorm was inverted before it was initialised: pass a batch of data in training mode, or load a checkpoint"
+            )
+        self.prepare(z)
+
+    def logabsdet(self, x: Tensor) -> Tensor:
+        """log|det dz/dx|, [batch]."""
+        log_scale = self.log_scale.to(torch.promote_types(self.log_scale.dtype, torch.float32))
+        return (x.shape[2:].numel() * log_scale.sum()).expand(x.shape[0])
+
+    def _per_channel(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (-1,) + (1,) * (x.dim() - 2)
+        return self.bias.view(shape), self.log_scale.view(shape)
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._ready = bool(self.initialised)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}"
+
+
+def _sum_over_ranks(t: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(t)
+    return t

@@ -1,0 +1,42 @@
+"""Every CUDA source compiles for sm_80 and sm_90 without a warning, spills nothing, and takes what is on record."""
+
+import json
+
+import pytest
+
+from python_tests.cuda import resources
+
+NVCC = resources.find_nvcc()
+RECORDED = json.loads(resources.RECORD.read_text())
+
+pytestmark = pytest.mark.skipif(not (resources.ROOT / "setup.py").exists(), reason="needs the source tree")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="nvcc was not found: install a CUDA toolkit or set CUDA_HOME to it")
+@pytest.mark.parametrize("source", resources.sources(), ids=lambda path: path.name)
+def test_compiles_and_takes_what_is_on_record(source):
+    found = resources.compile_source(NVCC, source)
+    assert set(found) == {f"sm_{a}" for a in resources.ARCHITECTURES} and all(found.values())
+    for architecture, kernels in found.items():
+        for name, taken in kernels.items():
+            assert taken["spilled_bytes"] == 0, (architecture, name)
+    if resources.nvcc_version(NVCC) == RECORDED["nvcc"]:  # another compiler takes other registers
+        assert found == RECORDED["sources"][source.name], "if this is meant: python -m python_tests.cuda.resources"
+
+
+def test_every_source_is_on_record_without_spills():
+    assert set(RECORDED["sources"]) == {path.name for path in resources.sources()}
+    for source in RECORDED["sources"].values():
+        for kernels in source.values():
+            assert kernels and all(taken["spilled_bytes"] == 0 for taken in kernels.values())
+
+
+def test_the_listing_is_read():
+    listing = (
+        "ptxas info    : Compiling entry function '_ZN11flowkernels12_GLOBAL__N_19lu_kernelIffEEvNS0_4ArgsE' for 'sm_90'\n"
+        "ptxas info    : Function properties for x\n    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n"
+        "ptxas info    : Used 40 registers, used 1 barriers, 96 bytes smem, 432 bytes cmem[0]\n"
+    )
+    taken = {"registers": 40, "spilled_bytes": 28, "static_shared_bytes": 96}
+    assert resources.parse(listing) == {"sm_90": {"lu_kernel<float, float>": taken}}
