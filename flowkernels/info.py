@@ -9,7 +9,7 @@ import torch
 from . import _extension
 from ._version import __version__
 
-OPS = ("autoregressive", "masked_linear")
+OPS = ("autoregressive", "channel_affine", "coupling", "masked_linear")
 _COMPILED = {"CPU": "cpp", "CUDA": "cuda"}
 
 

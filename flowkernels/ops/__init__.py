@@ -2,7 +2,22 @@
 
 from .activation import Activation
 from .autoregressive import Conditioner, MaskedLayer, autoregressive, check_conditioner
+from .channel_affine import channel_affine
+from .coupling import Part, coupling, parse_part
 from .masked_linear import masked_linear
 from .scale_map import Form, ScaleMap
 
-__all__ = ["Activation", "Conditioner", "Form", "MaskedLayer", "ScaleMap", "autoregressive", "check_conditioner", "masked_linear"]
+__all__ = [
+    "Activation",
+    "Conditioner",
+    "Form",
+    "MaskedLayer",
+    "Part",
+    "ScaleMap",
+    "autoregressive",
+    "channel_affine",
+    "check_conditioner",
+    "coupling",
+    "masked_linear",
+    "parse_part",
+]
