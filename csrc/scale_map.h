@@ -42,12 +42,14 @@ struct ScaleTerms {
 // What all maps share. Each derives from this and has sigma_and_log(s), reciprocal_and_log(s) and dlog_sigma(s).
 template <class V, class Map>
 struct ScaleMapBase {
+  static constexpr bool learned = false;  // whether a tensor is part of the map
   FK_INLINE const Map& self() const { return static_cast<const Map&>(*this); }
   FK_INLINE V sigma(V s) const { return self().sigma_and_log(s).value; }
   FK_INLINE V log_sigma(V s) const { return self().sigma_and_log(s).log; }
   FK_INLINE V reciprocal(V s) const { return self().reciprocal_and_log(s).value; }
   FK_INLINE V log_reciprocal(V s) const { return self().reciprocal_and_log(s).log; }
   FK_INLINE V complement(V s) const { return scalar_t<V>(1) - sigma(s); }
+  FK_INLINE V dlog_reciprocal(V s) const { return -self().dlog_sigma(s); }
   FK_INLINE V dsigma(V s) const { return self().sigma(s) * self().dlog_sigma(s); }
   FK_INLINE ScaleTerms<V> terms(V s) const {
     const ValueAndLog<V> sigma = self().sigma_and_log(s);
@@ -86,6 +88,7 @@ struct ExpHalfMap : ExpOf<V, ExpHalfMap<V>> {
   FK_INLINE V log_sigma(V s) const { return s * T(0.5); }
   FK_INLINE V log_reciprocal(V s) const { return at_most(s * T(-0.5), limit); }
   FK_INLINE V dlog_sigma(V) const { return splat<V>(T(0.5)); }
+  FK_INLINE V dlog_reciprocal(V s) const { return select(s * T(-0.5) <= limit, splat<V>(T(-0.5)), splat<V>(T(0))); }
 };
 
 template <class V>
@@ -107,6 +110,18 @@ struct ExpTanhMap : ExpOf<V, ExpTanhMap<V>> {
     const V t = tanh(s * inverse_inner);
     return slope * fma(-t, t, T(1));
   }
+};
+
+// exp(a * exponent), exponent = bound * tanh(s / inner), with a learned a (RealNVP, Dinh et al. 2016)
+template <class V>
+struct LearnedTanhMap : ExpOf<V, LearnedTanhMap<V>> {
+  static constexpr bool learned = true;
+  ExpTanhMap<V> base;
+  V a;
+  FK_INLINE explicit LearnedTanhMap(const ScaleMapParams& p) : base(p), a{} {}
+  FK_INLINE V exponent(V s) const { return base.log_sigma(s); }
+  FK_INLINE V log_sigma(V s) const { return a * exponent(s); }
+  FK_INLINE V dlog_sigma(V s) const { return a * base.dlog_sigma(s); }
 };
 
 template <class V>

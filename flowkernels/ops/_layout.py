@@ -5,11 +5,12 @@ from torch import Tensor
 
 
 def memory_format_of(like: Tensor) -> torch.memory_format:
-    """torch.channels_last or torch.channels_last_3d where `like` is that and not also contiguous; else torch.contiguous_format."""
-    if not like.is_contiguous():
-        channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.dim())
-        if channels_last is not None and like.is_contiguous(memory_format=channels_last):
-            return channels_last
+    """Channels-last for images (and volumes) whose channels lie closer together than their sites, slices among them."""
+    if like.dim() in (4, 5) and not like.is_contiguous() and like.shape[1] > 1:
+        channel, *sites = like.stride()[1:]
+        strides = [stride for stride, size in zip(sites, like.shape[2:], strict=True) if size > 1]
+        if strides and 0 < channel < min(strides):
+            return torch.channels_last if like.dim() == 4 else torch.channels_last_3d
     return torch.contiguous_format
 
 
