@@ -50,6 +50,9 @@ struct ScaleMapBase {
   FK_INLINE V log_reciprocal(V s) const { return self().reciprocal_and_log(s).log; }
   FK_INLINE V complement(V s) const { return scalar_t<V>(1) - sigma(s); }
   FK_INLINE V dlog_reciprocal(V s) const { return -self().dlog_sigma(s); }
+  // the derivative of the log in the place of the log
+  FK_INLINE ValueAndLog<V> sigma_and_dlog(V s) const { return {self().sigma(s), self().dlog_sigma(s)}; }
+  FK_INLINE ValueAndLog<V> reciprocal_and_dlog(V s) const { return {self().reciprocal(s), self().dlog_reciprocal(s)}; }
   FK_INLINE V dsigma(V s) const { return self().sigma(s) * self().dlog_sigma(s); }
   FK_INLINE ScaleTerms<V> terms(V s) const {
     const ValueAndLog<V> sigma = self().sigma_and_log(s);
@@ -163,6 +166,11 @@ struct SigmoidMap : ScaleMapBase<V, SigmoidMap<V, FLOOR>> {
     if constexpr (!FLOOR) return {T(1) + exp(-x), softplus_of(-x, exp(-abs(x)))};
     const ValueAndLog<V> sigma = sigma_and_log(s);
     return {T(1) / sigma.value, -sigma.log};
+  }
+  FK_INLINE ValueAndLog<V> sigma_and_dlog(V s) const {
+    if constexpr (FLOOR) return {this->sigma(s), dlog_sigma(s)};
+    const V x = s + bias, e = exp(-abs(x)), large = T(1) / (e + T(1)), small = e * large;  // one division
+    return {select(x > T(0), large, small), select(x > T(0), small, large)};
   }
   FK_INLINE V complement(V s) const {
     const V x = s + bias;
