@@ -1,9 +1,31 @@
 """Layers: `z, logabsdet = layer(x, context)` maps data to noise, `x, logabsdet = layer.inverse(z, context)` maps back."""
 
 from .batch_norm import FlowBatchNorm
+from .chain import Chain
+from .coupling import AdditiveCoupling, AffineCoupling
+from .dequantize import Dequantize, Logit
+from .diagonal_scale import DiagonalScale
+from .factor_out import FactorOut
 from .inverse import Inverse
 from .masked_autoregressive import MaskedAutoregressive
 from .masked_linear import MaskedLinear
 from .permute import Permute
+from .reshape import Reshape
+from .squeeze import Squeeze
 
-__all__ = ["FlowBatchNorm", "Inverse", "MaskedAutoregressive", "MaskedLinear", "Permute"]
+__all__ = [
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "Chain",
+    "Dequantize",
+    "DiagonalScale",
+    "FactorOut",
+    "FlowBatchNorm",
+    "Inverse",
+    "Logit",
+    "MaskedAutoregressive",
+    "MaskedLinear",
+    "Permute",
+    "Reshape",
+    "Squeeze",
+]

@@ -1,0 +1,32 @@
+"""A learned scale for each feature."""
+
+import torch
+from torch import Tensor, nn
+
+
+class DiagonalScale(nn.Module):
+    """z = x * exp(log_scale), one factor for each feature: the only layer of NICE that changes volumes (Dinh et al. 2014, section 3.3).
+
+        logabsdet = sum_i log_scale_i
+
+    Args:
+        features: number of features D.
+
+    Shape:
+        x, z: [batch, features].
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        if features < 1:
+            raise ValueError(f"features must be at least 1; got {features}")
+        self.log_scale = nn.Parameter(torch.zeros(features))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x * torch.exp(self.log_scale), self.log_scale.sum().expand(x.shape[0])
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z * torch.exp(-self.log_scale), -self.log_scale.sum().expand(z.shape[0])
+
+    def extra_repr(self) -> str:
+        return f"features={len(self.log_scale)}"
