@@ -50,7 +50,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """The rows to work on."""
-    parser.add_argument("--data", required=True, metavar="digits|FILE", help="digits, or a .npy, .npz (arrays x, context) or .csv file")
+    parser.add_argument(
+        "--data", required=True, metavar="digits|FILE", help="digits, or a .npy, .npz (arrays x, context) or .csv file, as for train"
+    )
     parser.add_argument("--context", metavar="FILE", help="context of the rows, one row each, where --data does not hold it")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="part of the digits (default: test)")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the dequantisation noise of grey levels (default: 0)")
@@ -86,11 +88,18 @@ def load_rows(options: argparse.Namespace, model: DataModel, config: dict[str, A
             raise RunError(f"run folder {options.run_folder} was trained on {config['data']['source']}, not on the digits")
         if options.context is not None:
             raise ValueError(f"context must not be given with --data digits, whose classes are the context; got {options.context}")
-        table = getattr(load_digits(), options.split)
+        split = load_digits()
+        table = getattr(split if model.flow.context_features else split.without_context(), options.split)
     else:
         table = load_table(options.data, options.context)
     model.check(table)
     return table
+
+
+def image_shape(config: dict[str, Any]) -> tuple[int, int, int] | None:
+    """(C, H, W) of a run on images; None for one on a table."""
+    shape = config["flow"]["shape"]
+    return None if isinstance(shape, int) else tuple(shape)
 
 
 def output_path(options: argparse.Namespace, default: str, suffixes: tuple[str, ...] = (".npy", ".csv")) -> Path:
