@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..data import DIGITS, Table, load_digits, load_table
+from ..data import DIGITS, Table, load_digits, load_table, save_array
 from ..training import DataModel, RunError, load_model
 
 
@@ -110,6 +110,22 @@ def output_path(options: argparse.Namespace, default: str, suffixes: tuple[str, 
     if not path.parent.is_dir():
         raise FileNotFoundError(f"folder {path.parent} of --out does not exist")
     return path
+
+
+def save_images_or_rows(path: Path, x: torch.Tensor, model: DataModel, config: dict[str, Any], columns: int) -> None:
+    """Write what a run makes, [n, features]: as a .png, as images in a .npy (uint8, [n, C, H, W]), or one row each."""
+    shape = image_shape(config)
+    if shape is None:
+        save_array(path, x)
+        return
+    images = x.to(torch.uint8).view(-1, *shape)
+    if path.suffix == ".png":
+        from ..plots import save_images
+
+        ink = config["data"]["source"] == DIGITS
+        save_images(path, images, columns=columns, levels=model.preprocess.levels, ink=ink)
+    else:
+        save_array(path, images if path.suffix == ".npy" else images.flatten(1))
 
 
 def noise(options: argparse.Namespace) -> torch.Generator:

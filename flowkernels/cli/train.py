@@ -48,7 +48,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="digits|FILE",
-        help="digits (scikit-learn's), or a .npy, .npz (arrays x, context) or .csv file; uint8 arrays of three or four dimensions are images",
+        help="digits (scikit-learn's), or a .npy, .npz (arrays x, context) or .csv file; images are uint8, [N, H, W] or with channels",
     )
     group.add_argument("--context", metavar="FILE", help="context of the rows, one row each, where --data does not hold it")
     group.add_argument("--unconditional", action="store_true", help="leave the context out: the digits' classes, or the file's")
@@ -101,19 +101,12 @@ def _defaults(name: str, default: Any, entry: FlowEntry) -> str:
     return f"default: {show(default)}" + (f"; digits: {show(entry.digits[name])}" if name in entry.digits else "")
 
 
-def _chosen(options: argparse.Namespace, name: str, default: Any, entry: FlowEntry) -> Any:
-    """What the user asked for, or what suits the digits, or the default."""
-    value = getattr(options, name)
-    if value is not None:
-        return value
-    return entry.digits.get(name, default) if options.data == DIGITS else default
-
-
 def run(options: argparse.Namespace) -> None:
     device, entry = check_device(options.device), FLOWS[options.flow]
-    training = TrainingSettings(**{name: _chosen(options, name, default, entry) for name, default in _DEFAULTS.items()})
+    names = [*_DEFAULTS, *(setting.name for setting in entry.settings)]
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    settings, training = entry.choose(given, digits=options.data == DIGITS)
     split = load_split(options.data, options.context, options.validation, training.seed, unconditional=options.unconditional)
-    settings = {setting.name: _chosen(options, setting.name, setting.default, entry) for setting in entry.settings}
     images = {"levels": options.levels, "alpha": options.alpha}
     config = make_config(options.flow, settings, split, training, standardize=not options.no_standardize, **images)
     width = config["flow"]["context_features"]

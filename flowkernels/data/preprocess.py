@@ -92,9 +92,9 @@ class GreyLevels(Preprocess):
 
         y = (logit(alpha + (1 - 2 alpha) (x + U) / levels) - mean) / std,   U uniform in [0, 1)
 
-    mean and std per pixel are those of the training images (10,000 of them where there are more). The log-determinant is taken with respect to x + U, in grey levels: then the
-    mean of log p(x + U) is a lower bound of the log-probability of the image itself, and bits per dimension are
-    -log p / (features ln 2) with log2(levels) already in them.
+    mean and std per pixel are those of the training images (10,000 of them where there are more). The log-determinant is taken with
+    respect to x + U, in grey levels: then the mean of log p(x + U) is a lower bound of the log-probability of the image itself, and
+    bits per dimension are -log p / (features ln 2) with log2(levels) already in them.
     """
 
     random = True

@@ -53,8 +53,8 @@ def load_table(path: str | Path, context_path: str | Path | None = None) -> Tabl
     """Read data, and the context of its rows, from .npy, .npz or .csv files.
 
     An array of three or four dimensions is taken as images of whole grey levels, uint8: [rows, H, W], [rows, C, H, W], or
-    [rows, H, W, C] where only the last dimension is 4 or less. In an .npz the arrays are `x` and, where there is a context, `context`; a context file of its own takes precedence over none
-    only: both at once are refused. A .csv may begin with a line of names.
+    [rows, H, W, C] where only the last dimension is 4 or less. In an .npz the arrays are `x` and, where there is a context, `context`;
+    a context file of its own takes precedence over none only: both at once are refused. A .csv may begin with a line of names.
 
     Returns:
         The table; every number in it is finite.

@@ -1,6 +1,7 @@
 """Conditioners of the coupling flows: what they are called with, and the context where there is one, to shifts and raw scales."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ class MLP(nn.Module):
             raise ValueError(f"hidden_features must be widths of at least 1; got {tuple(hidden_features)}")
         widths = [features + context_features, *hidden_features]
         parts: list[nn.Module] = []
-        for inputs, width in zip(widths, widths[1:], strict=False):
+        for inputs, width in pairwise(widths):
             parts += [nn.Linear(inputs, width), nn.ReLU(inplace=True)]
         self.net = nn.Sequential(*parts, nn.Linear(widths[-1], outputs))
 
@@ -42,7 +43,7 @@ class WeightNormConv2d(nn.Conv2d):
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int) -> None:
         super().__init__(inputs, outputs, kernel_size, padding=kernel_size // 2)
-        self.gain = nn.Parameter(self.weight.detach().norm(dim=(1, 2, 3), keepdim=True))
+        self.gain = nn.Parameter(torch.linalg.vector_norm(self.weight.detach(), dim=(1, 2, 3), keepdim=True))
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, torch._weight_norm(self.weight, self.gain, 0), self.bias)

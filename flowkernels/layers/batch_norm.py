@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ..ops import channel_affine
+
 
 class FlowBatchNorm(nn.Module):
     """Invertible batch normalisation (MAF, Papamakarios et al. 2017, section 3.5; RealNVP, Dinh et al. 2016, section 3.7).
@@ -53,20 +55,14 @@ class FlowBatchNorm(nn.Module):
                 self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
         else:
             mean, variance = self.running_mean, self.running_var
-        log_scale = self._log_scale(variance)
-        z = (x - _per_channel(mean, x)) * _per_channel(torch.exp(log_scale), x)
-        if self.bias is not None:
-            z = z + _per_channel(self.bias, x)
-        return z, (x.shape[2:].numel() * log_scale.sum()).expand(x.shape[0])
+        return channel_affine(x, -mean, self._log_scale(variance), bias=self.bias)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check("z", z)
-        log_scale = self._log_scale(self.running_var)
-        x = z if self.bias is None else z - _per_channel(self.bias, z)
-        x = x * _per_channel(torch.exp(-log_scale), z) + _per_channel(self.running_mean, z)
-        return x, (-z.shape[2:].numel() * log_scale.sum()).expand(z.shape[0])
+        return channel_affine(z, -self.running_mean, self._log_scale(self.running_var), bias=self.bias, inverse=True)
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         return torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=0)
 
     def _log_scale(self, variance: Tensor) -> Tensor:
@@ -79,7 +75,3 @@ class FlowBatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"features={self.features}, eps={self.eps}, momentum={self.momentum}, affine={self.bias is not None}"
-
-
-def _per_channel(value: Tensor, x: Tensor) -> Tensor:
-    return value if x.dim() == 2 else value.view(-1, *[1] * (x.dim() - 2))

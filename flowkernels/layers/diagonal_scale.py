@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ..ops import channel_affine
+
 
 class DiagonalScale(nn.Module):
     """z = x * exp(log_scale), one factor for each feature: the only layer of NICE that changes volumes (Dinh et al. 2014, section 3.3).
@@ -23,10 +25,10 @@ class DiagonalScale(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(features))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return x * torch.exp(self.log_scale), self.log_scale.sum().expand(x.shape[0])
+        return channel_affine(x, None, self.log_scale)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return z * torch.exp(-self.log_scale), -self.log_scale.sum().expand(z.shape[0])
+        return channel_affine(z, None, self.log_scale, inverse=True)
 
     def extra_repr(self) -> str:
         return f"features={len(self.log_scale)}"

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from .. import ScaleMap
 from ..flows import MAF, NICE, Base, Flow, RealNVP, StandardLogistic, StandardNormal
 from ..flows.flow import parse_shape
 from ..ops import Activation
+from .loop import TrainingSettings
 
 # scale maps by name; each with the settings of the paper or library that uses it
 SCALES: dict[str, Callable[[], ScaleMap]] = {
@@ -50,6 +52,12 @@ class FlowEntry:
     settings: tuple[Setting, ...]
     build: Callable[..., Flow]
     digits: Mapping[str, Any]
+
+    def choose(self, given: Mapping[str, Any] = MappingProxyType({}), *, digits: bool = False) -> tuple[dict[str, Any], TrainingSettings]:
+        """The flow's settings and those of training: what is given, or else what suits the digits, or else the defaults."""
+        chosen = {**(self.digits if digits else {}), **given}
+        flow = {setting.name: chosen.pop(setting.name, setting.default) for setting in self.settings}
+        return flow, TrainingSettings(**chosen)
 
 
 Shape = int | Sequence[int]

@@ -90,7 +90,7 @@ def make_config(
         "training": asdict(training),
         "preprocess": preprocess,
         "context_map": {"kind": "standardize", "constant_columns": True} if with_context_map else None,
-        "data": {"source": split.train.name, "fingerprint": _fingerprint(split)},
+        "data": {"source": split.train.name, "fingerprint": _fingerprint(split), "unconditional": context is None},
     }
 
 

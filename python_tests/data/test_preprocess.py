@@ -1,5 +1,7 @@
 """Preprocessing: the log-determinant is the map's, and the way back is the inverse."""
 
+import math
+
 import pytest
 import torch
 
@@ -68,12 +70,13 @@ def test_grey_levels_density_is_that_of_a_uniform_where_the_flow_is_uniform():
     preprocess = GreyLevels(17, 0.01)
     preprocess.fit(torch.randint(0, 17, (40, 1)).double())
     edges = torch.linspace(0, 17, 20001, dtype=torch.float64)
-    v = ((edges[1:] + edges[:-1]) / 2)[:, None]
-    y, log_derivative = preprocess._logit(v)
+    u = ((edges[1:] + edges[:-1]) / 2)[:, None] / 17
+    y, log_derivative = preprocess._logit(u)
     y, logabsdet = preprocess._affine.forward(y)
+    logabsdet += log_derivative - math.log(17)
     # integrate a standard normal pushed back to grey levels: what lies inside 0..17 of its mass
-    mass = (torch.distributions.Normal(0, 1).log_prob(y).sum(1) + logabsdet + log_derivative).exp().mean() * 17
-    low, high = (preprocess._affine.forward(preprocess._logit(torch.tensor([[v]], dtype=torch.float64))[0])[0] for v in (0.0, 17.0))
+    mass = (torch.distributions.Normal(0, 1).log_prob(y).sum(1) + logabsdet).exp().mean() * 17
+    low, high = (preprocess._affine.forward(preprocess._logit(torch.tensor([[u]], dtype=torch.float64))[0])[0] for u in (0.0, 1.0))
     inside = torch.special.ndtr(high) - torch.special.ndtr(low)
     assert torch.allclose(mass, inside.squeeze(), rtol=1e-4)
 
