@@ -1,6 +1,7 @@
 """Options and steps that several commands share."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ def load_rows(options: argparse.Namespace, model: DataModel, config: dict[str, A
         table = getattr(split if model.flow.context_features else split.without_context(), options.split)
     else:
         table = load_table(options.data, options.context)
+        if config["data"].get("unconditional") and options.context is None:
+            table = replace(table, context=None)  # as --unconditional did in training
     model.check(table)
     return table
 

@@ -107,8 +107,8 @@ def run(options: argparse.Namespace) -> None:
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     settings, training = entry.choose(given, digits=options.data == DIGITS)
     split = load_split(options.data, options.context, options.validation, training.seed, unconditional=options.unconditional)
-    images = {"levels": options.levels, "alpha": options.alpha}
-    config = make_config(options.flow, settings, split, training, standardize=not options.no_standardize, **images)
+    data = {name: getattr(options, name) for name in ("levels", "alpha", "unconditional")}
+    config = make_config(options.flow, settings, split, training, standardize=not options.no_standardize, **data)
     width = config["flow"]["context_features"]
     context = f" given {width} of context" if width else ""
     rows = f"{len(split.train)} rows to train on, {len(split.validation)} held out"

@@ -106,7 +106,7 @@ FLOWS: dict[str, FlowEntry] = {
             Setting("base", str, "logistic", "base distribution", choices=tuple(BASES)),
         ),
         _build_nice,
-        {},
+        {"hidden": [256], "learning_rate": 5e-3, "weight_decay": 1.0},
     ),
     "realnvp": FlowEntry(
         "flow of affine couplings (RealNVP, Dinh et al. 2016)",
@@ -119,6 +119,6 @@ FLOWS: dict[str, FlowEntry] = {
             Setting("hidden_channels", int, 64, "images: channels inside the conditioners of the first scale"),
         ),
         _build_realnvp,
-        {},
+        {"blocks": 1, "hidden_channels": 16, "epochs": 30, "learning_rate": 5e-3, "weight_decay": 1.0},
     ),
 }

@@ -54,6 +54,7 @@ def make_config(
     standardize: bool = True,
     levels: int | None = None,
     alpha: float | None = None,
+    unconditional: bool = False,
 ) -> dict[str, Any]:
     """All that a run is made of, as plain values for config.json.
 
@@ -63,6 +64,7 @@ def make_config(
         training: how to train.
         standardize: for a user's tables: zero mean and unit variance in every column of the training rows, and of their context.
         levels, alpha: for images; see `data.GreyLevels`. By default 17 and 0.01 for the digits, 256 and 0.05 for images in files.
+        unconditional: whether a context that came with the data was left out.
     """
     x, context, image_shape = split.train.x, split.train.context, split.train.image_shape
     digits = split.train.name == DIGITS
@@ -90,7 +92,7 @@ def make_config(
         "training": asdict(training),
         "preprocess": preprocess,
         "context_map": {"kind": "standardize", "constant_columns": True} if with_context_map else None,
-        "data": {"source": split.train.name, "fingerprint": _fingerprint(split), "unconditional": context is None},
+        "data": {"source": split.train.name, "fingerprint": _fingerprint(split), "unconditional": unconditional},
     }
 
 

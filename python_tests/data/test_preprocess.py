@@ -49,7 +49,7 @@ def test_a_context_may_have_constant_columns():
 
 def test_grey_levels_count_their_logabsdet_per_grey_level():
     torch.manual_seed(0)
-    x = torch.randint(0, 17, (40, 5)).double()
+    x = torch.randint(0, 17, (40, 5), dtype=torch.uint8)
     preprocess = GreyLevels(17, 0.01)
     preprocess.fit(x)
     y, logabsdet = preprocess.forward(x, torch.Generator().manual_seed(5))
@@ -62,7 +62,7 @@ def test_grey_levels_count_their_logabsdet_per_grey_level():
     assert torch.allclose(y, formula(dequantised), rtol=1e-12)
     for i in range(3):
         assert torch.allclose(logabsdet[i], jacobian_logabsdet(formula, dequantised[i]), rtol=1e-12)
-    assert torch.equal(preprocess.inverse(y), x)
+    assert torch.equal(preprocess.inverse(y), x.double())
 
 
 def test_grey_levels_density_is_that_of_a_uniform_where_the_flow_is_uniform():
@@ -89,6 +89,12 @@ def test_what_is_no_grey_level_is_refused(value):
         GreyLevels(17, 0.01).check(x, "data file")
 
 
+def test_bytes_above_the_stated_levels_are_refused():
+    with pytest.raises(ValueError, match="whole grey levels 0..15; row 0, column 1, counted from 0, is 16"):
+        GreyLevels(16, 0.05).check(torch.tensor([[15, 16]], dtype=torch.uint8), "data file")
+    GreyLevels(256, 0.05).check(torch.tensor([[0, 255]], dtype=torch.uint8), "data file")
+
+
 def test_unknown_kind():
     with pytest.raises(ValueError, match="must be one of identity, standardize, grey_levels; got 'wavelet'"):
         build_preprocess({"kind": "wavelet"})
@@ -101,4 +107,5 @@ def test_digits_are_split_evenly_and_always_the_same():
     assert torch.equal(split.test.context.sum(0), torch.full((10,), 30.0, dtype=torch.float64))
     assert torch.equal(split.train.x, again.train.x)
     rows = torch.cat([part.x for part in (split.train, split.validation, split.test)])
+    assert split.test.image_shape == (1, 8, 8) and rows.dtype == torch.uint8
     assert rows.shape == (1797, 64) and rows.min() == 0 and rows.max() == 16
