@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flowkernels.flows import NICE, Flow, RealNVP, StandardLogistic, StandardNormal
-from flowkernels.layers import DiagonalScale, FactorOut, FlowBatchNorm
+from flowkernels.layers import DiagonalScale, FlowBatchNorm
 
 SMALL = {"blocks": 1, "hidden_channels": 3}
 CASES = {
@@ -19,6 +19,15 @@ CASES = {
     "RealNVP on colour images, three levels": (lambda c: RealNVP((3, 4, 8), levels=3, **SMALL, context_features=c), (3, 4, 8)),
     "RealNVP on one level": (lambda c: RealNVP((2, 3, 2), levels=1, **SMALL, batch_norm=False, context_features=c), (2, 3, 2)),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Flows this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def shaken(flow):
@@ -85,13 +94,6 @@ class TestCouplingFlows:
         for way, rows in ((flow, x), (flow.inverse, flow(x, context)[0].detach())):
             jacobian = torch.autograd.functional.jacobian(lambda c, way=way, rows=rows: way(rows[:1], c)[0].flatten(), context[:1])
             assert jacobian.abs().amax((1, 2)).gt(0).all()
-
-    def test_every_input_reaches_every_output_of_the_last_scale(self, case):
-        flow, x, context = case
-        c = None if context is None else context[:1]
-        jacobian = torch.autograd.functional.jacobian(lambda v: flow(v, c)[0][0], x[:1], vectorize=True).flatten(1)
-        if not any(isinstance(layer, FactorOut) for layer in flow.layers):
-            assert jacobian.abs().gt(0).float().mean() > 0.9
 
     def test_samples(self, case):
         flow, _, context = case
