@@ -37,6 +37,26 @@ class Flow(Chain):
         self.context_features = context_features
         self.base = StandardNormal() if base is None else base
 
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data to noise: z [batch, features] and log|det dz/dx| [batch]."""
+        self._check("x", x, self.shape, context)
+        return super().forward(x, context)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Noise to data: x [batch, *shape] and log|det dx/dz| [batch]."""
+        self._check("z", z, (self.features,), context)
+        return super().inverse(z, context)
+
+    def _check(self, name: str, rows: Tensor, shape: tuple[int, ...], context: Tensor | None) -> None:
+        if rows.shape[1:] != shape:
+            raise ValueError(f"{name} must have shape [batch, {', '.join(map(str, shape))}]; got {list(rows.shape)}")
+        if context is None:
+            if self.context_features:
+                raise ValueError(f"context is missing: the flow takes [{rows.shape[0]}, {self.context_features}]")
+        elif not self.context_features or context.shape != (rows.shape[0], self.context_features):
+            wanted = f"[{rows.shape[0]}, {self.context_features}], a row for each of {name}" if self.context_features else "no context"
+            raise ValueError(f"context must be {wanted}; got {list(context.shape)}")
+
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density (nats) of each row of x: [batch, *shape] -> [batch]."""
         z, logabsdet = self(x, context)

@@ -1,6 +1,5 @@
 """Sites into channels."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._zero import zero_logabsdet
@@ -29,12 +28,17 @@ class Squeeze(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if x.dim() != 4 or x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise ValueError(f"x must be [batch, C, H, W] with H and W divisible by {self.factor}; got {list(x.shape)}")
-        return F.pixel_unshuffle(x, self.factor), zero_logabsdet(x)
+        # not pixel_unshuffle, which returns an empty batch with its old shape
+        f, (b, c, h, w) = self.factor, x.shape
+        squares = x.reshape(b, c, h // f, f, w // f, f).permute(0, 1, 3, 5, 2, 4)
+        return squares.reshape(b, c * f * f, h // f, w // f), zero_logabsdet(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if z.dim() != 4 or z.shape[1] % self.factor**2:
             raise ValueError(f"z must be [batch, C, H, W] with C divisible by {self.factor**2}; got {list(z.shape)}")
-        return F.pixel_shuffle(z, self.factor), zero_logabsdet(z)
+        f, (b, c, h, w) = self.factor, z.shape
+        squares = z.reshape(b, c // (f * f), f, f, h, w).permute(0, 1, 4, 2, 5, 3)
+        return squares.reshape(b, c // (f * f), h * f, w * f), zero_logabsdet(z)
 
     def extra_repr(self) -> str:
         return f"factor={self.factor}"

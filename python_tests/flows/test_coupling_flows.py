@@ -87,14 +87,6 @@ class TestCouplingFlows:
         jacobian = torch.autograd.functional.jacobian(inverse, z[0], vectorize=True)
         torch.testing.assert_close(opposite[0], torch.linalg.slogdet(jacobian)[1])
 
-    def test_context_reaches_every_output(self, case):
-        flow, x, context = case
-        if context is None:
-            pytest.skip("no context")
-        for way, rows in ((flow, x), (flow.inverse, flow(x, context)[0].detach())):
-            jacobian = torch.autograd.functional.jacobian(lambda c, way=way, rows=rows: way(rows[:1], c)[0].flatten(), context[:1])
-            assert jacobian.abs().amax((1, 2)).gt(0).all()
-
     def test_samples(self, case):
         flow, _, context = case
         batch = () if context is None else (4,)
@@ -129,18 +121,32 @@ class TestCouplingFlows:
             assert z.shape == (0, x[0].numel()) and logabsdet.shape == (0,)
             assert flow.inverse(z, None if context is None else context[:0])[0].shape == x[:0].shape
 
-    def test_compiles_without_graph_breaks(self, case):
-        flow, x, context = case
-        torch._dynamo.reset()
-        with torch.no_grad():
-            f = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")
-            torch.testing.assert_close(f(x, context), flow.log_prob(x, context))
-
     def test_a_training_step_reaches_every_parameter(self, case):
         flow, x, context = case
         flow.train()
         (-flow.log_prob(x, context).mean()).backward()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in flow.parameters())
+
+
+def test_context_reaches_every_output(shape_and_build):
+    torch.manual_seed(0)
+    shape, build = shape_and_build
+    flow = shaken(build(3)).double().eval()
+    x, context = torch.randn(1, *shape, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64)
+    for way, rows in ((flow, x), (flow.inverse, flow(x, context)[0].detach())):
+        jacobian = torch.autograd.functional.jacobian(lambda c, way=way, rows=rows: way(rows, c)[0].flatten(), context, vectorize=True)
+        assert jacobian.abs().amax((1, 2)).gt(0).all()
+
+
+@pytest.mark.parametrize("name", ["NICE on images", "RealNVP on images"])
+def test_compiles_without_graph_breaks(name):
+    build, shape = CASES[name]
+    torch.manual_seed(0)
+    flow, x = build(0).eval(), torch.randn(3, *shape)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        f = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(f(x), flow.log_prob(x))
 
 
 def test_nice_is_the_papers():
@@ -203,11 +209,17 @@ def test_standard_logistic_has_its_density_and_its_samples():
         (lambda: RealNVP((3, 6, 6), levels=3), "height and width divisible by 4 for 3 levels; got 6 x 6"),
         (lambda: RealNVP((3, 2, 2), levels=2), "at least 2 sites at the last of 2 levels; got 2 x 2"),
         (lambda: RealNVP((3, 8, 8), blocks=0), "blocks must be at least 1; got 0"),
-        (lambda: RealNVP(4, hidden_features=(3,)).log_prob(torch.zeros(2, 5)), "must"),
+        (lambda: RealNVP(4, hidden_features=(3,)).log_prob(torch.zeros(2, 5)), r"x must have shape \[batch, 4\]; got \[2, 5\]"),
         (lambda: NICE((1, 2, 2), hidden_features=(3,)).log_prob(torch.zeros(2, 4)), r"x must have shape \[batch, 1, 2, 2\]; got \[2, 4\]"),
-        (lambda: NICE((1, 2, 2), hidden_features=(3,)).inverse(torch.zeros(2, 5)), "must"),
+        (lambda: NICE((1, 2, 2), hidden_features=(3,)).inverse(torch.zeros(2, 5)), r"z must have shape \[batch, 4\]; got \[2, 5\]"),
         (lambda: RealNVP((1, 4, 4), **SMALL).eval().inverse(torch.zeros(2, 5)), r"z must have shape \[batch, 16\]; got \[2, 5\]"),
         (lambda: RealNVP((1, 4, 4), **SMALL, context_features=2).sample(2), "context is missing"),
+        (lambda: NICE(4, hidden_features=(3,), context_features=2)(torch.zeros(5, 4)), r"context is missing: the flow takes \[5, 2\]"),
+        (
+            lambda: NICE(4, hidden_features=(3,), context_features=2)(torch.zeros(5, 4), torch.zeros(4, 2)),
+            r"context must be \[5, 2\], a row for each of x; got \[4, 2\]",
+        ),
+        (lambda: NICE(4, hidden_features=(3,))(torch.zeros(5, 4), torch.zeros(5, 1)), r"context must be no context; got \[5, 1\]"),
     ],
 )
 def test_wrong_arguments_are_named(call, message):
