@@ -42,12 +42,17 @@ struct ScaleTerms {
 // What all maps share. Each derives from this and has sigma_and_log(s), reciprocal_and_log(s) and dlog_sigma(s).
 template <class V, class Map>
 struct ScaleMapBase {
+  static constexpr bool learned = false;  // whether a tensor is part of the map
   FK_INLINE const Map& self() const { return static_cast<const Map&>(*this); }
   FK_INLINE V sigma(V s) const { return self().sigma_and_log(s).value; }
   FK_INLINE V log_sigma(V s) const { return self().sigma_and_log(s).log; }
   FK_INLINE V reciprocal(V s) const { return self().reciprocal_and_log(s).value; }
   FK_INLINE V log_reciprocal(V s) const { return self().reciprocal_and_log(s).log; }
   FK_INLINE V complement(V s) const { return scalar_t<V>(1) - sigma(s); }
+  FK_INLINE V dlog_reciprocal(V s) const { return -self().dlog_sigma(s); }
+  // the derivative of the log in the place of the log
+  FK_INLINE ValueAndLog<V> sigma_and_dlog(V s) const { return {self().sigma(s), self().dlog_sigma(s)}; }
+  FK_INLINE ValueAndLog<V> reciprocal_and_dlog(V s) const { return {self().reciprocal(s), self().dlog_reciprocal(s)}; }
   FK_INLINE V dsigma(V s) const { return self().sigma(s) * self().dlog_sigma(s); }
   FK_INLINE ScaleTerms<V> terms(V s) const {
     const ValueAndLog<V> sigma = self().sigma_and_log(s);
@@ -86,6 +91,7 @@ struct ExpHalfMap : ExpOf<V, ExpHalfMap<V>> {
   FK_INLINE V log_sigma(V s) const { return s * T(0.5); }
   FK_INLINE V log_reciprocal(V s) const { return at_most(s * T(-0.5), limit); }
   FK_INLINE V dlog_sigma(V) const { return splat<V>(T(0.5)); }
+  FK_INLINE V dlog_reciprocal(V s) const { return select(s * T(-0.5) <= limit, splat<V>(T(-0.5)), splat<V>(T(0))); }
 };
 
 template <class V>
@@ -107,6 +113,18 @@ struct ExpTanhMap : ExpOf<V, ExpTanhMap<V>> {
     const V t = tanh(s * inverse_inner);
     return slope * fma(-t, t, T(1));
   }
+};
+
+// exp(a * exponent), exponent = bound * tanh(s / inner), with a learned a (RealNVP, Dinh et al. 2016)
+template <class V>
+struct LearnedTanhMap : ExpOf<V, LearnedTanhMap<V>> {
+  static constexpr bool learned = true;
+  ExpTanhMap<V> base;
+  V a;
+  FK_INLINE explicit LearnedTanhMap(const ScaleMapParams& p) : base(p), a{} {}
+  FK_INLINE V exponent(V s) const { return base.log_sigma(s); }
+  FK_INLINE V log_sigma(V s) const { return a * exponent(s); }
+  FK_INLINE V dlog_sigma(V s) const { return a * base.dlog_sigma(s); }
 };
 
 template <class V>
@@ -148,6 +166,11 @@ struct SigmoidMap : ScaleMapBase<V, SigmoidMap<V, FLOOR>> {
     if constexpr (!FLOOR) return {T(1) + exp(-x), softplus_of(-x, exp(-abs(x)))};
     const ValueAndLog<V> sigma = sigma_and_log(s);
     return {T(1) / sigma.value, -sigma.log};
+  }
+  FK_INLINE ValueAndLog<V> sigma_and_dlog(V s) const {
+    if constexpr (FLOOR) return {this->sigma(s), dlog_sigma(s)};
+    const V x = s + bias, e = exp(-abs(x)), large = T(1) / (e + T(1)), small = e * large;  // one division
+    return {select(x > T(0), large, small), select(x > T(0), small, large)};
   }
   FK_INLINE V complement(V s) const {
     const V x = s + bias;

@@ -1,4 +1,4 @@
-"""The baseline of the demo: one Gaussian for each class, with a shrunk covariance."""
+"""The baseline for the digits: one Gaussian for each class, or one for all where there are none, with a shrunk covariance."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class ClassGaussian:
 
     def log_prob(self, table: Table, generator: torch.Generator, draws: int) -> Tensor:
         """log p(x) of each row in nats, the mean over `draws` dequantisations, [rows]."""
-        classes = table.context.argmax(1)
+        classes = _classes(table)
         density = MultivariateNormal(self.mean[classes], self.covariance[classes])
         total = torch.zeros(len(table), dtype=torch.float64)
         for _ in range(draws):
@@ -46,15 +46,16 @@ def fit_gaussian(preprocess: Preprocess, train: Table, validation: Table, draws:
     def held_out(candidate: ClassGaussian) -> float:
         return candidate.log_prob(validation, torch.Generator().manual_seed(0), draws).mean().item()
 
-    return max((_estimate(preprocess, train, pooled, count) for pooled in (False, True) for count in (1, _DRAWS)), key=held_out)
+    kinds = (True,) if train.context is None else (False, True)
+    return max((_estimate(preprocess, train, pooled, count) for pooled in kinds for count in (1, _DRAWS)), key=held_out)
 
 
 def _estimate(preprocess: Preprocess, train: Table, pooled: bool, count: int) -> ClassGaussian:
     ledoit_wolf = optional("sklearn.covariance", "scikit-learn", "the Gaussian baseline").LedoitWolf
     generator = torch.Generator().manual_seed(1)
     y = torch.cat([preprocess.forward(train.x, generator)[0] for _ in range(count)])
-    classes = train.context.argmax(1).repeat(count)
-    number = train.context.shape[1]
+    classes = _classes(train).repeat(count)
+    number = 1 if train.context is None else train.context.shape[1]
     mean = torch.stack([y[classes == k].mean(0) for k in range(number)])
     centred = y - mean[classes]
 
@@ -65,3 +66,7 @@ def _estimate(preprocess: Preprocess, train: Table, pooled: bool, count: int) ->
         return ClassGaussian(preprocess, mean, covariance(centred).expand(number, -1, -1), "one covariance for all classes")
     each = torch.stack([covariance(centred[classes == k]) for k in range(number)])
     return ClassGaussian(preprocess, mean, each, "one covariance per class")
+
+
+def _classes(table: Table) -> Tensor:
+    return torch.zeros(len(table), dtype=torch.int64) if table.context is None else table.context.argmax(1)

@@ -17,12 +17,11 @@ from .data import Split, atomic_write, load_digits, one_hot
 from .data.digits import CLASSES, SIDE
 from .flows import Flow
 from .plots import require_matplotlib, save_comparison, save_history
-from .training import DataModel, Trainer, TrainingSettings, make_config, train_run
+from .training import FLOWS, DataModel, Trainer, TrainingSettings, make_config, train_run
 from .training.loop import VALIDATION_DRAWS
 from .training.progress import TerminalProgress
 
-FLOW = {"transforms": 5, "hidden": [256], "batch_norm": False, "activation": "tanh", "scale": "softclip"}
-TRAINING = TrainingSettings(epochs=100, learning_rate=8e-3, weight_decay=2.0, patience=20)
+FLOW, TRAINING = FLOWS["maf"].choose(digits=True)
 QUICK_FLOW = FLOW | {"transforms": 3, "hidden": [128]}
 QUICK_TRAINING = TrainingSettings(epochs=25, learning_rate=1.5e-2, weight_decay=1.0)
 TEST_DRAWS = 10  # dequantisations of each test image
@@ -114,7 +113,7 @@ def draw(out: Path, trainer: Trainer, gaussian: ClassGaussian, split: Split, eac
     samples = trainer.model.sample(each, contexts, generator=torch.Generator().manual_seed(0))
     labels = split.test.context.argmax(1)
     real = torch.cat([split.test.x[labels == k][:each] for k in range(CLASSES)])
-    save_comparison(out / "samples.png", real.view(-1, SIDE, SIDE), samples.view(-1, SIDE, SIDE), columns=each)
+    save_comparison(out / "samples.png", real.view(-1, 1, SIDE, SIDE), samples.view(-1, 1, SIDE, SIDE), columns=each)
     held_out = gaussian.log_prob(split.validation, torch.Generator().manual_seed(0), VALIDATION_DRAWS).mean().item()
     save_history(out / "training.png", trainer.history, trainer.best_epoch, held_out, trainer.model.flow.features)
 

@@ -9,7 +9,7 @@ import torch
 from . import _extension
 from ._version import __version__
 
-OPS = ("autoregressive", "masked_linear", "slogdet", "slogdet_inverse")
+OPS = ("autoregressive", "channel_affine", "coupling", "masked_linear", "slogdet", "slogdet_inverse")
 _COMPILED = {"CPU": "cpp", "CUDA": "cuda"}
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .data import atomic_write, optional
+from .data.digits import LEVELS
 
+_GAP = "#dfe6ee"
 _INK, _MUTED, _FLOW, _TRAIN, _BASELINE = "#222222", "#777777", "#1f5fa8", "#9db8d6", "#c0562f"
 
 
@@ -19,38 +21,49 @@ def require_matplotlib() -> None:
 
 
 def image_grid(images: Tensor, columns: int) -> Tensor:
-    """Images [n, height, width] as one picture, row by row, a pixel apart.
+    """Images [n, C, height, width] as one picture, row by row, a pixel apart.
 
     Returns:
-        [rows (height + 1) + 1, columns (width + 1) + 1]; gaps are NaN.
+        [C, rows (height + 1) + 1, columns (width + 1) + 1]; gaps are NaN.
     """
-    n, height, width = images.shape
+    n, channels, height, width = images.shape
     rows = -(-n // columns)
-    grid = torch.full((rows * (height + 1) + 1, columns * (width + 1) + 1), float("nan"))
+    grid = torch.full((channels, rows * (height + 1) + 1, columns * (width + 1) + 1), float("nan"))
     for i, image in enumerate(images):
         top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
-        grid[top : top + height, left : left + width] = image
+        grid[:, top : top + height, left : left + width] = image
     return grid
 
 
-def save_images(path: str | Path, images: Tensor, columns: int) -> None:
-    """Write grey images [n, height, width], dark ink on white, as one .png.
+def save_images(path: str | Path, images: Tensor, columns: int, *, levels: int, ink: bool) -> None:
+    """Write images [n, C, height, width] of grey levels 0..levels - 1 as one .png.
+
+    Args:
+        path: where to.
+        images: one channel is shown grey, three are red, green and blue, a fourth is opacity.
+        columns: images in a row.
+        levels: number of grey levels.
+        ink: of one channel, 0 is white and the highest level black, as of the digits; otherwise 0 is black.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing; the message names the extra.
+        ValueError: images have two channels.
     """
+    if images.shape[1] not in (1, 3, 4):
+        raise ValueError(f"a picture needs images of 1, 3 or 4 channels; these have {images.shape[1]}")
     grid = image_grid(images, columns)
-    figure = _figure(grid.shape[1] / 20, grid.shape[0] / 20)
-    _draw_grid(figure.add_axes((0, 0, 1, 1)), grid)
+    inches = max(1.5, min(12.0, grid.shape[2] / 20))
+    figure = _figure(inches, inches * grid.shape[1] / grid.shape[2])
+    _draw_grid(figure.add_axes((0, 0, 1, 1)), grid, levels, ink)
     _save(figure, path)
 
 
 def save_comparison(path: str | Path, real: Tensor, samples: Tensor, columns: int) -> None:
-    """Write real images beside samples, [rows * columns, height, width] each, one class a row, as one .png."""
+    """Write real digits beside samples, [rows * columns, 1, height, width] each, one class a row, as one .png."""
     figure = _figure(11.0, 5.8)
     for left, images, title in ((0.02, real, "real digits (test images)"), (0.51, samples, "samples of the flow")):
         axes = figure.add_axes((left, 0.02, 0.47, 0.9))
-        _draw_grid(axes, image_grid(images, columns))
+        _draw_grid(axes, image_grid(images, columns), LEVELS, ink=True)
         axes.set_title(title, color=_INK, fontsize=12)
     _save(figure, path)
 
@@ -92,9 +105,15 @@ def _figure(width: float, height: float) -> Any:
     return optional("matplotlib.figure", "matplotlib", "drawing pictures").Figure(figsize=(width, height), facecolor="white")
 
 
-def _draw_grid(axes: Any, grid: Tensor) -> None:
-    colours = optional("matplotlib", "matplotlib", "drawing pictures").colormaps["gray_r"].with_extremes(bad="#dfe6ee")
-    axes.imshow(grid.numpy(), cmap=colours, vmin=0, vmax=16, interpolation="nearest", aspect="equal")
+def _draw_grid(axes: Any, grid: Tensor, levels: int, ink: bool) -> None:
+    if len(grid) == 1:
+        name = "gray_r" if ink else "gray"
+        colours = optional("matplotlib", "matplotlib", "drawing pictures").colormaps[name].with_extremes(bad=_GAP)
+        axes.imshow(grid[0].numpy(), cmap=colours, vmin=0, vmax=levels - 1, interpolation="nearest", aspect="equal")
+    else:
+        gap = torch.tensor([int(_GAP[i : i + 2], 16) / 255 for i in (1, 3, 5)] + [1.0] * (len(grid) - 3))
+        colours = torch.where(grid.isnan(), gap[:, None, None], grid / (levels - 1))
+        axes.imshow(colours.permute(1, 2, 0).numpy(), interpolation="nearest", aspect="equal")
     axes.set_axis_off()
 
 

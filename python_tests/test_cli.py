@@ -44,6 +44,9 @@ def files(tmp_path_factory):
     np.savetxt(folder / "x.csv", x, delimiter=",", header="a,b,c", comments="")
     np.save(folder / "wide.npy", random.normal(size=(40, 4)))
     np.save(folder / "short.npy", context[:7])
+    images = random.integers(0, 16, (40, 4, 4, 3), dtype=np.uint8)
+    np.save(folder / "images.npy", images)
+    np.savez(folder / "images.npz", x=images, context=np.eye(4)[np.arange(40) % 4])
     bad = x.copy()
     bad[3, 1] = np.nan
     np.save(folder / "nan.npy", bad)
@@ -113,7 +116,7 @@ def test_digits_from_grey_levels_to_grey_levels(digits, tmp_path, capsys):
     samples = tmp_path / "s.npy"
     assert main(["sample", str(digits), "-n", "12", "--class", "3", "--out", str(samples)]) == 0
     levels = np.load(samples)
-    assert levels.shape == (12, 64) and levels.dtype == np.uint8 and levels.max() <= 16
+    assert levels.shape == (12, 1, 8, 8) and levels.dtype == np.uint8 and levels.max() <= 16
     capsys.readouterr()
     assert main(["density", str(digits), "--data", "digits", "--draws", "2"]) == 0
     log_prob = np.load(digits / "log_prob.npy")
@@ -127,6 +130,97 @@ def test_images_become_a_picture(digits, tmp_path):
     pytest.importorskip("matplotlib")
     assert main(["sample", str(digits), "-n", "20", "--out", str(tmp_path / "s.png")]) == 0
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+COUPLINGS = {
+    "nice": ["--hidden", "8", "--epochs", "1", "--batch-size", "16"],
+    "realnvp": ["--hidden", "8", "--blocks", "1", "--hidden-channels", "4", "--epochs", "1", "--batch-size", "16"],
+}
+
+
+@pytest.mark.parametrize("flow", COUPLINGS)
+def test_coupling_flows_do_the_four_tasks_on_tables(files, tmp_path, flow):
+    run = tmp_path / "run"
+    assert main(["train", flow, "--data", str(files / "xc.npz"), "--out", str(run), *COUPLINGS[flow]]) == 0
+    assert main(["sample", str(run), "-n", "2", "--context", str(files / "context.npy"), "--temperature", "0.7"]) == 0
+    assert np.load(run / "samples.npy").shape == (80, 3)
+    assert main(["density", str(run), "--data", str(files / "xc.npz")]) == 0
+    assert main(["infer", str(run), "--data", str(files / "xc.npz")]) == 0
+    model, _, _ = load_model(run)
+    x = model.decode(torch.from_numpy(np.load(run / "z.npy")), torch.from_numpy(np.load(files / "context.npy")))
+    assert np.allclose(x, np.load(files / "x.npy"), atol=1e-3)
+
+
+@pytest.mark.parametrize("flow", [*COUPLINGS, "maf"])
+@pytest.mark.parametrize("conditional", [True, False], ids=["conditional", "unconditional"])
+def test_every_flow_does_the_four_tasks_on_images(files, tmp_path, capsys, flow, conditional):
+    pytest.importorskip("matplotlib")
+    run = tmp_path / "run"
+    data = ["--data", str(files / "images.npz")]
+    settings = COUPLINGS.get(flow, SMALL)
+    train = ["train", flow, *data, "--levels", "16", "--out", str(run), *settings]
+    assert main(train if conditional else [*train, "--unconditional"]) == 0
+    assert "images of 3 x 4 x 4" + (" given 4 of context" if conditional else ";") in capsys.readouterr().out
+    np.save(tmp_path / "classes.npy", np.eye(4)[:2])
+    context = ["--context", str(tmp_path / "classes.npy")] if conditional else []
+    assert main(["sample", str(run), "-n", "3", *context]) == 0
+    samples = np.load(run / "samples.npy")
+    assert samples.shape == ((6 if conditional else 3), 3, 4, 4) and samples.dtype == np.uint8 and samples.max() <= 15
+    assert main(["density", str(run), *data]) == 0
+    log_prob = np.load(run / "log_prob.npy")
+    assert f"{-log_prob.mean() / (48 * np.log(2)):.4f} bits per dimension" in capsys.readouterr().out
+    assert main(["infer", str(run), *data]) == 0
+    model, _, _ = load_model(run)
+    classes = torch.eye(4, dtype=torch.float64)[torch.arange(40) % 4] if conditional else None
+    back = model.decode(torch.from_numpy(np.load(run / "z.npy")), classes).view(40, 3, 4, 4)
+    images = np.moveaxis(np.load(files / "images.npy"), -1, 1)
+    assert (back.numpy() == images).mean() > 0.999  # noise within 1e-6 of the next level may round to it
+    assert main(["sample", str(run), "-n", "3", *context, "--out", str(tmp_path / "s.png")]) == 0
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_interpolations_begin_and_end_with_real_images(digits, files, tmp_path):
+    pytest.importorskip("matplotlib")
+    from flowkernels.data import load_digits
+
+    out = tmp_path / "i.npy"
+    assert main(["interpolate", str(digits), "--data", "digits", "--pairs", "12", "--steps", "5", "--out", str(out)]) == 0
+    rows = np.load(out).reshape(12, 5, 64)
+    test = load_digits().test
+    for k, row in enumerate(rows):
+        found = [(test.x.numpy() == end).all(1).nonzero()[0] for end in (row[0], row[-1])]
+        assert all(len(f) for f in found) and found[0][0] != found[1][0]
+        assert {int(test.context[f[0]].argmax()) for f in found} == {k % 10}  # both of one class, the classes in turn
+        assert not (row[2] == row[0]).all()
+    assert main(["interpolate", str(digits), "--data", "digits", "--pairs", "2"]) == 0
+    assert (digits / "interpolation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_digits_without_their_classes(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    run = tmp_path / "run"
+    assert main(["train", "nice", "--data", "digits", "--unconditional", "--out", str(run), *COUPLINGS["nice"]]) == 0
+    for command in (["sample", str(run), "-n", "3"], ["density", str(run), "--data", "digits"], ["infer", str(run), "--data", "digits"]):
+        assert main(command) == 0
+    assert "standard deviation" in capsys.readouterr().out
+    assert "--class is for runs trained on the digits with their classes; got 3" in refusal(capsys, ["sample", run, "-n", 1, "--class", 3])
+
+
+def test_the_digits_have_settings_of_their_own(digits):
+    _, config, _ = load_model(digits)
+    assert config["flow"]["activation"] == "tanh" and config["training"]["weight_decay"] == 2.0 and config["flow"]["hidden"] == [8]
+
+
+def test_great_circle_keeps_its_ends_and_its_radius():
+    from flowkernels.cli.interpolate import great_circle
+
+    torch.manual_seed(0)
+    a = torch.nn.functional.normalize(torch.randn(3, 8), dim=1)
+    b = torch.nn.functional.normalize(torch.randn(3, 8), dim=1)
+    between = great_circle(a, b, torch.linspace(0, 1, 5))
+    assert torch.allclose(between[:, 0], a, atol=1e-6) and torch.allclose(between[:, -1], b, atol=1e-6)
+    assert torch.allclose(between.norm(dim=-1), torch.ones(3, 5), atol=1e-6)
+    assert torch.allclose(great_circle(a, a, torch.tensor([0.3]))[:, 0], a)
 
 
 def test_a_finished_run_says_so(files, capsys):
@@ -153,6 +247,10 @@ def test_no_standardize_takes_the_columns_as_they_are(files, tmp_path):
         ("--data x.npy --context short.npy", ["context must have 40 rows", "got 7"]),
         ("--data xc.npz --context context.npy", ["context must come once"]),
         ("--data digits --context context.npy", ["context must not be given with --data digits"]),
+        ("--data x.npy --context context.npy --unconditional", ["context must not be given with --unconditional"]),
+        ("--data x.npy --levels 4", ["levels is for images; x.npy is a table of numbers"]),
+        ("--data images.npy --levels 4", ["must hold whole grey levels 0..3; row"]),
+        ("--data images.npy --alpha 0.7", ["alpha must be at least 0 and less than 0.5; got 0.7"]),
         ("--data x.npy --validation 2", ["validation must be a fraction between 0 and 1; got 2.0"]),
         ("--data x.npy --averaging 1", ["averaging must be at least 0 and less than 1; got 1.0"]),
         ("--data x.npy --device cuda:99", ["device 'cuda:99' cannot be used"]),
@@ -178,8 +276,9 @@ def test_a_mistake_in_training_makes_no_folder(files, tmp_path, monkeypatch, cap
         ("density . --data x.npy", ["is no run folder: it has no config.json"]),
         ("density run --data x.npy --out d.txt", ["--out must end in .npy or .csv; got d.txt"]),
         ("density run --data x.npy --out gone/d.npy", ["folder gone of --out does not exist"]),
-        ("sample run -n 3 --class 2", ["--class is for runs trained on the digits; got 2"]),
+        ("sample run -n 3 --class 2", ["--class is for runs trained on the digits with their classes; got 2"]),
         ("sample run -n 3 --out s.png", ["not trained on images"]),
+        ("interpolate run --data x.npy", ["interpolate is for runs trained on images; run was trained on a table"]),
         ("sample conditional -n 3", ["context is missing"]),
         ("sample run -n 3 --context context.npy", ["context was given"]),
         ("train maf --data x.npy --out run --transforms 3", ["other settings: transforms was 1, now 3"]),
@@ -219,7 +318,22 @@ def test_argparse_refuses_the_rest(capsys, arguments, message):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["train", "maf"], ["sample"], ["density"], ["infer"], ["info"], ["demo"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["train"],
+        ["train", "maf"],
+        ["train", "nice"],
+        ["train", "realnvp"],
+        ["sample"],
+        ["density"],
+        ["infer"],
+        ["interpolate"],
+        ["info"],
+        ["demo"],
+    ],
+)
 def test_help_reads(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--help"])

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..training import Interrupted, RunError
-from . import demo, density, infer, info, sample, train
+from . import demo, density, infer, info, interpolate, sample, train
 
-COMMANDS = (train, sample, density, infer, info, demo)
+COMMANDS = (train, sample, density, infer, interpolate, info, demo)
 _EPILOG = """examples:
-  python -m flowkernels train maf --data digits --out runs/digits
-  python -m flowkernels sample runs/digits -n 40 --out digits.png
+  python -m flowkernels train realnvp --data digits --out runs/digits
+  python -m flowkernels sample runs/digits -n 40 --temperature 0.8 --out digits.png
   python -m flowkernels density runs/digits --data digits
+  python -m flowkernels interpolate runs/digits --data digits
   python -m flowkernels train maf --data table.csv --out runs/table --hidden 128 128
 """
 

@@ -1,12 +1,13 @@
 """Options and steps that several commands share."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..data import DIGITS, Table, load_digits, load_table
+from ..data import DIGITS, Table, load_digits, load_table, save_array
 from ..training import DataModel, RunError, load_model
 
 
@@ -50,7 +51,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """The rows to work on."""
-    parser.add_argument("--data", required=True, metavar="digits|FILE", help="digits, or a .npy, .npz (arrays x, context) or .csv file")
+    parser.add_argument(
+        "--data", required=True, metavar="digits|FILE", help="digits, or a .npy, .npz (arrays x, context) or .csv file, as for train"
+    )
     parser.add_argument("--context", metavar="FILE", help="context of the rows, one row each, where --data does not hold it")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="part of the digits (default: test)")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the dequantisation noise of grey levels (default: 0)")
@@ -86,11 +89,20 @@ def load_rows(options: argparse.Namespace, model: DataModel, config: dict[str, A
             raise RunError(f"run folder {options.run_folder} was trained on {config['data']['source']}, not on the digits")
         if options.context is not None:
             raise ValueError(f"context must not be given with --data digits, whose classes are the context; got {options.context}")
-        table = getattr(load_digits(), options.split)
+        split = load_digits()
+        table = getattr(split if model.flow.context_features else split.without_context(), options.split)
     else:
         table = load_table(options.data, options.context)
+        if config["data"].get("unconditional") and options.context is None:
+            table = replace(table, context=None)  # as --unconditional did in training
     model.check(table)
     return table
+
+
+def image_shape(config: dict[str, Any]) -> tuple[int, int, int] | None:
+    """(C, H, W) of a run on images; None for one on a table."""
+    shape = config["flow"]["shape"]
+    return None if isinstance(shape, int) else tuple(shape)
 
 
 def output_path(options: argparse.Namespace, default: str, suffixes: tuple[str, ...] = (".npy", ".csv")) -> Path:
@@ -101,6 +113,22 @@ def output_path(options: argparse.Namespace, default: str, suffixes: tuple[str, 
     if not path.parent.is_dir():
         raise FileNotFoundError(f"folder {path.parent} of --out does not exist")
     return path
+
+
+def save_images_or_rows(path: Path, x: torch.Tensor, model: DataModel, config: dict[str, Any], columns: int) -> None:
+    """Write what a run makes, [n, features]: as a .png, as images in a .npy (uint8, [n, C, H, W]), or one row each."""
+    shape = image_shape(config)
+    if shape is None:
+        save_array(path, x)
+        return
+    images = x.to(torch.uint8).view(-1, *shape)
+    if path.suffix == ".png":
+        from ..plots import save_images
+
+        ink = config["data"]["source"] == DIGITS
+        save_images(path, images, columns=columns, levels=model.preprocess.levels, ink=ink)
+    else:
+        save_array(path, images if path.suffix == ".npy" else images.flatten(1))
 
 
 def noise(options: argparse.Namespace) -> torch.Generator:

@@ -10,7 +10,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "infer",
         help="find the noise behind data: z = f(x)",
-        description="Write z = f(x) of every row. Where the flow fits the data, z is standard normal.",
+        description="Write z = f(x) of every row. Where the flow fits the data, z is the flow's base noise: standard normal, or "
+        "standard logistic for NICE.",
     )
     add_run(parser)
     add_data(parser)
@@ -25,4 +26,5 @@ def run(options: argparse.Namespace) -> None:
     z = model.encode(table, noise(options))
     save_array(path, z)
     print(f"z of {len(z)} rows, {z.shape[1]} features, in {path}")
-    print(f"mean {z.mean().item():.4f}, standard deviation {z.std(correction=0).item():.4f}; 0 and 1 where the flow fits the data")
+    spread = z.std(correction=0).item()
+    print(f"mean {z.mean().item():.4f}, standard deviation {spread:.4f}; 0 and {model.flow.base.std:.4g} where the flow fits the data")

@@ -1,20 +1,21 @@
-"""`sample RUN`: x = g(z), through the fused inverse."""
+"""`sample RUN`: x = g(z), through the inverse."""
 
 import argparse
 
 import torch
 
-from ..data import DIGITS, GreyLevels, one_hot, read_array, save_array
+from ..data import DIGITS, one_hot, read_array
 from ..data.digits import CLASSES
 from ..training import DataModel
-from .common import add_output, add_run, noise, open_run, output_path, positive_float, positive_int, seed
+from .common import add_output, add_run, image_shape, noise, open_run, output_path, positive_float, positive_int, save_images_or_rows, seed
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "sample",
         help="draw samples x = g(z)",
-        description="Draw samples from a trained flow and write them, one row each, in the units of the data.",
+        description="Draw samples from a trained flow and write them in the units of the data: one row each, or images as a .png or an "
+        "array [n, C, H, W].",
     )
     add_run(parser)
     parser.add_argument("-n", type=positive_int, required=True, help="how many; with --context, how many for each of its rows")
@@ -29,26 +30,21 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace) -> None:
     model, config = open_run(options)
     path = output_path(options, "samples.npy", (".npy", ".csv", ".png"))
-    image_shape = config["data"]["image_shape"]
-    if path.suffix == ".png" and image_shape is None:
+    if path.suffix == ".png" and image_shape(config) is None:
         raise ValueError(f"--out must end in .npy or .csv for a run that was not trained on images; got {path}")
     n, context = _contexts(options, model, config["data"]["source"] == DIGITS)
     samples = model.sample(n, context, options.temperature, noise(options))
-    if path.suffix == ".png":
-        from ..plots import save_images
-
-        save_images(path, samples.view(-1, *image_shape), columns=min(len(samples), CLASSES))
-    else:
-        save_array(path, samples.to(torch.uint8) if isinstance(model.preprocess, GreyLevels) else samples)
+    save_images_or_rows(path, samples, model, config, columns=min(len(samples), CLASSES))
     bad = int((~torch.isfinite(samples)).any(1).sum())
     print(f"{len(samples)} samples of {samples.shape[1]} features in {path}" + (f"; {bad} of them are not finite" if bad else ""))
 
 
 def _contexts(options: argparse.Namespace, model: DataModel, digits: bool) -> tuple[int, torch.Tensor | None]:
     """How many samples to draw for each row of which contexts."""
+    digits = digits and model.flow.context_features > 0
     if options.digit is not None:
         if not digits:
-            raise ValueError(f"--class is for runs trained on the digits; got {options.digit}")
+            raise ValueError(f"--class is for runs trained on the digits with their classes; got {options.digit}")
         if options.context is not None:
             raise ValueError("--class and --context must not both be given")
         if not 0 <= options.digit < CLASSES:

@@ -2,9 +2,13 @@
 
 import argparse
 from dataclasses import fields
+from typing import Any
 
-from ..training import FLOWS, Setting, Trainer, TrainingSettings, load_split, make_config, train_run
+from ..data import DIGITS
+from ..data.digits import LEVELS
+from ..training import FLOWS, FlowEntry, Setting, Trainer, TrainingSettings, load_split, make_config, train_run
 from ..training.progress import TerminalProgress
+from ..training.start import ALPHA_OF_DIGITS, ALPHA_OF_FILES, LEVELS_OF_FILES
 from .common import add_device, check_device, positive_float, positive_int, seed
 
 _DEFAULTS = {field.name: field.default for field in fields(TrainingSettings)}
@@ -20,17 +24,6 @@ _TRAINING = (
 )
 
 
-class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with defaults, but for options that are off by default."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
-            return action.help
-        if isinstance(action.default, list):
-            return f"{action.help} (default: {' '.join(map(str, action.default))})"
-        return super()._get_help_string(action)
-
-
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "train",
@@ -40,67 +33,93 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     flows = parser.add_subparsers(title="flows", metavar="FLOW", required=True, dest="flow")
     for name, entry in FLOWS.items():
-        flow = flows.add_parser(name, help=entry.summary, description=f"Train a {entry.summary}.", formatter_class=_Defaults)
+        flow = flows.add_parser(name, help=entry.summary, description=f"Train a {entry.summary}.")
         flow.set_defaults(run=run)
         _add_data(flow)
         group = flow.add_argument_group("the flow")
         for setting in entry.settings:
-            _add_setting(group, setting)
-        _add_training(flow.add_argument_group("training"))
+            _add_setting(group, setting, entry)
+        _add_training(flow.add_argument_group("training"), entry)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    quiet = argparse.SUPPRESS  # as default: no "(default: None)" in the help
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
         required=True,
-        default=quiet,
         metavar="digits|FILE",
-        help="digits (scikit-learn's), or a .npy, .npz (arrays x, context) or .csv file",
+        help="digits (scikit-learn's), or a .npy, .npz (arrays x, context) or .csv file; images are uint8, [N, H, W] or with channels",
     )
-    group.add_argument("--context", default=None, metavar="FILE", help="context of the rows, one row each, where --data does not hold it")
-    group.add_argument("--out", required=True, default=quiet, metavar="RUN", help="run folder, new or to go on in")
-    group.add_argument("--validation", type=positive_float, default=0.1, metavar="X", help="fraction of a file's rows to hold out")
+    group.add_argument("--context", metavar="FILE", help="context of the rows, one row each, where --data does not hold it")
+    group.add_argument("--unconditional", action="store_true", help="leave the context out: the digits' classes, or the file's")
+    group.add_argument("--out", required=True, metavar="RUN", help="run folder, new or to go on in")
     group.add_argument(
-        "--no-standardize", action="store_true", help="take a file's columns as they are, not at zero mean and unit variance"
+        "--validation", type=positive_float, default=0.1, metavar="X", help="fraction of a file's rows to hold out (default: 0.1)"
+    )
+    group.add_argument(
+        "--no-standardize", action="store_true", help="take a table's columns as they are, not at zero mean and unit variance"
+    )
+    group.add_argument(
+        "--levels",
+        type=positive_int,
+        metavar="N",
+        help=f"images: number of grey levels (default: {LEVELS_OF_FILES}; digits: {LEVELS})",
+    )
+    group.add_argument(
+        "--alpha",
+        type=positive_float,
+        metavar="X",
+        help=f"images: the logit is of alpha + (1 - 2 alpha) x (default: {ALPHA_OF_FILES}; digits: {ALPHA_OF_DIGITS})",
     )
 
 
-def _add_setting(group: argparse._ArgumentGroup, setting: Setting) -> None:
+def _add_setting(group: argparse._ArgumentGroup, setting: Setting, entry: FlowEntry) -> None:
     flag = "--" + setting.name.replace("_", "-")
+    text = f"{setting.help} ({_defaults(setting.name, setting.default, entry)})"
     if setting.type is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=setting.default, help=setting.help)
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         return
     kind = {int: positive_int, float: float, str: str}[setting.type]
     extra = {"choices": setting.choices} if setting.choices else {"metavar": "N" if setting.type is int else "X"}
-    group.add_argument(flag, type=kind, nargs="+" if setting.many else None, default=setting.default, help=setting.help, **extra)
+    group.add_argument(flag, type=kind, nargs="+" if setting.many else None, help=text, **extra)
 
 
-def _add_training(group: argparse._ArgumentGroup) -> None:
+def _add_training(group: argparse._ArgumentGroup, entry: FlowEntry) -> None:
     for name, kind, metavar, text in _TRAINING:
-        group.add_argument("--" + name.replace("_", "-"), type=kind, default=_DEFAULTS[name], metavar=metavar, help=text)
+        defaults = _defaults(name, _DEFAULTS[name], entry)
+        group.add_argument("--" + name.replace("_", "-"), type=kind, metavar=metavar, help=f"{text} ({defaults})")
     group.add_argument(
         "--schedule",
         choices=("cosine", "constant"),
-        default=_DEFAULTS["schedule"],
-        help="learning rate over the epochs: falling to 0, or kept",
+        help=f"learning rate over the epochs: falling to 0, or kept ({_defaults('schedule', _DEFAULTS['schedule'], entry)})",
     )
     add_device(group)
 
 
+def _defaults(name: str, default: Any, entry: FlowEntry) -> str:
+    show = lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"default: {show(default)}" + (f"; digits: {show(entry.digits[name])}" if name in entry.digits else "")
+
+
 def run(options: argparse.Namespace) -> None:
-    device = check_device(options.device)
-    training = TrainingSettings(**{name: getattr(options, name) for name in _DEFAULTS})
-    split = load_split(options.data, options.context, options.validation, options.seed)
-    settings = {setting.name: getattr(options, setting.name) for setting in FLOWS[options.flow].settings}
-    config = make_config(options.flow, settings, split, training, standardize=not options.no_standardize)
-    shape = config["flow"]
-    context = f" given {shape['context_features']} of context" if shape["context_features"] else ""
-    print(f"{options.flow}: {shape['features']} features{context}; {len(split.train)} rows to train on, {len(split.validation)} held out")
+    device, entry = check_device(options.device), FLOWS[options.flow]
+    names = [*_DEFAULTS, *(setting.name for setting in entry.settings)]
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    settings, training = entry.choose(given, digits=options.data == DIGITS)
+    split = load_split(options.data, options.context, options.validation, training.seed, unconditional=options.unconditional)
+    data = {name: getattr(options, name) for name in ("levels", "alpha", "unconditional")}
+    config = make_config(options.flow, settings, split, training, standardize=not options.no_standardize, **data)
+    width = config["flow"]["context_features"]
+    context = f" given {width} of context" if width else ""
+    rows = f"{len(split.train)} rows to train on, {len(split.validation)} held out"
+    print(f"{options.flow}: {_what(config['flow']['shape'])}{context}; {rows}")
     trainer = train_run(options.out, config, split, device=device, progress=TerminalProgress())
     report(trainer)
     print(f"kept in {options.out}: config.json, checkpoint.pt, metrics.csv")
+
+
+def _what(shape: int | list[int]) -> str:
+    return f"{shape} features" if isinstance(shape, int) else f"images of {' x '.join(map(str, shape))}"
 
 
 def report(trainer: Trainer) -> None:

@@ -3,15 +3,21 @@
 Each computes in float64 and gives float64: time stamps or large offsets keep their digits until they are near zero.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from ..layers import Dequantize, Logit
+
+_FITTED = 10_000  # images that mean and std are taken from, at most
+
 
 class Preprocess:
-    """y, logabsdet = forward(x); x = inverse(y). x, y: [rows, features], float64; logabsdet = log|det dy/dx|, [rows], nats."""
+    """y, logabsdet = forward(x); x = inverse(y). x, y: [rows, features], float64; logabsdet = log|det dy/dx|, [rows], nats.
+
+    Images come as uint8.
+    """
 
     random = False  # whether forward draws noise
 
@@ -82,27 +88,34 @@ class Standardize(Preprocess):
 
 
 class GreyLevels(Preprocess):
-    """Dequantised grey levels through a logit (MAF, Papamakarios et al. 2017, section 4.3; RealNVP, Dinh et al. 2016, section 4.1).
+    """Dequantised grey levels through a logit, standardised (MAF, Papamakarios et al. 2017, section 4.3; RealNVP, Dinh et al. 2016).
 
-        u = (x + U) / levels,  U uniform in [0, 1);   y = (logit(a + (1 - 2a) u) - mean) / std
+        y = (logit(alpha + (1 - 2 alpha) (x + U) / levels) - mean) / std,   U uniform in [0, 1)
 
-    mean and std per pixel are the training images'. The log-determinant is taken with respect to x + U, in grey levels: then the
-    mean of log p(x + U) is a lower bound of the log-probability of the image itself, and bits per dimension are
-    -log p / (features ln 2) with log2(levels) already in them.
+    mean and std per pixel are those of the training images (10,000 of them where there are more). The log-determinant is taken with
+    respect to x + U, in grey levels: then the mean of log p(x + U) is a lower bound of the log-probability of the image itself, and
+    bits per dimension are -log p / (features ln 2) with log2(levels) already in them.
     """
 
     random = True
 
     def __init__(self, levels: int, alpha: float) -> None:
-        self.levels, self.alpha = levels, alpha
+        self._dequantize, self._logit = Dequantize(levels), Logit(alpha)
         self._affine = Standardize()
 
+    @property
+    def levels(self) -> int:
+        return self._dequantize.levels
+
     def fit(self, x: Tensor) -> None:
-        noise = torch.rand(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
-        self._affine.fit(self._logit(x + noise)[0])
+        x = x[:: -(-len(x) // _FITTED)]
+        u, _ = self._dequantize(x.double(), generator=torch.Generator().manual_seed(0))
+        self._affine.fit(self._logit(u)[0])
 
     def check(self, x: Tensor, name: str) -> None:
-        bad = (x < 0) | (x > self.levels - 1) | (x != x.round())
+        bad = (x < 0) | (x > self.levels - 1)
+        if x.is_floating_point():
+            bad |= x != x.round()
         if bad.any():
             row, column = bad.nonzero()[0].tolist()
             raise ValueError(
@@ -111,20 +124,16 @@ class GreyLevels(Preprocess):
             )
 
     def forward(self, x: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        y, log_derivative = self._logit(x + torch.rand(x.shape, dtype=x.dtype, generator=generator))
-        y, logabsdet = self._affine.forward(y)
-        return y, logabsdet + log_derivative
+        y, total = self._dequantize(x.double(), generator=generator)
+        for map_ in (self._logit, self._affine.forward):
+            y, logabsdet = map_(y)
+            total = total + logabsdet
+        return y, total
 
     def inverse(self, y: Tensor) -> Tensor:
         """Whole grey levels, 0..levels - 1."""
-        p = torch.sigmoid(self._affine.inverse(y))
-        return ((p - self.alpha) / (1 - 2 * self.alpha) * self.levels).floor().clamp(0, self.levels - 1)
-
-    def _logit(self, dequantised: Tensor) -> tuple[Tensor, Tensor]:
-        p = self.alpha + (1 - 2 * self.alpha) * dequantised / self.levels
-        log_p, log_q = torch.log(p), torch.log1p(-p)
-        constant = math.log((1 - 2 * self.alpha) / self.levels)
-        return log_p - log_q, (constant - log_p - log_q).sum(1)
+        u, _ = self._logit.inverse(self._affine.inverse(y))
+        return self._dequantize.inverse(u)[0]
 
     def state_dict(self) -> dict[str, Tensor]:
         return self._affine.state_dict()

@@ -3,7 +3,7 @@
 import csv
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,25 +11,28 @@ import torch
 from torch import Tensor
 
 SUFFIXES = (".npy", ".npz", ".csv")
+_MOST_CHANNELS = 4  # of an image
 
 
 @dataclass(frozen=True)
 class Table:
     """Rows of data, and of context where there is one.
 
-    x: [rows, features], float64. context: [rows, context features], float64, or None. name: where the rows come from.
+    x: [rows, features], float64, or uint8 for images, flattened. context: [rows, context features], float64, or None. name: where the
+    rows come from. image_shape: (C, H, W), or None where the rows are no images.
     """
 
     x: Tensor
     context: Tensor | None
     name: str
+    image_shape: tuple[int, int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
     def rows(self, indices: Tensor) -> "Table":
         """Some of the rows."""
-        return Table(self.x[indices], None if self.context is None else self.context[indices], self.name)
+        return replace(self, x=self.x[indices], context=None if self.context is None else self.context[indices])
 
 
 @dataclass(frozen=True)
@@ -40,24 +43,32 @@ class Split:
     validation: Table
     test: Table | None = None
 
+    def without_context(self) -> "Split":
+        """The same rows, for a flow that takes no context."""
+        parts = (self.train, self.validation, self.test)
+        return Split(*(None if part is None else replace(part, context=None) for part in parts))
+
 
 def load_table(path: str | Path, context_path: str | Path | None = None) -> Table:
     """Read data, and the context of its rows, from .npy, .npz or .csv files.
 
-    In an .npz the arrays are `x` and, where there is a context, `context`; a context file of its own takes precedence over none
-    only: both at once are refused. A .csv may begin with a line of names.
+    An array of three or four dimensions is taken as images of whole grey levels, uint8: [rows, H, W], [rows, C, H, W], or
+    [rows, H, W, C] where only the last dimension is 4 or less. In an .npz the arrays are `x` and, where there is a context, `context`;
+    a context file of its own takes precedence over none only: both at once are refused. A .csv may begin with a line of names.
 
     Returns:
         The table; every number in it is finite.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, not numeric, holds NaN or infinity, pickled objects, or another shape than [rows, columns].
+        ValueError: the file is empty, not numeric, holds NaN or infinity, pickled objects, or another shape than [rows, columns]
+            or that of images.
     """
     arrays = _read(Path(path), "data")
     if "x" not in arrays:
         raise ValueError(f"data file {path} must hold an array named x; it holds {', '.join(sorted(arrays)) or 'none'}")
-    x = _checked(arrays["x"], f"data file {path}")
+    is_image = arrays["x"] is not None and arrays["x"].ndim in (3, 4)
+    x, image_shape = _images(arrays["x"], f"data file {path}") if is_image else (_checked(arrays["x"], f"data file {path}"), None)
     context = arrays.get("context")
     if context is not None and context_path is not None:
         raise ValueError(f"context must come once; got --context {context_path} and an array named context in {path}")
@@ -67,7 +78,7 @@ def load_table(path: str | Path, context_path: str | Path | None = None) -> Tabl
         context = read_array(context_path, "context")
     if context is not None and len(context) != len(x):
         raise ValueError(f"context must have {len(x)} rows, one per row of {path}; got {len(context)}")
-    return Table(torch.from_numpy(x), None if context is None else torch.from_numpy(context), str(path))
+    return Table(torch.from_numpy(x), None if context is None else torch.from_numpy(context), str(path), image_shape)
 
 
 def read_array(path: str | Path, what: str = "data") -> np.ndarray:
@@ -133,6 +144,24 @@ def _number(field: str) -> float | None:
         return float(field)
     except ValueError:
         return None
+
+
+def _images(array: np.ndarray, source: str) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Images as uint8 [rows, C * H * W], and (C, H, W)."""
+    if array.dtype != np.uint8:
+        raise ValueError(f"{source} must hold images as uint8 grey levels; got {array.dtype} of shape {list(array.shape)}")
+    if 0 in array.shape:
+        raise ValueError(f"{source} must have at least one row and no empty image; got {list(array.shape)}")
+    if array.ndim == 3:
+        array = array[:, None]
+    elif array.shape[3] <= _MOST_CHANNELS < array.shape[1]:
+        array = array.transpose(0, 3, 1, 2)
+    if array.shape[1] > _MOST_CHANNELS:
+        raise ValueError(
+            f"{source} must have shape [rows, H, W], [rows, C, H, W] or [rows, H, W, C] with C at most {_MOST_CHANNELS}; "
+            f"got {list(array.shape)}"
+        )
+    return np.ascontiguousarray(array).reshape(len(array), -1), array.shape[1:]
 
 
 def _checked(array: np.ndarray | None, source: str) -> np.ndarray:

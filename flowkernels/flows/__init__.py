@@ -1,7 +1,9 @@
 """Flows: readable stacks of layers with density, sampling and training."""
 
-from .base import StandardNormal
+from .base import Base, StandardLogistic, StandardNormal
 from .flow import Flow, FlowDistribution
 from .maf import MAF
+from .nice import NICE
+from .realnvp import RealNVP
 
-__all__ = ["MAF", "Flow", "FlowDistribution", "StandardNormal"]
+__all__ = ["MAF", "NICE", "Base", "Flow", "FlowDistribution", "RealNVP", "StandardLogistic", "StandardNormal"]

@@ -1,19 +1,53 @@
 """Base distributions of flows. They have no parameters; a learned prior is a last affine layer."""
 
 import math
+from typing import Protocol
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+
+class Base(Protocol):
+    """Noise with independent features of mean 0 and standard deviation `std`."""
+
+    std: float
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density (nats) of each row of z, [batch, features] -> [batch]."""
+
+    def sample(self, n: int, features: int, *, like: Tensor, generator: Generator | None = None) -> Tensor:
+        """[n, features], with the dtype and device of `like`."""
 
 
 class StandardNormal:
     """Independent standard normal noise."""
+
+    std = 1.0
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density (nats) of each row of z, [batch, features] -> [batch]."""
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return -0.5 * z.square().sum(-1) - 0.5 * math.log(2 * math.pi) * z.shape[-1]
 
-    def sample(self, n: int, features: int, *, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, n: int, features: int, *, like: Tensor, generator: Generator | None = None) -> Tensor:
         """[n, features], with the dtype and device of `like`."""
         return torch.randn(n, features, dtype=like.dtype, device=like.device, generator=generator)
+
+
+class StandardLogistic:
+    """Independent standard logistic noise: log p(z) = -softplus(z) - softplus(-z) (NICE, Dinh et al. 2014, section 3.4)."""
+
+    std = math.pi / math.sqrt(3)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density (nats) of each row of z, [batch, features] -> [batch]."""
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        return (F.logsigmoid(z) + F.logsigmoid(-z)).sum(-1)
+
+    def sample(self, n: int, features: int, *, like: Tensor, generator: Generator | None = None) -> Tensor:
+        """[n, features], with the dtype and device of `like`."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        uniform = torch.rand(n, features, dtype=dtype, device=like.device, generator=generator)
+        # 0 comes up once in 2^24 draws of float32, and its logit is infinite
+        return torch.logit(uniform.clamp_(min=torch.finfo(dtype).eps / 4)).to(like.dtype)

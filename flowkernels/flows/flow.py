@@ -1,55 +1,65 @@
 """What every flow can do: transform both ways, score, sample, and act as a torch distribution."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from ..layers import Chain
 from ..layers.invertible_conv1x1 import InvertibleConv1x1, freeze_weights
-from .base import StandardNormal
+from .base import Base, StandardNormal
 
 
-class Flow(nn.Module):
+class Flow(Chain):
     """A normalizing flow: a stack of layers from data x to standard noise z (Papamakarios et al. 2021, section 2).
 
         z, logabsdet = flow(x, context)             log p(x) = log base(z) + logabsdet
         x, logabsdet = flow.inverse(z, context)
 
     Args:
-        layers: modules with `forward(x, context)` and `inverse(z, context)`, each returning (output, logabsdet [batch]).
-        features: number of features D; z is [batch, D].
+        layers: modules with `forward(x, context)` and `inverse(z, context)`, each returning (output, logabsdet [batch]). The last
+            one's output is flat.
+        shape: number of features D, or the shape of one row of x, such as (3, 32, 32).
         context_features: width of the context; 0 for none.
         base: base distribution; standard normal by default.
+
+    Shape:
+        x: [batch, *shape]; z: [batch, features], features being the product of the shape; logabsdet: [batch], in nats.
     """
 
     def __init__(
-        self, layers: Iterable[nn.Module], features: int, *, context_features: int = 0, base: StandardNormal | None = None
+        self, layers: Iterable[nn.Module], shape: int | Sequence[int], *, context_features: int = 0, base: Base | None = None
     ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.features = features
+        super().__init__(layers)
+        self.shape = parse_shape(shape)
+        self.features = math.prod(self.shape)
         self.context_features = context_features
         self.base = StandardNormal() if base is None else base
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data to noise. x: [batch, features] -> z [batch, features], log|det dz/dx| [batch]."""
-        total = None
-        for layer in self.layers:
-            x, logabsdet = layer(x, context)
-            total = logabsdet if total is None else total + logabsdet
-        return x, total
+        """Data to noise: z [batch, features] and log|det dz/dx| [batch]."""
+        self._check("x", x, self.shape, context)
+        return super().forward(x, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noise to data. z: [batch, features] -> x [batch, features], log|det dx/dz| [batch]."""
-        total = None
-        for layer in reversed(self.layers):
-            z, logabsdet = layer.inverse(z, context)
-            total = logabsdet if total is None else total + logabsdet
-        return z, total
+        """Noise to data: x [batch, *shape] and log|det dx/dz| [batch]."""
+        self._check("z", z, (self.features,), context)
+        return super().inverse(z, context)
+
+    def _check(self, name: str, rows: Tensor, shape: tuple[int, ...], context: Tensor | None) -> None:
+        if rows.shape[1:] != shape:
+            raise ValueError(f"{name} must have shape [batch, {', '.join(map(str, shape))}]; got {list(rows.shape)}")
+        if context is None:
+            if self.context_features:
+                raise ValueError(f"context is missing: the flow takes [{rows.shape[0]}, {self.context_features}]")
+        elif not self.context_features or context.shape != (rows.shape[0], self.context_features):
+            wanted = f"[{rows.shape[0]}, {self.context_features}], a row for each of {name}" if self.context_features else "no context"
+            raise ValueError(f"context must be {wanted}; got {list(context.shape)}")
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Log-density (nats) of each row of x: [batch, features] -> [batch]."""
+        """Log-density (nats) of each row of x: [batch, *shape] -> [batch]."""
         z, logabsdet = self(x, context)
         return self.base.log_prob(z) + logabsdet
 
@@ -58,7 +68,7 @@ class Flow(nn.Module):
         return FlowDistribution(self, context)
 
     def sample(self, n: int, context: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-        """n samples for each context, without gradient: [n, *context batch, features]. temperature scales the base noise."""
+        """n samples for each context, without gradient: [n, *context batch, *shape]. temperature scales the base noise."""
         return self.distribution(context).sample((n,), temperature)
 
     def rsample(self, n: int, context: Tensor | None = None, temperature: float = 1.0) -> Tensor:
@@ -71,7 +81,7 @@ class Flow(nn.Module):
             return self.rsample_and_log_prob(n, context)
 
     def rsample_and_log_prob(self, n: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """n samples for each context and their log-densities, in one pass: [n, *context batch, features], [n, *context batch]."""
+        """n samples for each context and their log-densities, in one pass: [n, *context batch, *shape], [n, *context batch]."""
         return self.distribution(context).rsample_and_log_prob((n,))
 
     def freeze(self) -> "Flow":
@@ -81,11 +91,22 @@ class Flow(nn.Module):
         return self
 
 
+def parse_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
+    """The shape of one row of x: (D,) or (C, H, W).
+
+    Raises:
+        ValueError: it is neither, or something in it is less than 1.
+    """
+    parsed = (shape,) if isinstance(shape, int) else tuple(shape)
+    if len(parsed) not in (1, 3) or min(parsed) < 1:
+        raise ValueError(f"shape must be a number of features or (C, H, W), each at least 1; got {shape}")
+    return parsed
+
+
 class FlowDistribution(Distribution):
     """The distribution of a flow under given contexts; see `Flow.distribution`."""
 
     arg_constraints: dict = {}
-    support = constraints.independent(constraints.real, 1)
     has_rsample = True
 
     def __init__(self, flow: Flow, context: Tensor | None = None) -> None:
@@ -96,7 +117,11 @@ class FlowDistribution(Distribution):
             raise ValueError(f"context must be {wanted}; got {list(context.shape)}")
         self.flow, self.context = flow, context
         batch = Size() if context is None else context.shape[:-1]
-        super().__init__(batch, Size((flow.features,)), validate_args=False)
+        super().__init__(batch, Size(flow.shape), validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.independent(constraints.real, len(self.event_shape))
 
     def _rows(self, shape: Size) -> Tensor | None:
         """The context of each of the samples of a shape that ends in the batch shape, as rows."""
@@ -113,8 +138,9 @@ class FlowDistribution(Distribution):
         return FlowDistribution(self.flow, self.context.expand(*batch_shape, self.flow.context_features))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
-        rows = value.expand(*shape, value.shape[-1]).reshape(shape.numel(), value.shape[-1])
+        event = len(self.event_shape)
+        shape = torch.broadcast_shapes(value.shape[:-event], self.batch_shape)
+        rows = value.expand(*shape, *value.shape[-event:]).reshape(shape.numel(), *value.shape[-event:])
         return self.flow.log_prob(rows, self._rows(shape)).view(shape)
 
     def sample(self, sample_shape: Size | tuple = (), temperature: float = 1.0) -> Tensor:
@@ -122,18 +148,21 @@ class FlowDistribution(Distribution):
             return self.rsample(sample_shape, temperature)
 
     def rsample(self, sample_shape: Size | tuple = (), temperature: float = 1.0) -> Tensor:
-        shape = self._extended_shape(Size(sample_shape))
-        z = self._noise(shape)
-        x, _ = self.flow.inverse(z * temperature if temperature != 1.0 else z, self._rows(shape[:-1]))
-        return x.view(shape)
+        batch = self._sample_batch(sample_shape)
+        z = self._noise(batch.numel())
+        x, _ = self.flow.inverse(z * temperature if temperature != 1.0 else z, self._rows(batch))
+        return x.view(batch + self.event_shape)
 
     def rsample_and_log_prob(self, sample_shape: Size | tuple = ()) -> tuple[Tensor, Tensor]:
         """Samples and their log-densities in one pass."""
-        shape = self._extended_shape(Size(sample_shape))
-        z = self._noise(shape)
-        x, logabsdet = self.flow.inverse(z, self._rows(shape[:-1]))
-        return x.view(shape), (self.flow.base.log_prob(z) - logabsdet).view(shape[:-1])
+        batch = self._sample_batch(sample_shape)
+        z = self._noise(batch.numel())
+        x, logabsdet = self.flow.inverse(z, self._rows(batch))
+        return x.view(batch + self.event_shape), (self.flow.base.log_prob(z) - logabsdet).view(batch)
 
-    def _noise(self, shape: Size) -> Tensor:
+    def _sample_batch(self, sample_shape: Size | tuple) -> Size:
+        return Size(sample_shape) + self.batch_shape
+
+    def _noise(self, n: int) -> Tensor:
         like = next(self.flow.parameters()) if self.context is None else self.context
-        return self.flow.base.sample(shape[:-1].numel(), shape[-1], like=like)
+        return self.flow.base.sample(n, self.flow.features, like=like)

@@ -3,58 +3,75 @@
 import torch
 from torch import Tensor, nn
 
+from ..ops import channel_affine
+
 
 class FlowBatchNorm(nn.Module):
-    """Invertible batch normalisation (MAF, Papamakarios et al. 2017, section 3.5; RealNVP, Dinh et al. 2016, appendix E).
+    """Invertible batch normalisation (MAF, Papamakarios et al. 2017, section 3.5; RealNVP, Dinh et al. 2016, section 3.7).
 
-        z = (x - m) / sqrt(v + eps) * exp(log_gain) + bias,   logabsdet = sum_i (log_gain_i - 1/2 log(v_i + eps))
+        z = (x - m) / sqrt(v + eps) * exp(log_gain) + bias,   logabsdet = sites * sum_c (log_gain_c - 1/2 log(v_c + eps))
 
-    In training m and v are the batch's, and gradients flow through them; in evaluation, and in the inverse always, they are the
-    running statistics. So in training forward and then inverse is not the identity, by design. `set_statistics` puts the
-    statistics of a whole training set in place, as MAF's evaluation does.
+    m and v are those of each feature, or of each channel of an image over rows and sites. In training they are the batch's, and
+    gradients flow through them; in evaluation, and in the inverse always, they are the running statistics. So in training forward and
+    then inverse is not the identity, by design. `set_statistics` puts the statistics of a whole training set in place, as MAF's
+    evaluation does.
 
     Args:
-        features: number of features.
+        features: number of features, or of channels.
         eps: added to the variance.
         momentum: weight of a new batch in the running statistics.
+        affine: learn gain and bias, as MAF does; RealNVP has none.
+
+    Shape:
+        x, z: [batch, features, *sites]; logabsdet: [batch], in nats.
 
     Raises:
-        ValueError: a training batch of fewer than two rows, which has no variance.
+        ValueError: x has another number of features, or a training batch has fewer than two values of each, and so no variance.
     """
 
-    def __init__(self, features: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
+    def __init__(self, features: int, *, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True) -> None:
         super().__init__()
         self.features, self.eps, self.momentum = features, eps, momentum
-        self.log_gain = nn.Parameter(torch.zeros(features))
-        self.bias = nn.Parameter(torch.zeros(features))
+        self.register_parameter("log_gain", nn.Parameter(torch.zeros(features)) if affine else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(features)) if affine else None)
         self.register_buffer("running_mean", torch.zeros(features))
         self.register_buffer("running_var", torch.ones(features))
 
     @torch.no_grad()
     def set_statistics(self, x: Tensor) -> None:
-        """Take mean and variance of x, [samples, features], as the statistics of evaluation."""
-        variance, mean = torch.var_mean(x, dim=0, correction=0)
+        """Take mean and variance of x, [samples, features, *sites], as the statistics of evaluation."""
+        variance, mean = self._statistics(x)
         self.running_mean.copy_(mean)
         self.running_var.copy_(variance)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check("x", x)
         if self.training:
-            if x.shape[0] < 2:
+            if x.numel() < 2 * self.features:
                 raise ValueError(f"x must have at least 2 rows for batch statistics in training; got {x.shape[0]}")
-            variance, mean = torch.var_mean(x, dim=0, correction=0)
+            variance, mean = self._statistics(x)
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
                 self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
         else:
             mean, variance = self.running_mean, self.running_var
-        log_scale = self.log_gain - 0.5 * torch.log(variance + self.eps)
-        z = (x - mean) * torch.exp(log_scale) + self.bias
-        return z, log_scale.sum().expand(x.shape[0])
+        return channel_affine(x, -mean, self._log_scale(variance), bias=self.bias)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_scale = self.log_gain - 0.5 * torch.log(self.running_var + self.eps)
-        x = (z - self.bias) * torch.exp(-log_scale) + self.running_mean
-        return x, -log_scale.sum().expand(z.shape[0])
+        self._check("z", z)
+        return channel_affine(z, -self.running_mean, self._log_scale(self.running_var), bias=self.bias, inverse=True)
+
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=0)
+
+    def _log_scale(self, variance: Tensor) -> Tensor:
+        log_scale = -0.5 * torch.log(variance + self.eps)
+        return log_scale if self.log_gain is None else self.log_gain + log_scale
+
+    def _check(self, name: str, x: Tensor) -> None:
+        if x.dim() < 2 or x.shape[1] != self.features:
+            raise ValueError(f"{name} must have shape [batch, {self.features}, *sites]; got {list(x.shape)}")
 
     def extra_repr(self) -> str:
-        return f"features={self.features}, eps={self.eps}, momentum={self.momentum}"
+        return f"features={self.features}, eps={self.eps}, momentum={self.momentum}, affine={self.bias is not None}"

@@ -1,15 +1,16 @@
-"""Fixed permutations of the features."""
+"""Fixed permutations of the features or channels."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ._zero import zero_logabsdet
 from .masked_autoregressive import parse_order
 
 
 class Permute(nn.Module):
-    """z[:, k] = x[:, permutation[k]]; volume-preserving.
+    """z[:, k] = x[:, permutation[k]]; volume-preserving. Of an image it permutes the channels.
 
     Args:
         permutation: [features], or "descending" with `features` to reverse.
@@ -29,11 +30,7 @@ class Permute(nn.Module):
         return cls(torch.randperm(features, generator=generator))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return x[:, self.permutation], _zero_logabsdet(x)
+        return x[:, self.permutation], zero_logabsdet(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return z[:, torch.argsort(self.permutation)], _zero_logabsdet(z)
-
-
-def _zero_logabsdet(x: Tensor) -> Tensor:
-    return x.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+        return z[:, torch.argsort(self.permutation)], zero_logabsdet(z)

@@ -2,6 +2,8 @@
 
 from .activation import Activation
 from .autoregressive import Conditioner, MaskedLayer, autoregressive, check_conditioner
+from .channel_affine import channel_affine
+from .coupling import Part, coupling, parse_part
 from .lu import slogdet, slogdet_inverse
 from .masked_linear import masked_linear
 from .scale_map import Form, ScaleMap
@@ -11,10 +13,14 @@ __all__ = [
     "Conditioner",
     "Form",
     "MaskedLayer",
+    "Part",
     "ScaleMap",
     "autoregressive",
+    "channel_affine",
     "check_conditioner",
+    "coupling",
     "masked_linear",
+    "parse_part",
     "slogdet",
     "slogdet_inverse",
 ]

@@ -169,6 +169,33 @@ class ScaleMap:
             return (-0.5 * s).clamp(max=self.params[0])
         return -self.log_sigma(s)
 
+    def dlog_sigma(self, s: Tensor) -> Tensor:
+        """Derivative of `log_sigma`, by formula; sigma' is sigma times it."""
+        kind, params = self.kind, self.params
+        if kind == ScaleKind.EXP_HALF:
+            return torch.full_like(s, 0.5)
+        if kind == ScaleKind.EXP_TANH:
+            return (params[0] / params[1]) * (1.0 - torch.tanh(s / params[1]).square())
+        if kind == ScaleKind.EXP_ATAN:
+            return (params[0] * _ATAN_FACTOR) / (1.0 + s.square())
+        if kind == ScaleKind.SOFTCLIP:
+            return (1.0 + torch.abs(s / math.log(params[0]))).square().reciprocal()
+        if kind == ScaleKind.SIGMOID:
+            x, floor = s + params[0], params[1]
+            opposite = torch.sigmoid(-x)
+            return opposite * (torch.sigmoid(x) / (torch.sigmoid(x) + floor)) if floor else opposite
+        if kind == ScaleKind.SOFTPLUS:
+            floor, ceiling = params
+            dlog = torch.sigmoid(s) / (F.softplus(s, threshold=_SOFTPLUS_THRESHOLD) + floor) if floor else _dlog_softplus(s)
+            return torch.where(self.sigma(s) < ceiling, dlog, 0.0)
+        return torch.ones_like(s)  # exp, and exp_clamped straight through
+
+    def dlog_reciprocal(self, s: Tensor) -> Tensor:
+        """Derivative of `log_reciprocal`."""
+        if self.kind == ScaleKind.EXP_HALF:
+            return torch.where(-0.5 * s <= self.params[0], -0.5, torch.zeros_like(s))
+        return -self.dlog_sigma(s)
+
     def complement(self, s: Tensor) -> Tensor:
         """1 - sigma, what the gate form gives to the shift."""
         if self.kind == ScaleKind.SIGMOID:
@@ -207,6 +234,12 @@ def _log_softplus_plus(s: Tensor, floor: float) -> Tensor:
         return torch.log(F.softplus(s, threshold=_SOFTPLUS_THRESHOLD) + floor)
     above, ratio = _softplus_parts(s)
     return torch.where(s > _SOFTPLUS_CUT, torch.log(above), s + torch.log(ratio))
+
+
+def _dlog_softplus(s: Tensor) -> Tensor:
+    """sigmoid(s) / softplus(s)."""
+    above, ratio = _softplus_parts(s)
+    return torch.where(s > _SOFTPLUS_CUT, torch.sigmoid(s) / above, torch.sigmoid(-s) / ratio)
 
 
 def _reciprocal_softplus(s: Tensor) -> Tensor:

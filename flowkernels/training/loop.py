@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import Split
 from ..flows import Flow
 from ..layers import FlowBatchNorm
-from .model import DataModel
+from .model import DataModel, rows_in_flight
 
 VALIDATION_DRAWS = 3  # fixed dequantisations of the held-out images
 HISTORY = ("epoch", "learning_rate", "train_nats", "validation_nats")
@@ -23,8 +24,9 @@ class TrainingSettings:
     """How to train.
 
     epochs: at most so many passes over the training rows. patience: stop after so many epochs without a better held-out
-    likelihood. schedule: "cosine" lets the learning rate fall to zero over the epochs, "constant" keeps it. averaging: decay per
-    step of the average of the weights, which is what is evaluated and kept; 0 for none. clip_norm: largest norm of a gradient.
+    likelihood. weight_decay: decoupled, of matrices and kernels alone. schedule: "cosine" lets the learning rate fall to zero over the
+    epochs, "constant" keeps it. averaging: decay per step of the average of the weights, which is what is evaluated and kept; 0 for
+    none. clip_norm: largest norm of a gradient.
     """
 
     epochs: int = 100
@@ -53,21 +55,47 @@ class TrainingSettings:
 
 
 @torch.no_grad()
-def set_training_statistics(flow: Flow, x: Tensor, context: Tensor | None = None, rows: int = 4096) -> None:
-    """Give each flow batch norm the statistics of the whole training set, as MAF's evaluation does, layer by layer from the data.
+def set_training_statistics(flow: Flow, x: Tensor, context: Tensor | None = None, rows: int | None = None) -> None:
+    """Give each batch norm the statistics of the training set under the weights that the flow has now.
+
+    A flow whose only batch norms are layers of its own gets those of the whole set, layer by layer, as in MAF's evaluation. Where
+    conditioners have batch norms too, or scales hold layers of theirs, they are the means over batches of one pass in training mode.
 
     Args:
         flow: the flow; it is left in evaluation mode.
-        x: the training rows as the flow sees them, [samples, features]; context: theirs.
-        rows: rows in flight at once.
+        x: the training rows as the flow sees them, [samples, *shape]; context: theirs.
+        rows: rows in flight at once; `model.rows_in_flight` by default.
     """
     flow.eval()
-    last = max((i for i, layer in enumerate(flow.layers) if isinstance(layer, FlowBatchNorm)), default=-1)
-    contexts = [None] * math.ceil(len(x) / rows) if context is None else context.split(rows)
-    for layer in flow.layers[: last + 1]:
-        if isinstance(layer, FlowBatchNorm):
-            layer.set_statistics(x)
-        x = torch.cat([layer(*part)[0] for part in zip(x.split(rows), contexts, strict=True)])
+    rows = rows_in_flight(flow) if rows is None else rows
+    norms = [module for module in flow.modules() if isinstance(module, FlowBatchNorm | _BatchNorm)]
+    own = [layer for layer in flow.layers if isinstance(layer, FlowBatchNorm)]
+    parts = math.ceil(len(x) / rows)
+    contexts = [None] * parts if context is None else context.tensor_split(parts)
+    if len(own) == len(norms):
+        for layer in flow.layers[: 1 + max((i for i, layer in enumerate(flow.layers) if layer in own), default=-1)]:
+            if layer in own:
+                layer.set_statistics(x)
+            x = torch.cat([layer(*part)[0] for part in zip(x.tensor_split(parts), contexts, strict=True)])
+        return
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+    momenta = [norm.momentum for norm in norms]
+    for i, chosen in enumerate(order.tensor_split(parts)):
+        for norm in norms:
+            norm.train()
+            norm.momentum = 1 / (i + 1)
+        flow(x[chosen], None if context is None else context[chosen])
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    flow.eval()
+
+
+def _decayed_weights_alone(flow: Flow, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups in which only matrices and kernels decay: scales, gains and biases do not want to be 0."""
+    weights = [p for p in flow.parameters() if p.dim() >= 2]
+    others = [p for p in flow.parameters() if p.dim() < 2]
+    groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 class Trainer:
@@ -85,7 +113,7 @@ class Trainer:
     def __init__(self, model: DataModel, split: Split, settings: TrainingSettings) -> None:
         self.model, self.split, self.settings = model, split, settings
         self.average = DataModel(copy.deepcopy(model.flow), model.preprocess, model.context_map)
-        self.optimizer = torch.optim.AdamW(model.flow.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(_decayed_weights_alone(model.flow, settings.weight_decay), lr=settings.learning_rate)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.history: list[list[float]] = []
         self.best_nats, self.best_epoch = -math.inf, 0

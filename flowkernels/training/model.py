@@ -8,7 +8,12 @@ from torch import Generator, Tensor
 from ..data import GreyLevels, Preprocess, Table
 from ..flows import Flow
 
-_ROWS = 4096  # rows in flight at once
+_ROWS = 4096
+
+
+def rows_in_flight(flow: Flow) -> int:
+    """How many rows go through a flow at once: about a million numbers, and at most 4,096 rows."""
+    return max(1, min(_ROWS, 2**20 // flow.features))
 
 
 class DataModel:
@@ -55,17 +60,21 @@ class DataModel:
         """What the flow sees.
 
         Returns:
-            y [rows, features] in the flow's dtype, log|det dy/dx| [rows] float64, and the context in the flow's dtype; on its device.
+            y [rows, *shape of the flow] in its dtype, log|det dy/dx| [rows] float64, and the context in the flow's dtype; on its device.
         """
-        y, logabsdet = self.preprocess.forward(table.x, generator)
-        cast = self._cast(y)
-        if not torch.isfinite(cast).all():
-            row, column = (~torch.isfinite(cast)).nonzero()[0].tolist()
+        parts, totals = [], []
+        for x in table.x.split(_ROWS):  # in float64, so not all at once
+            y, logabsdet = self.preprocess.forward(x, generator)
+            parts.append(self._cast(y))
+            totals.append(logabsdet)
+        y = torch.cat(parts)
+        if not torch.isfinite(y).all():
+            row, column = (~torch.isfinite(y)).nonzero()[0].tolist()
             raise ValueError(
-                f"data must fit {cast.dtype} after preprocessing; row {row}, column {column}, counted from 0, of {table.name} "
+                f"data must fit {y.dtype} after preprocessing; row {row}, column {column}, counted from 0, of {table.name} "
                 f"is {table.x[row, column]:g}"
             )
-        return cast, logabsdet.to(cast.device), self.prepare_context(table.context)
+        return y.view(-1, *self.flow.shape), torch.cat(totals).to(y.device), self.prepare_context(table.context)
 
     def prepare_context(self, context: Tensor | None) -> Tensor | None:
         """The context as the flow sees it."""
@@ -88,7 +97,7 @@ class DataModel:
         total = torch.zeros(len(table), dtype=torch.float64)
         for _ in range(draws):
             y, logabsdet, context = self.prepare(table, generator)
-            parts = [self.flow.log_prob(*rows).double() for rows in _chunks(y, context)]
+            parts = [self.flow.log_prob(*rows).double() for rows in self._chunks(y, context)]
             total += (torch.cat(parts) + logabsdet).cpu()
         return total / draws
 
@@ -97,26 +106,31 @@ class DataModel:
         """z = f(y) of each row, [rows, features]."""
         self.flow.eval()
         y, _, context = self.prepare(table, generator)
-        return torch.cat([self.flow(*rows)[0] for rows in _chunks(y, context)]).cpu()
+        return torch.cat([self.flow(*rows)[0] for rows in self._chunks(y, context)]).cpu()
 
     @torch.no_grad()
+    def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """x = g(z) of each row, [rows, features], float64, in the units of x; context: [rows, context features], as the user has it."""
+        self.flow.eval()
+        z, context = self._cast(z), self.prepare_context(context)
+        y = torch.cat([self.flow.inverse(*rows)[0] for rows in self._chunks(z, context)])
+        return self.preprocess.inverse(y.flatten(1).cpu().double())
+
     def sample(self, n: int, context: Tensor | None = None, temperature: float = 1.0, generator: Generator | None = None) -> Tensor:
         """n samples, or n for each row of the context, one row's after another's: [n or rows * n, features], float64, in the units of x."""
-        self.flow.eval()
         if context is not None:
-            context = self.prepare_context(context).repeat_interleave(n, 0)
+            context = context.repeat_interleave(n, 0)
             n = len(context)
         like = next(self.flow.parameters())
-        z = self._cast(self.flow.base.sample(n, self.flow.features, like=like.cpu(), generator=generator)) * temperature
-        y = torch.cat([self.flow.inverse(*rows)[0] for rows in _chunks(z, context)])
-        return self.preprocess.inverse(y.cpu().double())
+        z = self.flow.base.sample(n, self.flow.features, like=like.cpu(), generator=generator) * temperature
+        return self.decode(z, context)
 
     def bits_per_dim(self, nats: float) -> float | None:
         """Bits per dimension of a mean log-density, where x has grey levels; None where it has units of its own."""
         return -nats / (self.flow.features * math.log(2)) if isinstance(self.preprocess, GreyLevels) else None
 
-
-def _chunks(x: Tensor, context: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-    parts = x.split(_ROWS)
-    contexts = [None] * len(parts) if context is None else context.split(_ROWS)
-    return list(zip(parts, contexts, strict=True))
+    def _chunks(self, x: Tensor, context: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        rows = rows_in_flight(self.flow)
+        parts = x.split(rows)
+        contexts = [None] * len(parts) if context is None else context.split(rows)
+        return list(zip(parts, contexts, strict=True))

@@ -1,12 +1,16 @@
 """The flows that can be trained by name. A later flow joins with one entry here: its settings and how it is built."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from .. import ScaleMap
-from ..flows import MAF, Flow
+from ..flows import MAF, NICE, Base, Flow, RealNVP, StandardLogistic, StandardNormal
+from ..flows.flow import parse_shape
 from ..ops import Activation
+from .loop import TrainingSettings
 
 # scale maps by name; each with the settings of the paper or library that uses it
 SCALES: dict[str, Callable[[], ScaleMap]] = {
@@ -16,6 +20,7 @@ SCALES: dict[str, Callable[[], ScaleMap]] = {
     "sigmoid": lambda: ScaleMap.sigmoid(bias=2.0, floor=1e-3),
     "softplus": lambda: ScaleMap.softplus(floor=1e-3),
 }
+BASES: dict[str, Callable[[], Base]] = {"logistic": StandardLogistic, "normal": StandardNormal}
 ACTIVATIONS = tuple(code.name.lower() for code in Activation if code != Activation.IDENTITY)
 
 
@@ -36,25 +41,48 @@ class Setting:
 
 @dataclass(frozen=True)
 class FlowEntry:
-    """A flow by name. build(features, context_features, **settings) makes it; it raises ValueError for settings it cannot take."""
+    """A flow by name.
+
+    summary: what it is. settings: its hyper-parameters. build(shape, context_features, **settings) makes it, where shape is a number of
+    features or (C, H, W); it raises ValueError for settings it cannot take. digits: settings, and fields of `TrainingSettings`, that
+    suit the digits better than the defaults.
+    """
 
     summary: str
     settings: tuple[Setting, ...]
     build: Callable[..., Flow]
+    digits: Mapping[str, Any]
+
+    def choose(self, given: Mapping[str, Any] = MappingProxyType({}), *, digits: bool = False) -> tuple[dict[str, Any], TrainingSettings]:
+        """The flow's settings and those of training: what is given, or else what suits the digits, or else the defaults."""
+        chosen = {**(self.digits if digits else {}), **given}
+        flow = {setting.name: chosen.pop(setting.name, setting.default) for setting in self.settings}
+        return flow, TrainingSettings(**chosen)
+
+
+Shape = int | Sequence[int]
 
 
 def _build_maf(
-    features: int, context_features: int, transforms: int, hidden: list[int], batch_norm: bool, activation: str, scale: str
+    shape: Shape, context_features: int, transforms: int, hidden: list[int], batch_norm: bool, activation: str, scale: str
 ) -> Flow:
     return MAF(
-        features,
+        math.prod(parse_shape(shape)),
         context_features=context_features,
         transforms=transforms,
-        hidden_features=tuple(hidden),
+        hidden_features=hidden,
         batch_norm=batch_norm,
         activation=activation,
         scale=SCALES[scale](),
     )
+
+
+def _build_nice(shape: Shape, context_features: int, couplings: int, hidden: list[int], base: str) -> Flow:
+    return NICE(shape, context_features=context_features, couplings=couplings, hidden_features=hidden, base=BASES[base]())
+
+
+def _build_realnvp(shape: Shape, context_features: int, hidden: list[int], **settings: Any) -> Flow:
+    return RealNVP(shape, context_features=context_features, hidden_features=hidden, **settings)
 
 
 FLOWS: dict[str, FlowEntry] = {
@@ -68,5 +96,29 @@ FLOWS: dict[str, FlowEntry] = {
             Setting("scale", str, "softclip", "scale map sigma(s)", choices=tuple(SCALES)),
         ),
         _build_maf,
+        {"hidden": [256], "activation": "tanh", "learning_rate": 8e-3, "weight_decay": 2.0, "patience": 20},
+    ),
+    "nice": FlowEntry(
+        "flow of additive couplings (NICE, Dinh et al. 2014)",
+        (
+            Setting("couplings", int, 4, "number of additive couplings"),
+            Setting("hidden", int, [1000] * 5, "widths of each conditioner's hidden layers", many=True),
+            Setting("base", str, "logistic", "base distribution", choices=tuple(BASES)),
+        ),
+        _build_nice,
+        {"hidden": [256], "learning_rate": 5e-3, "weight_decay": 1.0},
+    ),
+    "realnvp": FlowEntry(
+        "flow of affine couplings (RealNVP, Dinh et al. 2016)",
+        (
+            Setting("batch_norm", bool, True, "flow batch norm after each coupling"),
+            Setting("transforms", int, 6, "tables: number of couplings"),
+            Setting("hidden", int, [256, 256], "tables: widths of each conditioner's hidden layers", many=True),
+            Setting("levels", int, 2, "images: number of scales; height and width are halved between them"),
+            Setting("blocks", int, 8, "images: residual blocks of each conditioner"),
+            Setting("hidden_channels", int, 64, "images: channels inside the conditioners of the first scale"),
+        ),
+        _build_realnvp,
+        {"blocks": 1, "hidden_channels": 16, "epochs": 30, "learning_rate": 5e-3, "weight_decay": 1.0},
     ),
 }

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from ..data import DIGITS, Split, load_digits, load_table, split_rows
-from ..data.digits import LEVELS, SIDE
+from ..data.digits import LEVELS
 from .loop import Trainer, TrainingSettings
 from .progress import Progress
 from .run import FORMAT, RunFolder, build_model
 
-ALPHA = 0.01  # keeps the logit of the digits finite
+# alpha keeps the logit finite; files have RealNVP's for colour images
+ALPHA_OF_DIGITS = 0.01
+LEVELS_OF_FILES, ALPHA_OF_FILES = 256, 0.05
 _WRITING_SHARE = 0.05  # of the time, at most, goes to checkpoints
 
 
@@ -22,23 +24,37 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C while training; the message says what is kept."""
 
 
-def load_split(source: str, context: str | None = None, validation: float = 0.1, seed: int = 0) -> Split:
+def load_split(source: str, context: str | None = None, validation: float = 0.1, seed: int = 0, *, unconditional: bool = False) -> Split:
     """The digits with their own fixed split, or a user's file with some rows held out.
 
+    unconditional: leave the context out, the digits' classes or a file's.
+
     Raises:
-        FileNotFoundError, ValueError: as `data.load_table`; context with the digits, which bring their classes.
+        FileNotFoundError, ValueError: as `data.load_table`; context with the digits, which bring their classes, or with unconditional.
     """
+    if context is not None and unconditional:
+        raise ValueError(f"context must not be given with --unconditional; got {context}")
     if source == DIGITS:
         if context is not None:
             raise ValueError(f"context must not be given with --data digits, whose classes are the context; got {context}")
-        return load_digits()
-    table = load_table(source, context)
-    train, held_out = split_rows(len(table), validation, seed)
-    return Split(table.rows(train), table.rows(held_out))
+        split = load_digits()
+    else:
+        table = load_table(source, context)
+        train, held_out = split_rows(len(table), validation, seed)
+        split = Split(table.rows(train), table.rows(held_out))
+    return split.without_context() if unconditional else split
 
 
 def make_config(
-    flow: str, flow_settings: dict[str, Any], split: Split, training: TrainingSettings, *, standardize: bool = True
+    flow: str,
+    flow_settings: dict[str, Any],
+    split: Split,
+    training: TrainingSettings,
+    *,
+    standardize: bool = True,
+    levels: int | None = None,
+    alpha: float | None = None,
+    unconditional: bool = False,
 ) -> dict[str, Any]:
     """All that a run is made of, as plain values for config.json.
 
@@ -46,27 +62,37 @@ def make_config(
         flow: name in `FLOWS`; flow_settings: its settings.
         split: the data.
         training: how to train.
-        standardize: for a user's data: zero mean and unit variance in every column of the training rows, and of their context.
+        standardize: for a user's tables: zero mean and unit variance in every column of the training rows, and of their context.
+        levels, alpha: for images; see `data.GreyLevels`. By default 17 and 0.01 for the digits, 256 and 0.05 for images in files.
+        unconditional: whether a context that came with the data was left out.
     """
-    x, context = split.train.x, split.train.context
+    x, context, image_shape = split.train.x, split.train.context, split.train.image_shape
     digits = split.train.name == DIGITS
-    if digits:
-        preprocess = {"kind": "grey_levels", "levels": LEVELS, "alpha": ALPHA}
-    else:
+    if image_shape is None:
+        for name, value in (("levels", levels), ("alpha", alpha)):
+            if value is not None:
+                raise ValueError(f"{name} is for images; {split.train.name} is a table of numbers, got {name} {value}")
         preprocess = {"kind": "standardize" if standardize else "identity"}
+    else:
+        usual = (LEVELS, ALPHA_OF_DIGITS) if digits else (LEVELS_OF_FILES, ALPHA_OF_FILES)
+        preprocess = {
+            "kind": "grey_levels",
+            "levels": usual[0] if levels is None else levels,
+            "alpha": usual[1] if alpha is None else alpha,
+        }
     with_context_map = context is not None and standardize and not digits
     return {
         "format": FORMAT,
         "flow": {
             "name": flow,
-            "features": x.shape[1],
+            "shape": x.shape[1] if image_shape is None else list(image_shape),
             "context_features": 0 if context is None else context.shape[1],
             **flow_settings,
         },
         "training": asdict(training),
         "preprocess": preprocess,
         "context_map": {"kind": "standardize", "constant_columns": True} if with_context_map else None,
-        "data": {"source": split.train.name, "fingerprint": _fingerprint(split), "image_shape": [SIDE, SIDE] if digits else None},
+        "data": {"source": split.train.name, "fingerprint": _fingerprint(split), "unconditional": unconditional},
     }
 
 

@@ -1,5 +1,7 @@
 """Preprocessing: the log-determinant is the map's, and the way back is the inverse."""
 
+import math
+
 import pytest
 import torch
 
@@ -47,7 +49,7 @@ def test_a_context_may_have_constant_columns():
 
 def test_grey_levels_count_their_logabsdet_per_grey_level():
     torch.manual_seed(0)
-    x = torch.randint(0, 17, (40, 5)).double()
+    x = torch.randint(0, 17, (40, 5), dtype=torch.uint8)
     preprocess = GreyLevels(17, 0.01)
     preprocess.fit(x)
     y, logabsdet = preprocess.forward(x, torch.Generator().manual_seed(5))
@@ -60,7 +62,7 @@ def test_grey_levels_count_their_logabsdet_per_grey_level():
     assert torch.allclose(y, formula(dequantised), rtol=1e-12)
     for i in range(3):
         assert torch.allclose(logabsdet[i], jacobian_logabsdet(formula, dequantised[i]), rtol=1e-12)
-    assert torch.equal(preprocess.inverse(y), x)
+    assert torch.equal(preprocess.inverse(y), x.double())
 
 
 def test_grey_levels_density_is_that_of_a_uniform_where_the_flow_is_uniform():
@@ -68,12 +70,13 @@ def test_grey_levels_density_is_that_of_a_uniform_where_the_flow_is_uniform():
     preprocess = GreyLevels(17, 0.01)
     preprocess.fit(torch.randint(0, 17, (40, 1)).double())
     edges = torch.linspace(0, 17, 20001, dtype=torch.float64)
-    v = ((edges[1:] + edges[:-1]) / 2)[:, None]
-    y, log_derivative = preprocess._logit(v)
+    u = ((edges[1:] + edges[:-1]) / 2)[:, None] / 17
+    y, log_derivative = preprocess._logit(u)
     y, logabsdet = preprocess._affine.forward(y)
+    logabsdet += log_derivative - math.log(17)
     # integrate a standard normal pushed back to grey levels: what lies inside 0..17 of its mass
-    mass = (torch.distributions.Normal(0, 1).log_prob(y).sum(1) + logabsdet + log_derivative).exp().mean() * 17
-    low, high = (preprocess._affine.forward(preprocess._logit(torch.tensor([[v]], dtype=torch.float64))[0])[0] for v in (0.0, 17.0))
+    mass = (torch.distributions.Normal(0, 1).log_prob(y).sum(1) + logabsdet).exp().mean() * 17
+    low, high = (preprocess._affine.forward(preprocess._logit(torch.tensor([[u]], dtype=torch.float64))[0])[0] for u in (0.0, 1.0))
     inside = torch.special.ndtr(high) - torch.special.ndtr(low)
     assert torch.allclose(mass, inside.squeeze(), rtol=1e-4)
 
@@ -84,6 +87,12 @@ def test_what_is_no_grey_level_is_refused(value):
     x[2, 1] = value
     with pytest.raises(ValueError, match=f"whole grey levels 0..16; row 2, column 1, counted from 0, is {value:g}"):
         GreyLevels(17, 0.01).check(x, "data file")
+
+
+def test_bytes_above_the_stated_levels_are_refused():
+    with pytest.raises(ValueError, match="whole grey levels 0..15; row 0, column 1, counted from 0, is 16"):
+        GreyLevels(16, 0.05).check(torch.tensor([[15, 16]], dtype=torch.uint8), "data file")
+    GreyLevels(256, 0.05).check(torch.tensor([[0, 255]], dtype=torch.uint8), "data file")
 
 
 def test_unknown_kind():
@@ -98,4 +107,5 @@ def test_digits_are_split_evenly_and_always_the_same():
     assert torch.equal(split.test.context.sum(0), torch.full((10,), 30.0, dtype=torch.float64))
     assert torch.equal(split.train.x, again.train.x)
     rows = torch.cat([part.x for part in (split.train, split.validation, split.test)])
+    assert split.test.image_shape == (1, 8, 8) and rows.dtype == torch.uint8
     assert rows.shape == (1797, 64) and rows.min() == 0 and rows.max() == 16

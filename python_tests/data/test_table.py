@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowkernels.data import load_table, read_array, split_rows
+from flowkernels.data import Split, Table, load_table, read_array, split_rows
 
 X = np.array([[1.0, 2.5], [3.0, -4.0], [5.0, 6.25]])
 
@@ -33,6 +33,27 @@ def test_npy_of_any_real_dtype_becomes_float64(tmp_path, dtype):
     table = load_table(npy(tmp_path, np.array([[1, 0], [0, 1]], dtype=dtype)))
     assert table.context is None
     assert torch.equal(table.x, torch.eye(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("shape", "image_shape", "last"),
+    [
+        ((5, 6, 7), (1, 6, 7), False),
+        ((5, 3, 6, 7), (3, 6, 7), False),
+        ((5, 6, 7, 3), (3, 6, 7), True),
+        ((5, 28, 28, 1), (1, 28, 28), True),
+        ((5, 3, 3, 3), (3, 3, 3), False),
+    ],
+)
+def test_images_are_flattened_channels_first(tmp_path, shape, image_shape, last):
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x=images, context=np.eye(5))
+    table = load_table(tmp_path / "x.npz")
+    assert table.image_shape == image_shape and table.x.dtype == torch.uint8
+    wanted = np.moveaxis(images, -1, 1) if last else images
+    assert np.array_equal(table.x.numpy(), wanted.reshape(5, -1))
+    some = table.rows(torch.tensor([3, 1]))
+    assert some.image_shape == image_shape and torch.equal(some.x, table.x[[3, 1]]) and torch.equal(some.context, table.context[[3, 1]])
 
 
 def test_npz_brings_its_context(tmp_path):
@@ -83,6 +104,10 @@ def test_a_bad_csv_is_refused_with_the_place(tmp_path, text, message):
         (np.zeros((0, 4)), "at least one row and one column; got [0, 4]"),
         (np.zeros((4, 0)), "at least one row and one column"),
         (np.array([[0.0], [np.nan]]), "row 1, column 0"),
+        (np.zeros((3, 4, 4)), "must hold images as uint8 grey levels; got float64 of shape [3, 4, 4]"),
+        (np.zeros((3, 0, 4), np.uint8), "at least one row and no empty image; got [3, 0, 4]"),
+        (np.zeros((3, 8, 8, 9), np.uint8), "[rows, C, H, W] or [rows, H, W, C] with C at most 4; got [3, 8, 8, 9]"),
+        (np.zeros((3, 2, 1, 8, 8), np.uint8), "must have shape [rows, columns]"),
     ],
 )
 def test_a_bad_array_is_refused(tmp_path, array, message):
@@ -135,6 +160,12 @@ def test_context_of_other_rows_or_twice_is_refused(tmp_path):
         load_table(tmp_path / "xc.npz", tmp_path / "c.npy")
     with pytest.raises(FileNotFoundError, match="context file .*gone.csv does not exist"):
         read_array(tmp_path / "gone.csv", "context")
+
+
+def test_a_split_without_context():
+    rows = Table(torch.zeros(2, 3), torch.ones(2, 1), "made up")
+    plain = Split(rows, rows).without_context()
+    assert plain.train.context is None and plain.validation.context is None and plain.test is None and rows.context is not None
 
 
 def test_split_is_a_partition_that_a_seed_decides():

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from flowkernels.training import RunError, RunFolder, TrainingSettings, load_model, load_split, make_config, train_run
+from flowkernels.baseline import fit_gaussian
+from flowkernels.training import RunError, RunFolder, Trainer, TrainingSettings, load_model, load_split, make_config, train_run
+from flowkernels.training.loop import VALIDATION_DRAWS
 from flowkernels.training.registry import FLOWS
+from flowkernels.training.run import build_model
 
 SETTINGS = {"transforms": 1, "hidden": [8], "batch_norm": False, "activation": "relu", "scale": "softclip"}
 
@@ -160,9 +163,50 @@ def test_a_bad_config_is_refused(run, text, message):
         load_model(run)
 
 
-def test_every_flow_of_the_registry_has_defaults_that_build(data):
-    for name, entry in FLOWS.items():
-        settings = {setting.name: setting.default for setting in entry.settings}
-        flow = entry.build(features=3, context_features=0, **settings)
-        assert flow.features == 3
-        json.dumps(make_config(name, settings, data, TrainingSettings()))
+@pytest.mark.parametrize("name", FLOWS)
+def test_every_flow_of_the_registry_has_defaults_that_build(data, name):
+    for shape in (3, [1, 4, 4]):
+        for digits in (False, True):
+            settings, training = FLOWS[name].choose(digits=digits)
+            flow = FLOWS[name].build(shape=shape, context_features=0, **settings)
+            assert flow.features == (3 if shape == 3 else 16)
+    json.dumps(make_config(name, settings, data, training))
+
+
+def test_what_is_given_comes_before_what_suits_the_digits():
+    settings, training = FLOWS["maf"].choose({"hidden": [7], "epochs": 3}, digits=True)
+    assert settings["hidden"] == [7] and settings["activation"] == "tanh" and training.epochs == 3 and training.weight_decay == 2.0
+    settings, training = FLOWS["maf"].choose({"epochs": 3})
+    assert settings["hidden"] == [512, 512] and settings["activation"] == "relu" and training == TrainingSettings(epochs=3)
+
+
+def test_images_are_dequantised_and_tables_are_not(tmp_path, data):
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 16, (40, 4, 6), dtype=np.uint8))
+    images = load_split(str(tmp_path / "images.npy"))
+    settings, training = FLOWS["nice"].choose({"hidden": [8]})
+    found = make_config("nice", settings, images, training, levels=16)
+    assert found["preprocess"] == {"kind": "grey_levels", "levels": 16, "alpha": 0.05} and found["flow"]["shape"] == [1, 4, 6]
+    assert make_config("nice", settings, images, training)["preprocess"]["levels"] == 256
+    with pytest.raises(ValueError, match=r"levels is for images; .*x.npy is a table of numbers, got levels 16"):
+        make_config("nice", settings, data, training, levels=16)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("unconditional", [False, True], ids=["conditional", "unconditional"])
+def test_every_flow_beats_the_fitted_gaussian_on_held_out_digits(flow, unconditional):
+    """In a few epochs, with the settings that suit the digits: the class-conditional Gaussian, or the one of all digits."""
+    pytest.importorskip("sklearn")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    split = load_split("digits", unconditional=unconditional)
+    epochs = {"maf": 30, "nice": 40, "realnvp": 8}[flow]
+    settings, training = FLOWS[flow].choose({"epochs": epochs}, digits=True)
+    model = build_model(make_config(flow, settings, split, training))
+    model.fit_preprocess(split.train)
+    trainer = Trainer(model, split, training)
+    while not trainer.finished:
+        trainer.run_epoch()
+    torch.set_num_threads(threads)
+    gaussian = fit_gaussian(model.preprocess, split.train, split.validation, VALIDATION_DRAWS)
+    baseline = gaussian.log_prob(split.validation, torch.Generator().manual_seed(0), VALIDATION_DRAWS).mean().item()
+    assert trainer.best_nats > baseline + 0.5

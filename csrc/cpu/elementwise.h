@@ -1,0 +1,229 @@
+// What ops on [batch, channels, *sites] tensors share on the host: memory layout of results, evenly spaced sites, threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/element.h"
+
+namespace flowkernels {
+
+constexpr int kMaxDims = 16;
+constexpr int64_t kTile = 512;   // elements that are transformed at a time
+constexpr int64_t kLine = 1024;  // elements that are summed at a time
+
+// Axes of a view. Sites that lie evenly in all tensors are one axis, inner_axis; otherwise there are up to three outer ones.
+enum Axis : int { batch_axis, channel_axis, inner_axis, outer_axis, n_axes = outer_axis + 3 };
+
+// A tensor [batch, channels, *sites], sites folded into at most four axes, of which the first varies fastest.
+template <class E>
+struct View {
+  E* data = nullptr;
+  int64_t stride[n_axes] = {};
+};
+
+enum class Along { channels, alternate_channels, checkerboard };
+
+// A map of a part of the elements of [batch, channels, *sites] tensors, element by element, the others passing unchanged; and sums.
+template <class E>
+struct Elementwise {
+  using T = compute_t<E>;
+  int64_t batch, channels, transformed;
+  int64_t sites, inner, outer[3];  // sites = inner * outer[0] * ...
+  int n_outer;
+  Along along;
+  int64_t phase;      // parity of the first transformed channel, or of the transformed sites
+  bool one_site;      // rows are samples
+  bool channel_rows;  // channels lie closer together than sites: rows are sites
+
+  int n_inputs, n_outputs;
+  View<const E> in[4];  // of the transformed channels
+  View<E> out[3];
+  View<const E> whole_in, rest_in;  // of the first input: all channels, and those that pass unchanged
+  View<E> whole_out, rest_out;      // of the first output
+
+  int n_parameters;
+  const T* parameter[3];  // one value for each transformed channel, or one for all, with stride 0
+  int64_t parameter_stride[3];
+  const T* per_sample;
+  int64_t per_sample_stride;
+
+  // Sites are cut into lines: 1024 sites, or for a checkerboard those transformed among 2048 of one height. Terms that the map yields
+  // for each element are summed over each line of each channel, into [batch, lines, transformed]. With one site they are summed over
+  // groups of samples, into [units, transformed], or over the channels of each sample.
+  int n_terms;
+  T* sums[2];
+  T* sample_sums;
+
+  // what `plan` fills in
+  int64_t segments;  // lines of one height
+  int64_t lines;     // of a sample
+  int64_t samples_of_unit, units;
+  bool sums_columns;
+};
+
+// How the work is divided, once all else is known. Sums never depend on it: where they go across samples, a unit is a fixed number.
+template <class E>
+void plan(Elementwise<E>& args, bool sums) {
+  args.segments = (args.inner + 2 * kLine - 1) / (2 * kLine);
+  args.lines = args.along == Along::checkerboard ? args.outer[0] * args.segments : (args.sites + kLine - 1) / kLine;
+  args.samples_of_unit = sums ? kLine : std::max<int64_t>(1, kTile / args.transformed);
+  args.units = args.one_site ? (args.batch + args.samples_of_unit - 1) / args.samples_of_unit
+                             : args.batch * args.lines * (args.channel_rows ? 1 : args.transformed);
+  args.sums_columns = sums && (args.one_site || args.channel_rows);
+}
+
+inline torch::stable::Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, torch::headeronly::ScalarType type) {
+  AtenTensorHandle handle = nullptr;
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return torch::stable::Tensor(handle);
+}
+
+inline torch::stable::Tensor empty_vector(int64_t n, torch::headeronly::ScalarType type) {
+  const int64_t stride = 1;
+  return empty_strided(1, &n, &stride, type);
+}
+
+// Channels-last for images and volumes whose channels lie closer together than their sites: memory_format_of in ops/_layout.py.
+inline bool is_channels_last(const torch::stable::Tensor& t) {
+  const int64_t dims = t.dim();
+  if (dims < 4 || dims > 5 || t.size(1) <= 1 || t.stride(1) <= 0 || t.is_contiguous()) return false;
+  bool any = false;
+  for (int64_t d = 2; d < dims; ++d) {
+    if (t.size(d) <= 1) continue;
+    if (t.stride(d) <= t.stride(1)) return false;
+    any = true;
+  }
+  return any;
+}
+
+template <class E>
+constexpr torch::headeronly::ScalarType compute_type =
+    sizeof(compute_t<E>) == 8 ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
+
+// Uninitialised, of the shape and dtype of `like`, in the layout of results.
+inline torch::stable::Tensor empty_in_layout_of(const torch::stable::Tensor& like) {
+  const int64_t dims = like.dim();
+  int64_t sizes[kMaxDims], strides[kMaxDims], next = 1;
+  for (int64_t d = 0; d < dims; ++d) sizes[d] = like.size(d);
+  const bool channels_last = is_channels_last(like);
+  auto place = [&](int64_t d) {
+    strides[d] = next;
+    next *= std::max<int64_t>(sizes[d], 1);
+  };
+  if (channels_last) place(1);
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    if (d != 1 || !channels_last) place(d);
+  }
+  return empty_strided(dims, sizes, strides, like.scalar_type());
+}
+
+// the transformed channels of a view of all, or those that pass
+template <class E, class Element>
+View<Element> part_of(const Elementwise<E>& args, View<Element> view, bool transformed) {
+  const int64_t stride = view.stride[channel_axis], passing = args.channels - args.transformed;
+  if (args.along == Along::alternate_channels) {
+    view.data += (transformed ? args.phase : 1 - args.phase) * stride;
+    view.stride[channel_axis] = 2 * stride;
+  } else if (args.along == Along::channels && (args.phase == 1) == transformed) {  // what comes second
+    view.data += (transformed ? passing : args.transformed) * stride;
+  }
+  return view;
+}
+
+// The sites of several tensors of the same sites, folded into as few axes as all of them allow.
+struct Sites {
+  int64_t count = 1, inner = 1, outer[3] = {1, 1, 1};
+  int n_outer = 0;
+  bool fits = true;
+
+  // keep: leave the two axes of an image alone
+  Sites(const torch::stable::Tensor* const* tensors, int n, bool keep) {
+    const int64_t dims = tensors[0]->dim();
+    int axes = 0;  // found so far
+    int64_t size[4] = {1, 1, 1, 1};
+    for (int64_t d = dims - 1; d >= 2; --d) {
+      const int64_t extent = tensors[0]->size(d);
+      count *= extent;
+      if (extent == 1 && !keep) continue;
+      bool joins = axes > 0 && !keep;
+      for (int i = 0; i < n && joins; ++i) joins = tensors[i]->stride(d) == stride_[i][axes - 1] * size[axes - 1];
+      if (joins) {
+        size[axes - 1] *= extent;
+        continue;
+      }
+      if (axes == 4) {
+        fits = false;
+        return;
+      }
+      size[axes] = extent;
+      for (int i = 0; i < n; ++i) stride_[i][axes] = tensors[i]->stride(d);
+      ++axes;
+    }
+    inner = size[0];
+    n_outer = std::max(axes - 1, 0);
+    for (int i = 0; i < n_outer; ++i) outer[i] = size[i + 1];
+  }
+
+  // of tensor number `index`
+  template <class E>
+  View<E> view(const torch::stable::Tensor& t, E* data, int index) const {
+    View<E> result;
+    result.data = data;
+    result.stride[batch_axis] = t.stride(0);
+    result.stride[channel_axis] = t.stride(1);
+    for (int i = 0; i <= n_outer; ++i) result.stride[inner_axis + i] = stride_[index][i];
+    return result;
+  }
+
+ private:
+  static constexpr int kMaxTensors = 8;
+  int64_t stride_[kMaxTensors][4] = {};
+};
+
+// The first n_whole inputs, and the first output, have all channels; the others the transformed ones. False where the sites lie in
+// too many groups.
+template <class E>
+bool set_views(Elementwise<E>& args, const torch::stable::Tensor* const* in, int n_inputs, int n_whole,
+               const torch::stable::Tensor* const* out, int n_outputs) {
+  const torch::stable::Tensor* all[7];
+  std::copy(in, in + n_inputs, all);
+  std::copy(out, out + n_outputs, all + n_inputs);
+  const Sites sites(all, n_inputs + n_outputs, args.along == Along::checkerboard);
+  if (!sites.fits) return false;
+  args.sites = sites.count;
+  args.inner = sites.inner;
+  args.n_outer = sites.n_outer;
+  std::copy(sites.outer, sites.outer + 3, args.outer);
+  args.one_site = sites.count == 1 && args.along != Along::checkerboard;
+  args.channel_rows = !args.one_site && is_channels_last(*out[0]);
+  args.n_inputs = n_inputs;
+  args.n_outputs = n_outputs;
+  for (int i = 0; i < n_inputs; ++i) {
+    const View<const E> view = sites.view(*in[i], static_cast<const E*>(in[i]->const_data_ptr()), i);
+    args.in[i] = i < n_whole ? part_of(args, view, true) : view;
+    if (i == 0) args.whole_in = view, args.rest_in = part_of(args, view, false);
+  }
+  for (int i = 0; i < n_outputs; ++i) {
+    const View<E> view = sites.view(*out[i], static_cast<E*>(out[i]->mutable_data_ptr()), n_inputs + i);
+    args.out[i] = i == 0 ? part_of(args, view, true) : view;
+    if (i == 0) args.whole_out = view, args.rest_out = part_of(args, view, false);
+  }
+  return true;
+}
+
+// f(first, last) over `units` units of work that touch `elements` elements together, on several threads where that pays.
+template <class F>
+void in_parallel(int64_t units, int64_t elements, const F& f) {
+  constexpr int64_t worth_a_thread = 16384;
+  if (units <= 1 || elements < 2 * worth_a_thread) return f(int64_t{0}, units);
+  const int64_t grain = std::max<int64_t>(1, units * worth_a_thread / elements);
+  torch::stable::parallel_for(0, units, grain, f);
+}
+
+}  // namespace flowkernels

@@ -1,0 +1,137 @@
+"""Coupling layers: one part of x is transformed by what a network makes of the rest."""
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import ScaleMap, coupling, parse_part
+from ..ops.scale_map import parse_form
+
+
+class _Coupling(nn.Module):
+    """What both couplings share: calling the conditioner, and checking what it returns."""
+
+    _outputs: tuple[str, ...]  # what the conditioner returns, in its order
+
+    def __init__(self, conditioner: nn.Module, part: str) -> None:
+        super().__init__()
+        self.conditioner = conditioner
+        self.part = parse_part(part)
+
+    def _condition(self, x: Tensor, context: Tensor | None) -> Tensor:
+        part = self.part
+        if x.dim() < 2 or (x.shape[1] < 2 and not part.is_checkerboard):
+            raise ValueError(f"x must have at least 2 channels, [batch, channels, *sites], to split; got {list(x.shape)}")
+        untouched = part.untouched(x)
+        out = self.conditioner(untouched) if context is None else self.conditioner(untouched, context)
+        expected = (x.shape[0], len(self._outputs) * part.count(x.shape[1]), *x.shape[2:])
+        if out.shape != expected:
+            raise ValueError(
+                f"conditioner must return {' and '.join(self._outputs)} of the {self._part_name()} part of x, {list(expected)}; "
+                f"got {list(out.shape)}"
+            )
+        if out.device != x.device or (out.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
+            raise ValueError(f"conditioner must return {x.dtype} on {x.device}, like x; got {out.dtype} on {out.device}")
+        return out
+
+    def _part_name(self) -> str:
+        return self.part.name.lower()
+
+    def extra_repr(self) -> str:
+        return f"part={self._part_name()}"
+
+
+class AdditiveCoupling(_Coupling):
+    """Additive coupling (NICE, Dinh et al. 2014, section 3.2); volume-preserving.
+
+        z = x + shift on the transformed part,   shift = conditioner(untouched part, context);   z = x on the rest
+
+    Args:
+        conditioner: any module. It is called with the untouched part, and the context where there is one, and returns the shift,
+            [batch, transformed channels, *sites]. For a checkerboard it sees all of x with the transformed sites zeroed, and what it
+            returns at the other sites is ignored.
+        part: the part that is transformed; see `ops.coupling`.
+
+    Shape:
+        x, z: [batch, channels, *sites]; context: what the conditioner takes; logabsdet: zeros, [batch].
+
+    Raises:
+        ValueError: x has fewer than two channels to split, or the conditioner returns another shape, dtype or device.
+    """
+
+    _outputs = ("shift",)
+
+    def __init__(self, conditioner: nn.Module, *, part: str = "second_half") -> None:
+        super().__init__(conditioner, part)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return coupling(x, self._condition(x, context), part=self.part)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return coupling(z, self._condition(z, context), part=self.part, inverse=True)
+
+
+class AffineCoupling(_Coupling):
+    """Affine coupling (RealNVP, Dinh et al. 2016, section 3.2; Glow, Kingma and Dhariwal 2018, section 3.3), in one kernel.
+
+        z = x * sigma(s) + shift on the transformed part,   (shift, s) = conditioner(untouched part, context);   z = x on the rest
+
+    Args:
+        conditioner: any module. It is called with the untouched part, and the context where there is one, and returns shift and raw
+            scale s blocked along dimension 1, shift first, [batch, 2 * transformed channels, *sites]. For a checkerboard it sees all
+            of x with the transformed sites zeroed, and what it returns at the other sites is ignored.
+        part: the part that is transformed; see `ops.coupling`.
+        scale: scale map sigma; `ScaleMap.softclip()` by default, `ScaleMap.exp_tanh(1.0)` with a scale_parameter.
+        form: affine form; see `ops.coupling`.
+        scale_parameter: initial value of RealNVP's learned a in sigma = exp(a * tanh(s)): a number, or a tensor of one value for each
+            transformed channel. None for a map without one.
+        interleaved: channel 2i of what the conditioner returns is the shift and 2i + 1 the raw scale, as in Glow.
+
+    Shape:
+        x, z: [batch, channels, *sites]; context: what the conditioner takes; logabsdet: [batch], in nats.
+
+    Raises:
+        ValueError: x has fewer than two channels to split, or the conditioner returns another shape, dtype or device.
+    """
+
+    _outputs = ("shift", "raw scale")
+
+    def __init__(
+        self,
+        conditioner: nn.Module,
+        *,
+        part: str = "second_half",
+        scale: ScaleMap | None = None,
+        form: str = "scale_shift",
+        scale_parameter: float | Tensor | None = None,
+        interleaved: bool = False,
+    ) -> None:
+        super().__init__(conditioner, part)
+        self.form = parse_form(form)
+        self.scale = scale
+        self.interleaved = interleaved
+        a = None if scale_parameter is None else nn.Parameter(torch.as_tensor(scale_parameter, dtype=torch.get_default_dtype()).clone())
+        self.register_parameter("scale_parameter", a)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_map(x, context, inverse=False)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_map(z, context, inverse=True)
+
+    def _apply_map(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        out = self._condition(x, context)
+        shift, raw_scale = (out[:, 0::2], out[:, 1::2]) if self.interleaved else out.chunk(2, 1)
+        return coupling(
+            x,
+            shift,
+            raw_scale,
+            part=self.part,
+            scale=self.scale,
+            form=self.form,
+            scale_parameter=self.scale_parameter,
+            inverse=inverse,
+        )
+
+    def extra_repr(self) -> str:
+        scale = f"scale={self.scale!r}, " if self.scale is not None else ""
+        return f"{super().extra_repr()}, {scale}form={self.form.name.lower()}, interleaved={self.interleaved}"

@@ -1,0 +1,80 @@
+"""From grey levels to unbounded numbers: dequantisation and the logit, with their log-determinants."""
+
+import math
+
+import torch
+from torch import Generator, Tensor, nn
+
+from ._zero import zero_logabsdet
+
+
+class Dequantize(nn.Module):
+    """z = (x + U) / levels with uniform noise U in [0, 1): whole grey levels 0..levels - 1 become numbers in [0, 1).
+
+        logabsdet = -D log(levels), that of the map from x + U
+
+    The mean over U of log p(x + U) is a lower bound of log P(x) (Theis et al. 2016, section 3.1). The inverse gives whole levels; what
+    lies outside [0, 1) goes to the nearest. Values are not checked, because a check reads the data back to the host: that is for
+    whoever loads them (`data.GreyLevels.check`).
+
+    Args:
+        levels: number of grey levels, 256 for bytes.
+
+    Shape:
+        x, z: [batch, ...]; logabsdet: [batch], in nats.
+    """
+
+    def __init__(self, levels: int = 256) -> None:
+        super().__init__()
+        if levels < 2:
+            raise ValueError(f"levels must be at least 2; got {levels}")
+        self.levels = levels
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+        if not x.is_floating_point():
+            x = x.to(torch.get_default_dtype())
+        noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        return (x + noise) / self.levels, zero_logabsdet(x) - x[:1].numel() * math.log(self.levels)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = (z * self.levels).floor().clamp(0, self.levels - 1)
+        return x, zero_logabsdet(z) + z[:1].numel() * math.log(self.levels)
+
+    def extra_repr(self) -> str:
+        return f"levels={self.levels}"
+
+
+class Logit(nn.Module):
+    """z = logit(p), p = alpha + (1 - 2 alpha) x (RealNVP, Dinh et al. 2016, section 4.1; MAF, Papamakarios et al. 2017, section 4.3).
+
+        logabsdet = sum_i log(1 - 2 alpha) - log p_i - log(1 - p_i)
+
+    Args:
+        alpha: keeps p from 0 and 1; the papers take 0.05 for colour images and 1e-6 for MNIST.
+
+    Shape:
+        x, z: [batch, ...], x in [0, 1]; logabsdet: [batch], in nats.
+    """
+
+    def __init__(self, alpha: float = 0.05) -> None:
+        super().__init__()
+        if not 0 <= alpha < 0.5:
+            raise ValueError(f"alpha must be at least 0 and less than 0.5; got {alpha}")
+        self.alpha = alpha
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        p = self.alpha + (1 - 2 * self.alpha) * x
+        log_p, log_q = torch.log(p), torch.log1p(-p)
+        return log_p - log_q, self._total(-log_p - log_q)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha)
+        log_p, log_q = torch.nn.functional.logsigmoid(z), torch.nn.functional.logsigmoid(-z)
+        return x, -self._total(-log_p - log_q)
+
+    def _total(self, log_derivative: Tensor) -> Tensor:
+        constant = log_derivative[:1].numel() * math.log1p(-2 * self.alpha)
+        return log_derivative.flatten(1).sum(1, dtype=torch.promote_types(log_derivative.dtype, torch.float32)) + constant
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"

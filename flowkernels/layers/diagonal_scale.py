@@ -1,0 +1,34 @@
+"""A learned scale for each feature."""
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import channel_affine
+
+
+class DiagonalScale(nn.Module):
+    """z = x * exp(log_scale), one factor for each feature: the only layer of NICE that changes volumes (Dinh et al. 2014, section 3.3).
+
+        logabsdet = sum_i log_scale_i
+
+    Args:
+        features: number of features D.
+
+    Shape:
+        x, z: [batch, features].
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        if features < 1:
+            raise ValueError(f"features must be at least 1; got {features}")
+        self.log_scale = nn.Parameter(torch.zeros(features))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return channel_affine(x, None, self.log_scale)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return channel_affine(z, None, self.log_scale, inverse=True)
+
+    def extra_repr(self) -> str:
+        return f"features={len(self.log_scale)}"

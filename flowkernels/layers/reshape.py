@@ -1,0 +1,38 @@
+"""Another shape for the same numbers."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ._zero import zero_logabsdet
+
+
+class Reshape(nn.Module):
+    """z = x with another shape, its elements in the same order; volume-preserving.
+
+    Args:
+        before: shape of one row of x, such as (3, 32, 32).
+        after: shape of one row of z, such as (3072,).
+    """
+
+    def __init__(self, before: Sequence[int], after: Sequence[int]) -> None:
+        super().__init__()
+        self.before, self.after = tuple(before), tuple(after)
+        if math.prod(self.before) != math.prod(self.after):
+            raise ValueError(f"after must have as many elements as before, {self.before}; got {self.after}")
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _reshaped("x", x, self.before, self.after), zero_logabsdet(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _reshaped("z", z, self.after, self.before), zero_logabsdet(z)
+
+    def extra_repr(self) -> str:
+        return f"before={self.before}, after={self.after}"
+
+
+def _reshaped(name: str, value: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
+    if value.shape[1:] != before:
+        raise ValueError(f"{name} must have shape [batch, {', '.join(map(str, before))}]; got {list(value.shape)}")
+    return value.reshape(value.shape[0], *after)

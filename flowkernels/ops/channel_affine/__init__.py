@@ -1,0 +1,154 @@
+"""Per-channel affine map: actnorm (Glow, Kingma & Dhariwal 2018, section 3.1) and flow batch norm.
+
+    y[b, c, ...] = (x[b, c, ...] + shift[c]) * exp(log_scale[c]) + bias[c]
+    logabsdet[b] = sites * sum_c log_scale[c]
+
+Actnorm is (x + b) * exp(3 logs): its shift and log scale. Batch norm is (x - mean) * exp(log_gain - 1/2 log(var + eps)) + bias: a shift
+before and one after, since folding them into one would round badly where the scale is small.
+"""
+
+import torch
+from torch import Tensor
+
+from ..._backend import wants_reference
+from ..._library import library
+from .._differentiation import apply_function, needs_autograd
+from .._layout import empty_in_layout_of, in_layout_of
+from .reference import channel_affine_backward_reference, channel_affine_reference
+
+__all__ = ["channel_affine"]
+
+library.define("channel_affine(Tensor x, Tensor? shift, Tensor log_scale, Tensor? bias, bool inverse) -> (Tensor, Tensor)")
+library.define(
+    "channel_affine_backward(Tensor dy, Tensor dlogabsdet, Tensor kept, Tensor? shift, Tensor log_scale, Tensor? bias, "
+    "bool inverse, bool from_output) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _composite(x: Tensor, shift: Tensor | None, log_scale: Tensor, bias: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+    y, logabsdet = channel_affine_reference(x, shift, log_scale, bias, inverse)
+    return in_layout_of(x, y), logabsdet.clone()
+
+
+def _composite_backward(dy: Tensor, *others) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, *parameters = channel_affine_backward_reference(dy, *others)
+    return in_layout_of(dy, dx), *parameters
+
+
+library.impl("channel_affine", _composite, "CompositeExplicitAutograd")
+library.impl("channel_affine_backward", _composite_backward, "CompositeExplicitAutograd")
+_channel_affine = torch.ops.flowkernels.channel_affine.default
+_channel_affine_backward = torch.ops.flowkernels.channel_affine_backward.default
+
+
+@torch.library.register_fake("flowkernels::channel_affine", lib=library)
+def _(x: Tensor, shift: Tensor | None, log_scale: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return empty_in_layout_of(x), log_scale.new_empty(x.shape[:1])
+
+
+@torch.library.register_fake("flowkernels::channel_affine_backward", lib=library)
+def _(dy: Tensor, dlogabsdet: Tensor, kept: Tensor, shift: Tensor | None, log_scale: Tensor, *_) -> tuple[Tensor, ...]:
+    return empty_in_layout_of(dy), *(log_scale.new_empty(log_scale.shape) for _ in range(3))
+
+
+def _register_vmap(name: str) -> None:
+    """The op runs once for each, except that rows alone make one larger batch."""
+    op = getattr(torch.ops.flowkernels, name).default
+
+    def rule(info, in_dims, *args):
+        if name == "channel_affine" and all(dim is None for dim in in_dims[1:]):
+            y, logabsdet = op(args[0].movedim(in_dims[0], 0).flatten(0, 1), *args[1:])
+            batch = args[0].movedim(in_dims[0], 0).shape[1]
+            return (y.unflatten(0, (info.batch_size, batch)), logabsdet.view(info.batch_size, batch)), (0, 0)
+        select = lambda i: (a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
+        each = [op(*select(i)) for i in range(info.batch_size)]
+        return tuple(torch.stack(outputs) for outputs in zip(*each, strict=True)), (0,) * len(each[0])
+
+    torch.library.register_vmap(f"flowkernels::{name}", rule, lib=library)
+
+
+_register_vmap("channel_affine")
+_register_vmap("channel_affine_backward")
+
+
+def _forward(x: Tensor, shift: Tensor | None, log_scale: Tensor, bias: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+    if wants_reference("channel_affine", x.device):
+        return channel_affine_reference(x, shift, log_scale, bias, inverse)
+    return _channel_affine(x, shift, log_scale, bias, inverse)
+
+
+class _ChannelAffine(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, shift, log_scale, bias, inverse: bool, keeps_output: bool) -> tuple[Tensor, Tensor]:
+        return _forward(x, shift, log_scale, bias, inverse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, shift, log_scale, bias, ctx.inverse, ctx.keeps_output = inputs
+        ctx.save_for_backward(output[0] if ctx.keeps_output else x, shift, log_scale, bias)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor, dlogabsdet: Tensor):
+        arguments = (dy, dlogabsdet, *ctx.saved_tensors, ctx.inverse, ctx.keeps_output)
+        # double backward differentiates the reference once more
+        by_reference = torch.is_grad_enabled() or wants_reference("channel_affine_backward", dy.device)
+        dx, dshift, dlog_scale, dbias = (channel_affine_backward_reference if by_reference else _channel_affine_backward)(*arguments)
+        _, shift, _, bias = ctx.saved_tensors
+        return dx, None if shift is None else dshift, dlog_scale, None if bias is None else dbias, None, None
+
+
+def channel_affine(
+    x: Tensor,
+    shift: Tensor | None,
+    log_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    inverse: bool = False,
+    keep: str = "input",
+) -> tuple[Tensor, Tensor]:
+    """Shift and scale each channel: y = (x + shift) * exp(log_scale) + bias; `inverse` undoes it.
+
+    Actnorm (Kingma & Dhariwal 2018, section 3.1) has a shift, flow batch norm (MAF, Papamakarios et al. 2017, section 3.5; RealNVP,
+    Dinh et al. 2016, section 3.7) shift = -mean and a bias, NICE's diagonal scale neither.
+
+    Args:
+        x: input of the map that is applied, [batch, channels, *sites], in any memory layout.
+        shift: added before the scale, [channels]; None for 0.
+        log_scale: natural log of each channel's scale, [channels].
+        bias: added after the scale, [channels]; None for 0.
+        inverse: undo the map.
+        keep: "input" or "output": which of x and y is kept for backward.
+
+    Returns:
+        y, with the shape and dtype of x (channels-last where x is), and log|det| of the map just applied (nats), [batch], in float32,
+        or float64 for float64 inputs.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or keep is unknown.
+    """
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {x.dtype}")
+    if x.dim() < 2 or 0 in x.shape[1:]:
+        raise ValueError(f"x must have shape [batch, channels, *sites] with at least one channel and site; got {list(x.shape)}")
+    if keep not in ("input", "output"):
+        raise ValueError(f"keep must be 'input' or 'output'; got {keep!r}")
+    shift, log_scale, bias = _checked("shift", shift, x), _checked("log_scale", log_scale, x), _checked("bias", bias, x)
+    if needs_autograd((x, shift, log_scale, bias)):
+        return apply_function(_ChannelAffine, x, shift, log_scale, bias, inverse, keep == "output")
+    return _forward(x, shift, log_scale, bias, inverse)
+
+
+_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+
+def _checked(name: str, value: Tensor | None, x: Tensor) -> Tensor | None:
+    if value is None:
+        return None
+    if value.shape != x.shape[1:2]:
+        raise ValueError(f"{name} must have shape {list(x.shape[1:2])}, one value per channel; got {list(value.shape)}")
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if value.device != x.device or value.dtype not in (x.dtype, compute):
+        raise ValueError(f"{name} must be {compute} on {x.device}; got {value.dtype} on {value.device}")
+    return value if value.dtype == compute else value.to(compute)

@@ -1,0 +1,247 @@
+"""Coupling: one part of x is mapped affinely, with shift and scale that a conditioner made of the rest.
+
+    affine (RealNVP, Dinh et al. 2016; Glow, Kingma & Dhariwal 2018)   y = form(x; shift, sigma(raw_scale))   on the transformed part
+    additive (NICE, Dinh et al. 2014)                                  y = x + shift                          on the transformed part
+                                                                       y = x                                  on the rest
+
+One kernel splits, applies the scale map and the form, copies the rest and sums the log-determinant of each sample.
+"""
+
+import torch
+from torch import Tensor
+
+from ..._backend import wants_reference
+from ..._library import library
+from .._differentiation import apply_function, needs_autograd
+from .._layout import empty_in_layout_of, in_layout_of
+from ..scale_map import Form, ScaleKind, ScaleMap, parse_form
+from .part import Part, parse_part
+from .reference import Coupling, coupling_backward_reference, coupling_reference
+
+__all__ = ["Part", "coupling", "parse_part"]
+
+_OPTIONS = "int part, int scale_kind, float scale_p0, float scale_p1, int form, bool inverse"
+library.define(f"coupling(Tensor x, Tensor shift, Tensor? raw_scale, Tensor? scale_parameter, {_OPTIONS}) -> (Tensor, Tensor)")
+library.define(
+    "coupling_backward(Tensor dy, Tensor dlogabsdet, Tensor kept, Tensor shift, Tensor raw_scale, Tensor? scale_parameter, "
+    f"{_OPTIONS}, bool from_output) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+Packed = tuple[int, int, float, float, int, bool]
+
+
+def _unpack(part: int, kind: int, p0: float, p1: float, form: int, inverse: bool) -> Coupling:
+    return Coupling(Part(part), ScaleMap.from_packed(kind, p0, p1), Form(form), inverse)
+
+
+def _composite(x: Tensor, shift: Tensor, raw_scale: Tensor | None, scale_parameter: Tensor | None, *options) -> tuple[Tensor, Tensor]:
+    y, logabsdet = coupling_reference(x, shift, raw_scale, scale_parameter, _unpack(*options))
+    return in_layout_of(x, y), logabsdet
+
+
+def _composite_backward(
+    dy: Tensor, dlogabsdet: Tensor, kept: Tensor, shift: Tensor, raw_scale: Tensor, scale_parameter: Tensor | None, *options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *packed, from_output = options
+    dx, dshift, draw_scale, dparameter = coupling_backward_reference(
+        dy, dlogabsdet, kept, shift, raw_scale, scale_parameter, _unpack(*packed), from_output
+    )
+    dparameter = shift.new_empty(0) if dparameter is None else dparameter
+    return in_layout_of(dy, dx), in_layout_of(shift, dshift), in_layout_of(raw_scale, draw_scale), dparameter
+
+
+library.impl("coupling", _composite, "CompositeExplicitAutograd")
+library.impl("coupling_backward", _composite_backward, "CompositeExplicitAutograd")
+_coupling = torch.ops.flowkernels.coupling.default
+_coupling_backward = torch.ops.flowkernels.coupling_backward.default
+
+
+@torch.library.register_fake("flowkernels::coupling", lib=library)
+def _(x: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return empty_in_layout_of(x), x.new_empty(x.shape[:1], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.library.register_fake("flowkernels::coupling_backward", lib=library)
+def _(dy: Tensor, dlogabsdet: Tensor, kept: Tensor, shift: Tensor, raw_scale: Tensor, scale_parameter: Tensor | None, *_):
+    dparameter = shift.new_empty(0) if scale_parameter is None else torch.empty_like(scale_parameter, memory_format=torch.contiguous_format)
+    return empty_in_layout_of(dy), empty_in_layout_of(shift), empty_in_layout_of(raw_scale), dparameter
+
+
+def _register_vmap(name: str, op, n_rows: int, parameter: int) -> None:
+    """vmap over batch-first arguments, the first n_rows, makes one larger batch; over a scale_parameter the op runs once for each."""
+
+    def rule(info, in_dims, *args):
+        size = info.batch_size
+        if in_dims[parameter] is None and (args[parameter] is None or name == "coupling"):
+            rows = []
+            for arg, dim in zip(args[:n_rows], in_dims[:n_rows], strict=True):
+                if arg is not None:
+                    arg = arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+                    arg = arg.flatten(0, 1)
+                rows.append(arg)
+            outputs = op(*rows, *args[n_rows:])
+            batched = tuple(
+                o.unflatten(0, (size, -1)) if len(o) else o.new_empty((size, *(() if o.dim() == 1 else o.shape))) for o in outputs
+            )
+            return batched, (0,) * len(outputs)
+        each = [op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(size)]
+        return tuple(torch.stack(outputs) for outputs in zip(*each, strict=True)), (0,) * len(each[0])
+
+    torch.library.register_vmap(f"flowkernels::{name}", rule, lib=library)
+
+
+_register_vmap("coupling", _coupling, 3, 3)
+_register_vmap("coupling_backward", _coupling_backward, 5, 5)
+
+
+def _forward(x: Tensor, shift: Tensor, raw_scale: Tensor | None, scale_parameter: Tensor | None, options: Packed) -> tuple[Tensor, Tensor]:
+    if wants_reference("coupling", x.device):
+        return coupling_reference(x, shift, raw_scale, scale_parameter, _unpack(*options))
+    return _coupling(x, shift, raw_scale, scale_parameter, *options)
+
+
+class _Coupling(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, shift, raw_scale, scale_parameter, keeps_output: bool, *options) -> tuple[Tensor, Tensor]:
+        return _forward(x, shift, raw_scale, scale_parameter, options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, shift, raw_scale, scale_parameter, ctx.keeps_output, *options = inputs
+        ctx.options = tuple(options)
+        ctx.save_for_backward(output[0] if ctx.keeps_output else x, shift, raw_scale, scale_parameter)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor, dlogabsdet: Tensor):
+        kept, shift, raw_scale, scale_parameter = ctx.saved_tensors
+        if raw_scale is None:
+            gradients = (*_additive_backward(dy, ctx.options), None, None)
+        elif torch.is_grad_enabled() or wants_reference("coupling", dy.device):
+            # double backward differentiates this once more
+            arguments = (dy, dlogabsdet, kept, shift, raw_scale, scale_parameter, _unpack(*ctx.options), ctx.keeps_output)
+            gradients = coupling_backward_reference(*arguments)
+        else:
+            arguments = (dy, dlogabsdet, kept, shift, raw_scale, scale_parameter, *ctx.options, ctx.keeps_output)
+            gradients = _coupling_backward(*arguments)
+            if scale_parameter is None:
+                gradients = (*gradients[:3], None)
+        return (*gradients, None, *(None for _ in ctx.options))
+
+
+def _additive_backward(dy: Tensor, options: Packed) -> tuple[Tensor, Tensor]:
+    part, *_, form, inverse = options
+    part = Part(part)
+    dshift = torch.where(part.mask(dy), dy, 0) if part.is_checkerboard else part.transformed(dy)
+    return dy, -dshift if (form == Form.DIVIDE) != inverse else dshift
+
+
+def coupling(
+    x: Tensor,
+    shift: Tensor,
+    raw_scale: Tensor | None = None,
+    *,
+    part: str | Part = "second_half",
+    scale: ScaleMap | None = None,
+    form: str | Form = "scale_shift",
+    scale_parameter: Tensor | None = None,
+    inverse: bool = False,
+    keep: str = "input",
+) -> tuple[Tensor, Tensor]:
+    """Affine coupling (RealNVP, Dinh et al. 2016, section 3; Glow, Kingma & Dhariwal 2018), or additive (NICE, Dinh et al. 2014).
+
+    On the transformed part y = x * sigma(raw_scale) + shift for form "scale_shift", and y = x on the rest; without a raw scale
+    y = x + shift. `inverse` undoes it. The gradient runs as one kernel too; gradients of gradients are right.
+
+    Args:
+        x: input of the map that is applied, [batch, channels, *sites], in any memory layout.
+        shift: like the transformed part: [batch, transformed channels, *sites], or like x for a checkerboard, whose other sites are
+            ignored. Read through its strides, so `chunk`, `[:, 0::2]` and `unbind(-1)` of a network's output need no copy.
+        raw_scale: like shift; None makes the coupling additive.
+        part: the part that is transformed: "first_half", "second_half" (with an odd number of channels the part that passes has
+            channels // 2), "even" or "odd" channels, counted from 0, or "checkerboard_even" or "checkerboard_odd", the sites whose
+            height + width is even or odd.
+        scale: scale map from raw scale to sigma; `ScaleMap.softclip()` by default.
+        form: "scale_shift" x*sigma + shift, "shift_scale" (x + shift)*sigma, "divide" (x - shift)/sigma, or
+            "gate" sigma*x + (1 - sigma)*shift.
+        scale_parameter: RealNVP's learned a in sigma = exp(a * tanh(raw_scale)): a scalar (shape [] or [1]), or one value per
+            transformed channel. log sigma of `scale`, an `exp_tanh` map (of bound 1 by default), is multiplied by it.
+        inverse: undo the map.
+        keep: "input" or "output": which of x and y is kept for backward. The other may be freed. With "output" gradients are as exact
+            unless sigma underflows.
+
+    Returns:
+        y, with the shape and dtype of x (channels-last where x is), and log|det| of the map just applied (nats), [batch], in float32,
+        or float64 for float64 inputs.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, there is nothing to split, or part, form or keep is unknown.
+    """
+    part = parse_part(part)
+    form = parse_form(form)
+    expected = _expected_shape(x, part)
+    shift = _checked("shift", shift, x, expected)
+    if raw_scale is None:
+        if scale_parameter is not None or scale is not None:
+            raise ValueError("raw_scale is missing: without it the coupling is additive, and takes neither scale nor scale_parameter")
+        if form == Form.GATE:
+            raise ValueError("raw_scale is missing: form 'gate' needs one")
+        scale = _SOFTCLIP
+    else:
+        raw_scale = _checked("raw_scale", raw_scale, x, expected)
+        if scale_parameter is not None:
+            scale = _TANH if scale is None else scale
+            scale_parameter = _checked_parameter(scale_parameter, scale, x, expected)
+        elif scale is None:
+            scale = _SOFTCLIP
+    if keep not in ("input", "output"):
+        raise ValueError(f"keep must be 'input' or 'output'; got {keep!r}")
+    options = (int(part), int(scale.kind), *scale.packed, int(form), inverse)
+    if needs_autograd((x, shift, raw_scale, scale_parameter)):
+        return apply_function(_Coupling, x, shift, raw_scale, scale_parameter, keep == "output", *options)
+    return _forward(x, shift, raw_scale, scale_parameter, options)
+
+
+_SOFTCLIP, _TANH = ScaleMap.softclip(), ScaleMap.exp_tanh(1.0)
+_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+
+def _expected_shape(x: Tensor, part: Part) -> tuple[int, ...]:
+    """The shape of shift and raw scale."""
+    shape = tuple(x.shape)
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {x.dtype}")
+    if len(shape) < 2 or 0 in shape[2:]:
+        raise ValueError(f"x must have shape [batch, channels, *sites] with at least one site; got {list(shape)}")
+    if part.is_checkerboard:
+        if len(shape) != 4 or shape[1] < 1:
+            raise ValueError(f"x must have shape [batch, channels, height, width] for a checkerboard; got {list(shape)}")
+        return shape
+    if shape[1] < 2:
+        raise ValueError(f"x must have at least 2 channels, [batch, channels, *sites], to split; got {list(shape)}")
+    return (shape[0], part.count(shape[1]), *shape[2:])
+
+
+def _checked(name: str, value: Tensor, x: Tensor, expected: tuple[int, ...]) -> Tensor:
+    if value.shape != expected:
+        raise ValueError(f"{name} must have shape {list(expected)}, like the transformed part of x; got {list(value.shape)}")
+    if value.dtype != x.dtype and value.device == x.device and torch.is_autocast_enabled(x.device.type) and value.is_floating_point():
+        return value.to(x.dtype)  # a conditioner under autocast returns half precision
+    if value.dtype != x.dtype or value.device != x.device:
+        raise ValueError(f"{name} must be {x.dtype} on {x.device}, like x; got {value.dtype} on {value.device}")
+    return value
+
+
+def _checked_parameter(a: Tensor, scale: ScaleMap, x: Tensor, expected: tuple[int, ...]) -> Tensor:
+    if scale.kind != ScaleKind.EXP_TANH:
+        raise ValueError(f"scale must be an exp_tanh map with a scale_parameter; got {scale!r}")
+    if a.dim() > 1 or a.numel() not in (1, expected[1]):
+        raise ValueError(
+            f"scale_parameter must be a scalar or have shape [{expected[1]}], one value per transformed channel; got {list(a.shape)}"
+        )
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if a.device != x.device or a.dtype not in (x.dtype, compute):
+        raise ValueError(f"scale_parameter must be {compute} on {x.device}; got {a.dtype} on {a.device}")
+    a = a if a.dtype == compute else a.to(compute)
+    return a if a.dim() else a.unsqueeze(0)
