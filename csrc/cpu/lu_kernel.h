@@ -75,13 +75,12 @@ FK_INLINE int64_t first_largest(const T* x, int64_t n) {
     best_at = larger ? at : best_at;
     at += lanes<T>;
   }
+  // without branches: which lane wins cannot be predicted
   T top = best[0];
-  int64_t first = best_at[0];
-  for (int lane = 1; lane < lanes<T>; ++lane) {
-    const bool wins = best[lane] > top || (best[lane] == top && best_at[lane] < first);
-    top = wins ? best[lane] : top;
-    first = wins ? best_at[lane] : first;
-  }
+  for (int lane = 1; lane < lanes<T>; ++lane) top = best[lane] > top ? best[lane] : top;
+  const IVec<T> places = best == top ? best_at : IVec<T>{} + INT32_MAX;
+  int64_t first = places[0];
+  for (int lane = 1; lane < lanes<T>; ++lane) first = places[lane] < first ? places[lane] : first;
   return first;
 }
 
