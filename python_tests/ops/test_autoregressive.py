@@ -38,8 +38,8 @@ class Part(NamedTuple):
     unitwise: str = ""  # "read" or "affine"
 
 
-def network_degrees(parts, rule, context, degrees):
-    """The degrees of all values; what is added to each other shares them."""
+def staircases(parts, rule, context, degrees):
+    """What each layer's units see, given the degrees of the features; values that are added to each other share their degrees."""
     g = torch.Generator().manual_seed(0)
     top = int(degrees.max()) if len(degrees) else 1
     values = [degrees]
@@ -52,7 +52,12 @@ def network_degrees(parts, rule, context, degrees):
             values.append(hidden_degrees(part.width, top, rule=rule, context=context, generator=g))
         else:
             values.append(degrees.repeat_interleave(2))
-    return values
+    sources = [number if part.source is None else part.source for number, part in enumerate(parts)]
+    units = lambda n: torch.arange(1, n + 1, dtype=torch.int32)
+    return [
+        units(len(above)) if part.unitwise else staircase(values[source], above, strict=not part.width)
+        for part, source, above in zip(parts, sources, values[1:], strict=True)
+    ]
 
 
 def example(
@@ -63,23 +68,20 @@ def example(
     if all(isinstance(p, int) for p in parts):
         parts = [Part(w, activation if w else "identity", context="add" if context else "") for w in (*parts, 0)]
     degrees = torch.arange(1, features + 1) if degrees is None else torch.tensor(degrees)
-    values = network_degrees(parts, rule, context > 0, degrees)
+    visible = staircases(parts, rule, context > 0, degrees)
+    widths = [features, *map(len, visible)]
     scale = scale or ScaleMap.softclip()
     order = None if order is None else torch.tensor(order)
 
     def layer(number, tensor):
         """tensor(fan_in, *shape) gives the next parameter."""
-        part = parts[number]
-        source = number if part.source is None else part.source
-        above, outputs = values[number + 1], len(values[number + 1])
-        seen = staircase(values[source], above, strict=not part.width and not part.unitwise)
+        part, seen, outputs = parts[number], visible[number], len(visible[number])
         wiring = {"source": part.source, "residual": part.residual}
         if part.unitwise:
-            seen = torch.arange(1, outputs + 1, dtype=torch.int32)
             pair = (tensor(1, outputs), tensor(10, outputs)) if part.unitwise == "affine" else (None, None)
             return MaskedLayer(*pair, seen, Activation[part.activation.upper()], **wiring)
         fan_in = (seen + context).clamp(min=1)
-        weight, bias = tensor(fan_in, len(values[source]), outputs), tensor(10, outputs)
+        weight, bias = tensor(fan_in, widths[number if part.source is None else part.source], outputs), tensor(10, outputs)
         if part.context:
             kind = part.context.rstrip("+")
             wiring["context_weight"] = tensor(fan_in, context, outputs)
@@ -126,18 +128,15 @@ def example(
     return make
 
 
-# context in front of the first activation and inside each block, activations as a block reads: nflows
+# context in front of the first activation and inside the block, an activation as the block reads: nflows
 RESIDUAL = [
     Part(7, context="tanh+"),
     Part(7, "tanh", unitwise="read"),
     Part(7, "tanh", context="add+"),
     Part(7, residual=1),
-    Part(7, "tanh", unitwise="read"),
-    Part(7, "tanh", context="add+"),
-    Part(7, residual=4),
     Part(0),
 ]
-# the context gates the end of each block, which begins with a batch norm: normflows
+# the context gates the end of the block, which begins with a batch norm: normflows
 GATED = [
     Part(6, context="add"),
     Part(6, "silu", unitwise="affine"),
@@ -145,8 +144,7 @@ GATED = [
     Part(6, residual=1, context="gate+"),
     Part(0),
 ]
-# a block with another width inside and no activation around it, then one that ends in an activation and adds activated values: zuko
-# and the rest of what wiring can say
+# a residual of activated values behind an activation, several layers that read and add the same values, the features read twice
 WIRED = [
     Part(5, "elu"),
     Part(8, "elu"),
@@ -173,9 +171,9 @@ class TestAutoregressive(OpBattery):
         **both("random degrees", 4, (6, 5), rule="random", activation="softplus", form="gate", scale=ScaleMap.sigmoid(bias=1.0)),
         **both("shared degrees", 5, (6, 6), degrees=[1, 1, 2, 4, 4], activation="gelu"),
         **both("a coupling", 4, (5,), degrees=[1, 1, 2, 2], activation="leaky_relu", form="shift_scale"),
-        **both("residual", 3, RESIDUAL, context=2),
-        **both("gated", 3, GATED, context=2, order=[1, 2, 0]),
-        **both("wired", 4, WIRED, degrees=[1, 2, 2, 3]),
+        **both("residual", 2, RESIDUAL, context=2),
+        **both("gated", 2, GATED, context=2, order=[1, 0]),
+        **both("wired", 3, WIRED, degrees=[1, 2, 2]),
     }
 
 
@@ -210,10 +208,10 @@ def widened(parts, width):
         (20, (600,), 300),
         (130, (64, 64), 5),
         (300, (40,), 0),
-        (20, widened(RESIDUAL, 270), 3),
-        (20, widened(GATED, 270), 300),
+        (10, widened(RESIDUAL, 270), 3),
+        (10, widened(GATED, 270), 300),
         (9, widened(GATED, 20), 2),
-        (300, widened(WIRED, 40), 0),
+        (10, widened(WIRED, 270), 0),
     ],
 )
 @pytest.mark.parametrize("inverse", [False, True])
