@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flowkernels import backend
-from flowkernels.layers import FlowBatchNorm, Inverse, MaskedAutoregressive, MaskedLinear, Permute
+from flowkernels.layers import FlowBatchNorm, Inverse, MaskedAutoregressive, MaskedLinear, Permute, Unitwise
 from flowkernels.ops.degrees import hidden_degrees, staircase
 
 
@@ -45,11 +45,69 @@ def test_context_reaches_every_output(features, hidden):
     assert jacobian.ne(0).all()
 
 
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("degrees", ["even", "cycling", "random"])
+def test_by_the_old_rule_the_context_reaches_all_but_the_first(degrees, residual):
+    torch.manual_seed(0)
+    settings = {"context_features": 2, "degrees": degrees, "residual": residual, "activation": "tanh", "order": [2, 0, 3, 1]}
+    x, context = torch.randn(1, 4, dtype=torch.float64), torch.randn(1, 2, dtype=torch.float64)
+    for rule, first in (("every_output", True), ("all_but_first", False)):
+        layer = shaken(MaskedAutoregressive(4, (24, 24), context_rule=rule, **settings)).double()
+        seen = torch.autograd.functional.jacobian(lambda c, f=layer: f(x, c)[0][0], context).ne(0).all(-1).flatten()
+        assert seen[layer.order].tolist() == [first, True, True, True]
+
+
+@pytest.mark.parametrize("context", [0, 3])
+@pytest.mark.parametrize("degrees", ["even", "cycling", "random"])
+def test_residual_layers(degrees, context):
+    torch.manual_seed(0)
+    make = lambda: MaskedAutoregressive(
+        4, (12, 12), context_features=context, residual=True, degrees=degrees, activation="tanh", order="descending"
+    )
+    layer = shaken(make()).double()
+    x, c = torch.randn(7, 4, dtype=torch.float64), torch.randn(7, context, dtype=torch.float64) if context else None
+    jacobian = torch.autograd.functional.jacobian(lambda v: layer(v[None], None if c is None else c[:1])[0][0], x[0])
+    jacobian = jacobian[layer.order][:, layer.order]
+    assert jacobian.triu(1).eq(0).all() and jacobian.diagonal().ne(0).all()
+    with torch.no_grad():
+        z, logabsdet = layer(x, c)
+        torch.testing.assert_close(logabsdet[0], torch.linalg.slogdet(jacobian)[1])
+        back, opposite = layer.inverse(z, c)
+        torch.testing.assert_close((back, opposite), (x, -logabsdet))
+        with backend("reference"):
+            torch.testing.assert_close(layer.inverse(z, c), (back, opposite))
+        twin = make().double()
+        twin.load_state_dict(layer.state_dict())
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert all(torch.equal(g, w) for g, w in zip(other(x, c), (z, logabsdet), strict=True))
+    want = {f"layers.{i}.{name}" for i in (0, 2, 3, 5, 6, 7) for name in ("weight", "bias", "visible")} | {"order"}
+    want |= {f"layers.{i}.context_weight" for i in (0, 2, 5, 7)} if context else set()
+    assert set(layer.state_dict()) == want
+
+
+def test_a_residual_block_starts_near_the_identity():
+    layer = MaskedAutoregressive(3, (8,), residual=True)
+    assert layer.layers[3].weight.abs().max() <= 1e-3 < layer.layers[2].weight.abs().max()
+
+
+def test_a_layer_of_a_given_network():
+    layer = shaken(MaskedAutoregressive(4, (9, 9), context_features=2, residual=True)).double()
+    twin = MaskedAutoregressive.of(layer.conditioner(), scale=layer.scale)
+    x, context = torch.randn(3, 4).double(), torch.randn(3, 2).double()
+    with torch.no_grad():
+        assert all(torch.equal(g, w) for g, w in zip(twin(x, context), layer(x, context), strict=True))
+    with pytest.raises(ValueError, match="the network is not autoregressive"):
+        network = layer.conditioner()
+        MaskedAutoregressive.of(network._replace(visible=[*network.visible[:-1], network.visible[-1] * 0 + 9]))
+
+
 def test_narrow_layers_still_see_the_last_feature():
     degrees = hidden_degrees(4, 30)
     assert degrees[0] == 1 and degrees[-1] == 29
     assert hidden_degrees(4, 30, rule="cycling").tolist() == [1, 2, 3, 4]
     assert hidden_degrees(16, 5, context=True)[:8].eq(0).all()
+    assert hidden_degrees(7, 5, rule="cycling", context=True).tolist() == [0, 0, 1, 1, 2, 3, 4]
+    assert hidden_degrees(200, 5, rule="random", context=True).unique().tolist() == [0, 1, 2, 3, 4]
 
 
 def test_staircase_counts_what_is_seen():
@@ -122,6 +180,7 @@ def test_masked_linear_layer():
     want = layer.bias + x @ layer.weight + context @ layer.context_weight
     torch.testing.assert_close(layer(x, context), want)
     assert layer.weight[:, 0].eq(0).all() and layer.weight[2, 1] == 0
+    assert torch.equal(Unitwise(3)(x), x) and torch.equal(shaken(Unitwise(3, affine=True))(0 * x)[0], shaken(Unitwise(3, affine=True)).bias)
 
 
 class TestFlowBatchNorm:
@@ -164,6 +223,8 @@ class TestFlowBatchNorm:
         ({"context_features": -1}, "context_features must be at least 0; got -1"),
         ({"order": "sideways"}, "order must be 'ascending', 'descending' or a permutation; got 'sideways'"),
         ({"order": [0, 1, 1]}, r"order must be a permutation of 0..2; got \[0, 1, 1\]"),
+        ({"hidden_features": (4, 5), "residual": True}, r"hidden_features must all be equal with residual=True; got \(4, 5\)"),
+        ({"context_rule": "none"}, "context_rule must be 'every_output' or 'all_but_first'; got 'none'"),
         ({"degrees": "odd"}, "rule must be 'even', 'cycling' or 'random'; got 'odd'"),
         ({"activation": "swoosh"}, "swoosh"),
         ({"form": "affine"}, "affine"),

@@ -361,6 +361,39 @@ class TestBadInput:
         with torch.no_grad(), pytest.raises(RuntimeError, match="autoregressive|visible"):
             autoregressive(torch.zeros(2, 3), network, inverse=True)
 
+    @pytest.mark.parametrize(
+        ("number", "change", "message"),
+        [
+            (1, {"source": 2}, "layer 1 must read values 0 to 1; got source 2 and residual -1"),
+            (1, {"residual": 0}, "layer 1: residual must be 4 wide, like the layer; got 2"),
+            (2, {"residual": 2}, "the last layer must be a masked layer with neither gate nor residual nor activation"),
+            (2, {"activation": Activation.TANH}, "the last layer must be a masked layer with neither gate nor residual nor activation"),
+            (
+                1,
+                {"weight": None, "bias": None},
+                "layer 1: visible of a unitwise layer must be 1..4; got",
+            ),
+            (1, {"weight": torch.zeros(3, 4)}, "layer 1 must have 4 inputs, the outputs of the layer it reads; got 3"),
+            (1, {"context_bias": torch.zeros(3)}, r"layer 1: context_bias must have shape \[4\]; got \[3\]"),
+            (0, {"bias": torch.zeros(3)}, r"layer 0: bias must have shape \[4\]; got \[3\]"),
+        ],
+    )
+    def test_wiring(self, number, change, message):
+        seen = [[1, 1, 1, 1], [2, 3, 4, 4], [0, 0, 4, 4]]
+        shapes = [(2, 4), (4, 4), (4, 4)]
+        layers = [
+            MaskedLayer(torch.zeros(shape), torch.zeros(4), torch.tensor(v, dtype=torch.int32), context_weight=torch.zeros(3, 4))
+            for shape, v in zip(shapes, seen, strict=True)
+        ]
+        check_conditioner(Conditioner.of(layers))
+        layers[number] = layers[number]._replace(**change)
+        network = Conditioner.of(layers)
+        with pytest.raises(ValueError, match=message):
+            check_conditioner(network)
+        if "visible" not in message:
+            with torch.no_grad(), pytest.raises(RuntimeError, match="flowkernels::autoregressive"):
+                autoregressive(torch.zeros(2, 2), network, torch.zeros(2, 3))
+
     def test_order_is_a_permutation(self):
         with pytest.raises(ValueError, match=r"order must be a permutation of 0..2; got \[0, 0, 1\]"):
             check_conditioner(self.conditioner()._replace(order=torch.tensor([0, 0, 1])))
