@@ -152,9 +152,15 @@ std::tuple<Tensor, Tensor> launch(const Tensor& x, const std::optional<Tensor>& 
   args.batch = batch;
   args.features = features;
   args.context_features = context_features;
+  std::vector<int64_t> position;
   if (order) {
     args.order = static_cast<const int64_t*>(network.vector(*order, features, ScalarType::Long, "order"));
-    for (int64_t p = 0; p < features; ++p) check(args.order[p] >= 0 && args.order[p] < features, "order must be a permutation");
+    position.assign(features, -1);
+    for (int64_t p = 0; p < features; ++p) {
+      check(args.order[p] >= 0 && args.order[p] < features && position[args.order[p]] < 0, "order must be a permutation");
+      position[args.order[p]] = p;
+    }
+    args.position = position.data();
   }
   args.scale = scale;
   args.form = form;

@@ -43,7 +43,8 @@ struct AutoregressiveArgs {
   int n_layers;
   Strided<T> x, context;
   int64_t batch, features, context_features;
-  const int64_t* order;  // feature generated k-th; null for 0, 1, 2, ...
+  const int64_t* order;     // feature generated k-th; null for 0, 1, 2, ...
+  const int64_t* position;  // its inverse: when each feature is generated
   ScaleMapParams scale;
   int form;
   bool inverse;

@@ -34,14 +34,16 @@ struct RowLanes {
   T* layer_gates(int l) const { return gates + offsets[l] * rows; }
   T* layer_totals(int l) const { return one_chunk(l) ? nullptr : totals + offsets[l] * rows; }
 
-  void read(const Strided<T>& from, int64_t columns, const int64_t* order, T* to) const {
+  void read(const Strided<T>& from, int64_t columns, const int64_t* position, T* to) const {
+    const T* row = from.data + first_row * from.row;
+    if (from.column == 1) return read_columns(row, from.row, n_rows, columns, position, to, rows);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < columns; ++c)
-        to[c * rows + r] = r < n_rows ? from.data[(first_row + r) * from.row + (order ? order[c] : c) * from.column] : T(0);
+        to[(position ? position[c] : c) * rows + r] = r < n_rows ? row[r * from.row + c * from.column] : T(0);
   }
 
   void begin() {
-    read(args.x, args.features, args.order, values);
+    read(args.x, args.features, args.position, values);
     if (args.context_features) read(args.context, args.context_features, nullptr, context);
     for (int l = 1; l <= args.n_layers; ++l) {
       const MaskedLayer<T>& layer = args.layers[l - 1];
@@ -139,11 +141,8 @@ struct RowLanes {
   }
 
   void end() const {
-    for (int64_t r = 0; r < n_rows; ++r) {
-      T* y = args.y + (first_row + r) * args.features;
-      for (int64_t p = 0; p < args.features; ++p) y[args.order ? args.order[p] : p] = values[p * rows + r];
-      args.logabsdet[first_row + r] = log_total[r] + log[r];
-    }
+    write_columns(values, rows, n_rows, args.features, args.position, args.y + first_row * args.features, args.features);
+    for (int64_t r = 0; r < n_rows; ++r) args.logabsdet[first_row + r] = log_total[r] + log[r];
   }
 };
 

@@ -56,29 +56,6 @@ void push_back(const T* weight, int64_t ld, const int32_t* first, const T* above
   }
 }
 
-// rows [r0, r0 + n) of a matrix as columns: to[c][r] for c < columns; rows from n on repeat nothing but zeros
-template <class T>
-void read_columns(const T* from, int64_t ld, int64_t n, int64_t columns, T* to, int64_t rows) {
-  for (int64_t r = 0; r < rows; r += lanes<T>)
-    for (int64_t c = 0; c < columns; c += lanes<T>) {
-      Vec<T> block[lanes<T>];
-      for (int i = 0; i < lanes<T>; ++i) block[i] = r + i < n ? load_some(from + (r + i) * ld + c, columns - c) : zero<T>();
-      transpose(block);
-      for (int i = 0; i < lanes<T> && c + i < columns; ++i) store(to + (c + i) * rows + r, block[i]);
-    }
-}
-
-template <class T>
-void write_columns(const T* from, int64_t rows, int64_t n, int64_t columns, T* to, int64_t ld) {
-  for (int64_t r = 0; r < n; r += lanes<T>)
-    for (int64_t c = 0; c < columns; c += lanes<T>) {
-      Vec<T> block[lanes<T>];
-      for (int i = 0; i < lanes<T>; ++i) block[i] = c + i < columns ? load(from + (c + i) * rows + r) : zero<T>();
-      transpose(block);
-      for (int i = 0; i < lanes<T> && r + i < n; ++i) store_some(to + (r + i) * ld + c, block[i], columns - c);
-    }
-}
-
 // The deltas of one tile; values and deltas as in TrainingArgs, here [column][row]
 template <class T>
 struct Solve {
@@ -163,11 +140,11 @@ void solve_tile(const TrainingArgs<T>& args, const MaskedLinearArgs<T>* layers, 
   const int64_t n = r1 - r0, rows = (n + lanes<T> - 1) / lanes<T> * lanes<T>, D = args.features;
   T *values = scratch, *deltas = values + args.deltas_ld * rows, *c = deltas + args.deltas_ld * rows;
   const T* from = args.values + r0 * args.values_ld;
-  read_columns(from, args.values_ld, n, args.deltas_ld, values, rows);
+  read_columns(from, args.values_ld, n, args.deltas_ld, nullptr, values, rows);
   for (int l = 1; l < args.n_layers; ++l) {  // the derivative of some activations needs what came before them
     const Finish<T>& finish = layers[l].finish;
     if (!derivative_from_value(finish.activation))
-      read_columns(finish.values + r0 * finish.values_ld, finish.values_ld, n, offsets[l + 1] - offsets[l], values + offsets[l] * rows, rows);
+      read_columns(finish.values + r0 * finish.values_ld, finish.values_ld, n, offsets[l + 1] - offsets[l], nullptr, values + offsets[l] * rows, rows);
   }
   for (int64_t i = 0; i < args.deltas_ld * rows; i += lanes<T>) store(deltas + i, zero<T>());
   for (int64_t r = 0; r < rows; ++r) {
@@ -179,7 +156,7 @@ void solve_tile(const TrainingArgs<T>& args, const MaskedLinearArgs<T>* layers, 
   if (n_steps) solve.run(0, n_steps);
   for (int64_t r = 0; r < n; ++r)
     for (int64_t p = 0; p < D; ++p) args.dx[(r0 + r) * D + (args.order ? args.order[p] : p)] = deltas[p * rows + r];
-  write_columns(deltas + D * rows, rows, n, args.deltas_ld - D, args.deltas + r0 * args.deltas_ld + D, args.deltas_ld);
+  write_columns(deltas + D * rows, rows, n, args.deltas_ld - D, nullptr, args.deltas + r0 * args.deltas_ld + D, args.deltas_ld);
 }
 
 }  // namespace FK_TARGET

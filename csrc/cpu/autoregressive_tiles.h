@@ -1,5 +1,6 @@
 // How a batch is cut into tiles of rows, and which form of the loop each tile runs. Included once per instruction set.
 
+#include "cpu/columns.h"
 #include "cpu/staircase_kernel.h"
 #include "cpu/autoregressive_kernel.h"
 
@@ -7,8 +8,8 @@ namespace flowkernels {
 namespace FK_TARGET {
 
 constexpr int64_t kFewRows = 4;                      // up to here, lanes are units
-constexpr int64_t kTileRows = 2 * kRowVectors;       // vectors of rows in a full tile
-constexpr int64_t kScratchBytes = 3 * 1024 * 1024;   // of one thread; larger networks take narrower tiles
+constexpr int64_t kTileRows = 4 * kRowVectors;        // vectors of rows in a full tile
+constexpr int64_t kScratchBytes = 7 * 512 * 1024;     // of one thread; larger networks take narrower tiles
 
 template <class T>
 int64_t padded_units(const AutoregressiveArgs<T>& args) {

@@ -65,15 +65,6 @@ void pack_transposed(const T* weight, int64_t ld, const Panel<T>& p) {
   }
 }
 
-template <class T>
-FK_INLINE Vec<T> load_some(const T* p, int64_t n) {
-  return n >= lanes<T> ? load(p) : load_partial(p, static_cast<int>(n));
-}
-template <class T>
-FK_INLINE void store_some(T* p, Vec<T> v, int64_t n) {
-  n >= lanes<T> ? store(p, v) : store_partial(p, v, static_cast<int>(n));
-}
-
 // What a tile does with its sums: the common cases without a call for each vector
 enum class Store { plain, relu, relu_derivative, any };
 

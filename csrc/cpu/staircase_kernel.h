@@ -62,7 +62,8 @@ void multiply_add_rows(const T* weight, int64_t ld, const T* h, T* acc, int64_t 
   constexpr int64_t L = lanes<T>;
   int64_t r = 0;
   if constexpr (U <= kUnits) {
-    for (; r + kRowVectors * L <= rows; r += kRowVectors * L)
+    // four vectors are better two and two than three and one
+    for (; r + kRowVectors * L <= rows && rows - r != (kRowVectors + 1) * L; r += kRowVectors * L)
       multiply_add<U, kRowVectors>(weight, 1, ld, h + r, rows, acc + r, rows, K);
     for (; r + 2 * L <= rows; r += 2 * L) multiply_add<U, 2>(weight, 1, ld, h + r, rows, acc + r, rows, K);
   }
