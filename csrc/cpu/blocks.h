@@ -50,7 +50,7 @@ class Blocks {
     bool direct[3];
     for (int i = 0; i < args.n_inputs; ++i) in[i] = loaded(args.in[i], k, in_[i]);
     for (int i = 0; i < args.n_outputs; ++i) {
-      direct[i] = lies_packed(args.out[i], k) && !(between && i == 0);
+      direct[i] = !args.streams && lies_packed(args.out[i], k) && !(between && i == 0);
       out[i] = direct[i] ? reinterpret_cast<T*>(args.out[i].data + offset(args.out[i].stride, k.at)) : out_[i];
     }
     const T* parameters[3] = {};
@@ -66,7 +66,9 @@ class Blocks {
         store_checkered(out[i], args.out[i], k, i == 0 ? &args.in[0] : nullptr);
       } else {
         const View<E>& to = args.out[i];
-        unpack(narrowed(out[i], k), to.data + offset(to.stride, k.at), to.stride[k.row_axis] * k.row_step, to.stride[k.axis], k.rows, k.n);
+        const bool packed = args.streams && lies_packed(to, k);  // one long row
+        const int64_t rows = packed ? 1 : k.rows, n = packed ? k.total() : k.n, row = to.stride[k.row_axis] * k.row_step;
+        unpack(narrowed(out[i], k), to.data + offset(to.stride, k.at), row, to.stride[k.axis], rows, n, args.streams);
       }
     }
   }
@@ -84,7 +86,7 @@ class Blocks {
     }
     const E* p = from->data + offset(from->stride, k.at);
     const int64_t row = from->stride[k.row_axis] * k.row_step, stride = from->stride[k.axis];
-    if (stride == 1 && to_stride == 1) return copy_rows(p, row, q, to_row, k.rows, k.n);
+    if (stride == 1 && to_stride == 1) return copy_rows(p, row, q, to_row, k.rows, k.n, args.streams);
     for (int64_t r = 0; r < k.rows; ++r) {
       for (int64_t i = 0; i < k.n; ++i) q[r * to_row + i * to_stride] = p[r * row + i * stride];
     }

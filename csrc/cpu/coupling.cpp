@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& shift, const s
   if (raw_scale) check_like(*raw_scale, x, args.transformed);
   Tensor y = empty_in_layout_of(x), logabsdet = empty_vector(args.batch, compute_type<E>);
   const Tensor *in[] = {&x, &shift, raw_scale ? &*raw_scale : nullptr}, *out[] = {&y};
-  check(set_views(args, in, raw_scale ? 3 : 2, 1, out, 1), "sites must lie in at most four groups");
+  set_views(args, in, raw_scale ? 3 : 2, 1, out, 1);
   set_scale_parameter(args, scale_parameter);
   const bool additive = !raw_scale, sums = !additive && !args.one_site;
   plan(args, sums);
@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
   const bool learned = scale_parameter.has_value();
   Tensor dparameter = learned ? empty_vector(scale_parameter->size(0), compute_type<E>) : empty_vector(0, shift.scalar_type());
   const Tensor *in[] = {&dy, &kept, &shift, &raw_scale}, *out[] = {&dx, &dshift, &draw_scale};
-  check(set_views(args, in, 4, 2, out, 3), "sites must lie in at most four groups");
+  set_views(args, in, 4, 2, out, 3);
   set_scale_parameter(args, scale_parameter);
   args.per_sample = static_cast<const T*>(dlogabsdet.const_data_ptr());
   args.per_sample_stride = dlogabsdet.stride(0);

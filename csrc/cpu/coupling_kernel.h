@@ -157,6 +157,7 @@ FK_CALL void run_coupling(const Elementwise<E>& args, const Affine& affine, bool
   using T = compute_t<E>;
   const CouplingMap<T> map{affine, choose_tile<T>(affine, additive, args.n_parameters > 0, backward)};
   Walk<E, CouplingMap<T>>(args, map, columns).run(first, last);
+  finish_streams();
 }
 
 }  // namespace FK_TARGET

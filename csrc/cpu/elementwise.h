@@ -12,14 +12,15 @@
 
 namespace flowkernels {
 
-constexpr int kMaxDims = 16;
+constexpr int kMaxDims = 12, kMaxSiteAxes = kMaxDims - 2;
+constexpr int64_t kStreamBytes = 32 << 20;  // larger tensors are not kept in caches
 constexpr int64_t kTile = 512;   // elements that are transformed at a time
 constexpr int64_t kLine = 1024;  // elements that are summed at a time
 
-// Axes of a view. Sites that lie evenly in all tensors are one axis, inner_axis; otherwise there are up to three outer ones.
-enum Axis : int { batch_axis, channel_axis, inner_axis, outer_axis, n_axes = outer_axis + 3 };
+// Axes of a view. Sites that lie evenly in all tensors are one axis, inner_axis; otherwise there are outer ones too.
+enum Axis : int { batch_axis, channel_axis, inner_axis, outer_axis, n_axes = inner_axis + kMaxSiteAxes };
 
-// A tensor [batch, channels, *sites], sites folded into at most four axes, of which the first varies fastest.
+// A tensor [batch, channels, *sites], sites folded into axes, of which the first varies fastest.
 template <class E>
 struct View {
   E* data = nullptr;
@@ -33,7 +34,7 @@ template <class E>
 struct Elementwise {
   using T = compute_t<E>;
   int64_t batch, channels, transformed;
-  int64_t sites, inner, outer[3];  // sites = inner * outer[0] * ...
+  int64_t sites, inner, outer[kMaxSiteAxes - 1];  // sites = inner * outer[0] * ...
   int n_outer;
   Along along;
   int64_t phase;      // parity of the first transformed channel, or of the transformed sites
@@ -64,6 +65,7 @@ struct Elementwise {
   int64_t lines;     // of a sample
   int64_t samples_of_unit, units;
   bool sums_columns;
+  bool streams;  // results go past the caches
 };
 
 // How the work is divided, once all else is known. Sums never depend on it: where they go across samples, a unit is a fixed number.
@@ -74,6 +76,7 @@ void plan(Elementwise<E>& args, bool sums) {
   args.samples_of_unit = sums ? kLine : std::max<int64_t>(1, kTile / args.transformed);
   args.units = args.one_site ? (args.batch + args.samples_of_unit - 1) / args.samples_of_unit
                              : args.batch * args.lines * (args.channel_rows ? 1 : args.transformed);
+  args.streams = args.batch * args.channels * args.sites * static_cast<int64_t>(sizeof(E)) >= kStreamBytes;
   args.sums_columns = sums && (args.one_site || args.channel_rows);
 }
 
@@ -138,15 +141,14 @@ View<Element> part_of(const Elementwise<E>& args, View<Element> view, bool trans
 
 // The sites of several tensors of the same sites, folded into as few axes as all of them allow.
 struct Sites {
-  int64_t count = 1, inner = 1, outer[3] = {1, 1, 1};
+  int64_t count = 1, inner = 1, outer[kMaxSiteAxes - 1] = {};
   int n_outer = 0;
-  bool fits = true;
 
   // keep: leave the two axes of an image alone
   Sites(const torch::stable::Tensor* const* tensors, int n, bool keep) {
     const int64_t dims = tensors[0]->dim();
     int axes = 0;  // found so far
-    int64_t size[4] = {1, 1, 1, 1};
+    int64_t size[kMaxSiteAxes];
     for (int64_t d = dims - 1; d >= 2; --d) {
       const int64_t extent = tensors[0]->size(d);
       count *= extent;
@@ -157,15 +159,11 @@ struct Sites {
         size[axes - 1] *= extent;
         continue;
       }
-      if (axes == 4) {
-        fits = false;
-        return;
-      }
       size[axes] = extent;
       for (int i = 0; i < n; ++i) stride_[i][axes] = tensors[i]->stride(d);
       ++axes;
     }
-    inner = size[0];
+    inner = axes > 0 ? size[0] : 1;
     n_outer = std::max(axes - 1, 0);
     for (int i = 0; i < n_outer; ++i) outer[i] = size[i + 1];
   }
@@ -183,23 +181,21 @@ struct Sites {
 
  private:
   static constexpr int kMaxTensors = 8;
-  int64_t stride_[kMaxTensors][4] = {};
+  int64_t stride_[kMaxTensors][kMaxSiteAxes] = {};
 };
 
-// The first n_whole inputs, and the first output, have all channels; the others the transformed ones. False where the sites lie in
-// too many groups.
+// The first n_whole inputs, and the first output, have all channels; the others the transformed ones.
 template <class E>
-bool set_views(Elementwise<E>& args, const torch::stable::Tensor* const* in, int n_inputs, int n_whole,
+void set_views(Elementwise<E>& args, const torch::stable::Tensor* const* in, int n_inputs, int n_whole,
                const torch::stable::Tensor* const* out, int n_outputs) {
   const torch::stable::Tensor* all[7];
   std::copy(in, in + n_inputs, all);
   std::copy(out, out + n_outputs, all + n_inputs);
   const Sites sites(all, n_inputs + n_outputs, args.along == Along::checkerboard);
-  if (!sites.fits) return false;
   args.sites = sites.count;
   args.inner = sites.inner;
   args.n_outer = sites.n_outer;
-  std::copy(sites.outer, sites.outer + 3, args.outer);
+  std::copy(sites.outer, sites.outer + sites.n_outer, args.outer);
   args.one_site = sites.count == 1 && args.along != Along::checkerboard;
   args.channel_rows = !args.one_site && is_channels_last(*out[0]);
   args.n_inputs = n_inputs;
@@ -214,7 +210,6 @@ bool set_views(Elementwise<E>& args, const torch::stable::Tensor* const* in, int
     args.out[i] = i == 0 ? part_of(args, view, true) : view;
     if (i == 0) args.whole_out = view, args.rest_out = part_of(args, view, false);
   }
-  return true;
 }
 
 // f(first, last) over `units` units of work that touch `elements` elements together, on several threads where that pays.

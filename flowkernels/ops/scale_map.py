@@ -257,6 +257,9 @@ class Form(enum.IntEnum):
     GATE = 3
 
 
+_FORMS = {form.name.lower(): form for form in Form}
+
+
 def parse_form(name: "str | Form") -> Form:
     """The form of that name.
 
@@ -265,10 +268,10 @@ def parse_form(name: "str | Form") -> Form:
     """
     if isinstance(name, Form):
         return name
-    names = [form.name.lower() for form in Form]
-    if name not in names:
-        raise ValueError(f"form must be one of {', '.join(map(repr, names))}; got {name!r}")
-    return Form(names.index(name))
+    try:
+        return _FORMS[name]
+    except (KeyError, TypeError):
+        raise ValueError(f"form must be one of {', '.join(map(repr, _FORMS))}; got {name!r}") from None
 
 
 def apply_form(form: Form, x: Tensor, shift: Tensor, s: Tensor, scale_map: ScaleMap) -> tuple[Tensor, Tensor]:

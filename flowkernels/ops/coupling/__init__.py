@@ -209,12 +209,12 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 def _expected_shape(x: Tensor, part: Part) -> tuple[int, ...]:
     """The shape of shift and raw scale."""
-    shape = tuple(x.shape)
+    shape = x.shape
     if x.dtype not in _DTYPES:
         raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {x.dtype}")
     if len(shape) < 2 or 0 in shape[2:]:
         raise ValueError(f"x must have shape [batch, channels, *sites] with at least one site; got {list(shape)}")
-    if part.is_checkerboard:
+    if part >= Part.CHECKERBOARD_EVEN:
         if len(shape) != 4 or shape[1] < 1:
             raise ValueError(f"x must have shape [batch, channels, height, width] for a checkerboard; got {list(shape)}")
         return shape

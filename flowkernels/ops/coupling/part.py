@@ -36,7 +36,9 @@ class Part(enum.IntEnum):
 
     def count(self, total: int) -> int:
         """How many of `total` channels are transformed; all of them, at half of the sites, for a checkerboard."""
-        return len(range(*self.channels(total)))
+        if self.is_checkerboard:
+            return total
+        return total // 2 if self == Part.ODD else total - total // 2
 
     def transformed(self, x: Tensor) -> Tensor:
         """A view of the transformed channels."""

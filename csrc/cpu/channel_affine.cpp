@@ -1,0 +1,178 @@
+// The per-channel affine map for CPU tensors: arguments, threads, registration. The loops are in walk.h.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "cpu/elementwise.h"
+#include "cpu/scratch.h"
+
+#define FK_KERNEL "cpu/channel_affine_kernel.h"
+#include "cpu/for_each_target.h"
+
+namespace flowkernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "flowkernels::channel_affine: ", what); }
+
+// before, scale and after, [3, channels], of y = (x + before) * scale + after
+template <class E>
+class Parameters {
+  using T = compute_t<E>;
+
+ public:
+  Parameters(const std::optional<Tensor>& shift, const Tensor& log_scale, const std::optional<Tensor>& bias, bool inverse, int64_t channels)
+      : values_(new T[3 * channels]), channels_(channels) {
+    read(inverse ? bias : shift, inverse ? T(-1) : T(1), before());
+    read(inverse ? shift : bias, inverse ? T(-1) : T(1), after());
+    fits(log_scale);
+    const T* from = static_cast<const T*>(log_scale.const_data_ptr());
+    FK_DISPATCH(exp_of(from, log_scale.stride(0), inverse ? T(-1) : T(1), channels_, scale()));
+    double sum = 0;
+    for (int64_t c = 0; c < channels_; ++c) sum += from[c * log_scale.stride(0)];
+    log_det_ = inverse ? -sum : sum;
+  }
+
+  T* before() const { return values_.get(); }
+  T* scale() const { return values_.get() + channels_; }
+  T* after() const { return values_.get() + 2 * channels_; }
+  double log_det() const { return log_det_; }  // of one site
+
+ private:
+  void fits(const Tensor& t) const {
+    check(t.is_cpu() && t.dim() == 1 && t.size(0) == channels_ && t.scalar_type() == compute_type<E>, "shift, log_scale or bias does not fit x");
+  }
+
+  void read(const std::optional<Tensor>& t, T sign, T* to) const {
+    if (!t) return std::fill(to, to + channels_, T(0));
+    fits(*t);
+    const T* from = static_cast<const T*>(t->const_data_ptr());
+    for (int64_t c = 0; c < channels_; ++c) to[c] = sign * from[c * t->stride(0)];
+  }
+
+  std::unique_ptr<T[]> values_;
+  int64_t channels_;
+  double log_det_;
+};
+
+template <class E>
+Elementwise<E> describe(const Tensor& x, const Parameters<E>& parameters, const Tensor* const* in, int n_inputs, const Tensor& out) {
+  Elementwise<E> args{};
+  args.batch = x.size(0);
+  args.channels = args.transformed = x.size(1);
+  args.along = Along::channels;
+  args.phase = 1;
+  const Tensor* outputs[] = {&out};
+  set_views(args, in, n_inputs, n_inputs, outputs, 1);
+  args.n_parameters = 3;
+  const compute_t<E>* values[] = {parameters.before(), parameters.scale(), parameters.after()};
+  for (int i = 0; i < 3; ++i) args.parameter[i] = values[i], args.parameter_stride[i] = 1;
+  return args;
+}
+
+template <class E>
+void run(const Elementwise<E>& args, bool backward, bool from_output) {
+  in_parallel(args.units, args.batch * args.channels * args.sites, [&](int64_t first, int64_t last) {
+    const size_t scratch = args.sums_columns ? 16 * args.n_terms * args.channels * sizeof(compute_t<E>) : 0;
+    auto* columns = static_cast<compute_t<E>*>(scratch > 0 ? thread_scratch(scratch) : nullptr);
+    FK_DISPATCH(run_channel_affine(args, backward, from_output, columns, first, last));
+  });
+}
+
+template <class E>
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& shift, const Tensor& log_scale,
+                                   const std::optional<Tensor>& bias, bool inverse) {
+  using T = compute_t<E>;
+  const Parameters<E> parameters(shift, log_scale, bias, inverse, x.size(1));
+  Tensor y = empty_in_layout_of(x), logabsdet = empty_vector(x.size(0), compute_type<E>);
+  const Tensor* in[] = {&x};
+  Elementwise<E> args = describe<E>(x, parameters, in, 1, y);
+  plan(args, false);
+  T* total = static_cast<T*>(logabsdet.mutable_data_ptr());
+  std::fill(total, total + args.batch, static_cast<T>(args.sites * parameters.log_det()));
+  if (args.batch > 0) run(args, false, false);
+  return {y, logabsdet};
+}
+
+template <class E>
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& dlogabsdet, const Tensor& kept,
+                                                    const std::optional<Tensor>& shift, const Tensor& log_scale,
+                                                    const std::optional<Tensor>& bias, bool inverse, bool from_output) {
+  using T = compute_t<E>;
+  check(kept.is_cpu() && kept.scalar_type() == dy.scalar_type() && kept.dim() == dy.dim(), "what is kept does not fit dy");
+  for (int64_t d = 0; d < dy.dim(); ++d) check(kept.size(d) == dy.size(d), "what is kept does not fit dy");
+  check(dlogabsdet.is_cpu() && dlogabsdet.dim() == 1 && dlogabsdet.size(0) == dy.size(0) && dlogabsdet.scalar_type() == compute_type<E>,
+        "dlogabsdet does not fit dy");
+  const int64_t channels = dy.size(1);
+  const Parameters<E> parameters(shift, log_scale, bias, inverse, channels);
+  Tensor dx = empty_in_layout_of(dy), dshift = empty_vector(channels, compute_type<E>);
+  Tensor dlog_scale = empty_vector(channels, compute_type<E>), dbias = empty_vector(channels, compute_type<E>);
+  const Tensor* in[] = {&dy, &kept};
+  Elementwise<E> args = describe<E>(dy, parameters, in, 2, dx);
+  plan(args, true);
+  args.n_terms = 2;
+  const int64_t parts = args.one_site ? args.units : args.batch * args.lines, each = parts * channels;
+  const std::unique_ptr<T[]> sums(new T[2 * each]);
+  args.sums[0] = sums.get();
+  args.sums[1] = sums.get() + each;
+  if (args.batch > 0) run(args, true, from_output);
+
+  const T* c = static_cast<const T*>(dlogabsdet.const_data_ptr());
+  double by_logabsdet = 0;
+  for (int64_t b = 0; b < args.batch; ++b) by_logabsdet += c[b * dlogabsdet.stride(0)];
+  by_logabsdet *= static_cast<double>(args.sites);
+  const double sign = inverse ? -1 : 1;
+  T* dbefore = static_cast<T*>((inverse ? dbias : dshift).mutable_data_ptr());
+  T* dafter = static_cast<T*>((inverse ? dshift : dbias).mutable_data_ptr());
+  T* dlog = static_cast<T*>(dlog_scale.mutable_data_ptr());
+  for (int64_t k = 0; k < channels; ++k) {
+    double constant = 0, linear = by_logabsdet;
+    for (int64_t i = 0; i < parts; ++i) constant += sums[i * channels + k], linear += sums[each + i * channels + k];
+    dafter[k] = static_cast<T>(sign * constant);
+    dbefore[k] = static_cast<T>(sign * constant * parameters.scale()[k]);
+    dlog[k] = static_cast<T>(sign * linear);
+  }
+  return {dx, dshift, dlog_scale, dbias};
+}
+
+std::tuple<Tensor, Tensor> channel_affine(const Tensor& x, std::optional<Tensor> shift, const Tensor& log_scale, std::optional<Tensor> bias,
+                                          bool inverse) {
+  check(x.dim() >= 2 && x.dim() <= kMaxDims, "x must have at least a batch and channels");
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return forward<float>(x, shift, log_scale, bias, inverse);
+    case ScalarType::Double: return forward<double>(x, shift, log_scale, bias, inverse);
+    case ScalarType::Half: return forward<Half>(x, shift, log_scale, bias, inverse);
+    case ScalarType::BFloat16: return forward<BFloat16>(x, shift, log_scale, bias, inverse);
+    default: STD_TORCH_CHECK(false, "flowkernels::channel_affine: x must be float64, float32, float16 or bfloat16");
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> channel_affine_backward(const Tensor& dy, const Tensor& dlogabsdet, const Tensor& kept,
+                                                                   std::optional<Tensor> shift, const Tensor& log_scale,
+                                                                   std::optional<Tensor> bias, bool inverse, bool from_output) {
+  check(dy.dim() >= 2 && dy.dim() <= kMaxDims, "dy must have at least a batch and channels");
+  switch (dy.scalar_type()) {
+    case ScalarType::Float: return backward<float>(dy, dlogabsdet, kept, shift, log_scale, bias, inverse, from_output);
+    case ScalarType::Double: return backward<double>(dy, dlogabsdet, kept, shift, log_scale, bias, inverse, from_output);
+    case ScalarType::Half: return backward<Half>(dy, dlogabsdet, kept, shift, log_scale, bias, inverse, from_output);
+    case ScalarType::BFloat16: return backward<BFloat16>(dy, dlogabsdet, kept, shift, log_scale, bias, inverse, from_output);
+    default: STD_TORCH_CHECK(false, "flowkernels::channel_affine: dy must be float64, float32, float16 or bfloat16");
+  }
+}
+
+}  // namespace
+}  // namespace flowkernels
+
+STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
+  if (flowkernels::hardware_target() == flowkernels::Target::none) return;
+  m.impl("channel_affine", TORCH_BOX(&flowkernels::channel_affine));
+  m.impl("channel_affine_backward", TORCH_BOX(&flowkernels::channel_affine_backward));
+}
