@@ -44,7 +44,7 @@ def files(tmp_path_factory):
     np.savetxt(folder / "x.csv", x, delimiter=",", header="a,b,c", comments="")
     np.save(folder / "wide.npy", random.normal(size=(40, 4)))
     np.save(folder / "short.npy", context[:7])
-    images = random.integers(0, 16, (40, 4, 4, 3), dtype=np.uint8)
+    images = random.integers(0, 16, (40, 6, 4, 3), dtype=np.uint8)
     np.save(folder / "images.npy", images)
     np.savez(folder / "images.npz", x=images, context=np.eye(4)[np.arange(40) % 4])
     bad = x.copy()
@@ -158,21 +158,21 @@ def test_every_flow_does_the_four_tasks_on_images(files, tmp_path, capsys, flow,
     run = tmp_path / "run"
     data = ["--data", str(files / "images.npz")]
     settings = COUPLINGS.get(flow, SMALL)
-    train = ["train", flow, *data, "--levels", "16", "--out", str(run), *settings]
+    train = ["train", flow, *data, "--grey-levels", "16", "--out", str(run), *settings]
     assert main(train if conditional else [*train, "--unconditional"]) == 0
-    assert "images of 3 x 4 x 4" + (" given 4 of context" if conditional else ";") in capsys.readouterr().out
+    assert "images of 3 x 6 x 4" + (" given 4 of context" if conditional else ";") in capsys.readouterr().out
     np.save(tmp_path / "classes.npy", np.eye(4)[:2])
     context = ["--context", str(tmp_path / "classes.npy")] if conditional else []
     assert main(["sample", str(run), "-n", "3", *context]) == 0
     samples = np.load(run / "samples.npy")
-    assert samples.shape == ((6 if conditional else 3), 3, 4, 4) and samples.dtype == np.uint8 and samples.max() <= 15
+    assert samples.shape == ((6 if conditional else 3), 3, 6, 4) and samples.dtype == np.uint8 and samples.max() <= 15
     assert main(["density", str(run), *data]) == 0
     log_prob = np.load(run / "log_prob.npy")
-    assert f"{-log_prob.mean() / (48 * np.log(2)):.4f} bits per dimension" in capsys.readouterr().out
+    assert f"{-log_prob.mean() / (72 * np.log(2)):.4f} bits per dimension" in capsys.readouterr().out
     assert main(["infer", str(run), *data]) == 0
     model, _, _ = load_model(run)
     classes = torch.eye(4, dtype=torch.float64)[torch.arange(40) % 4] if conditional else None
-    back = model.decode(torch.from_numpy(np.load(run / "z.npy")), classes).view(40, 3, 4, 4)
+    back = model.decode(torch.from_numpy(np.load(run / "z.npy")), classes).view(40, 3, 6, 4)
     images = np.moveaxis(np.load(files / "images.npy"), -1, 1)
     assert (back.numpy() == images).mean() > 0.999  # noise within 1e-6 of the next level may round to it
     assert main(["sample", str(run), "-n", "3", *context, "--out", str(tmp_path / "s.png")]) == 0
@@ -248,8 +248,8 @@ def test_no_standardize_takes_the_columns_as_they_are(files, tmp_path):
         ("--data xc.npz --context context.npy", ["context must come once"]),
         ("--data digits --context context.npy", ["context must not be given with --data digits"]),
         ("--data x.npy --context context.npy --unconditional", ["context must not be given with --unconditional"]),
-        ("--data x.npy --levels 4", ["levels is for images; x.npy is a table of numbers"]),
-        ("--data images.npy --levels 4", ["must hold whole grey levels 0..3; row"]),
+        ("--data x.npy --grey-levels 4", ["grey_levels must be given for images alone; x.npy is a table of numbers"]),
+        ("--data images.npy --grey-levels 4", ["must hold whole grey levels 0..3; row"]),
         ("--data images.npy --alpha 0.7", ["alpha must be at least 0 and less than 0.5; got 0.7"]),
         ("--data x.npy --validation 2", ["validation must be a fraction between 0 and 1; got 2.0"]),
         ("--data x.npy --averaging 1", ["averaging must be at least 0 and less than 1; got 1.0"]),

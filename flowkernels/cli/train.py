@@ -60,7 +60,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--no-standardize", action="store_true", help="take a table's columns as they are, not at zero mean and unit variance"
     )
     group.add_argument(
-        "--levels",
+        "--grey-levels",
         type=positive_int,
         metavar="N",
         help=f"images: number of grey levels (default: {LEVELS_OF_FILES}; digits: {LEVELS})",
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     settings, training = entry.choose(given, digits=options.data == DIGITS)
     split = load_split(options.data, options.context, options.validation, training.seed, unconditional=options.unconditional)
-    data = {name: getattr(options, name) for name in ("levels", "alpha", "unconditional")}
+    data = {name: getattr(options, name) for name in ("grey_levels", "alpha", "unconditional")}
     config = make_config(options.flow, settings, split, training, standardize=not options.no_standardize, **data)
     width = config["flow"]["context_features"]
     context = f" given {width} of context" if width else ""

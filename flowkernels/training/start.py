@@ -52,7 +52,7 @@ def make_config(
     training: TrainingSettings,
     *,
     standardize: bool = True,
-    levels: int | None = None,
+    grey_levels: int | None = None,
     alpha: float | None = None,
     unconditional: bool = False,
 ) -> dict[str, Any]:
@@ -63,21 +63,21 @@ def make_config(
         split: the data.
         training: how to train.
         standardize: for a user's tables: zero mean and unit variance in every column of the training rows, and of their context.
-        levels, alpha: for images; see `data.GreyLevels`. By default 17 and 0.01 for the digits, 256 and 0.05 for images in files.
+        grey_levels, alpha: for images; see `data.GreyLevels`. By default 17 and 0.01 for the digits, 256 and 0.05 for images in files.
         unconditional: whether a context that came with the data was left out.
     """
     x, context, image_shape = split.train.x, split.train.context, split.train.image_shape
     digits = split.train.name == DIGITS
     if image_shape is None:
-        for name, value in (("levels", levels), ("alpha", alpha)):
+        for name, value in (("grey_levels", grey_levels), ("alpha", alpha)):
             if value is not None:
-                raise ValueError(f"{name} is for images; {split.train.name} is a table of numbers, got {name} {value}")
+                raise ValueError(f"{name} must be given for images alone; {split.train.name} is a table of numbers, got {name} {value}")
         preprocess = {"kind": "standardize" if standardize else "identity"}
     else:
         usual = (LEVELS, ALPHA_OF_DIGITS) if digits else (LEVELS_OF_FILES, ALPHA_OF_FILES)
         preprocess = {
             "kind": "grey_levels",
-            "levels": usual[0] if levels is None else levels,
+            "levels": usual[0] if grey_levels is None else grey_levels,
             "alpha": usual[1] if alpha is None else alpha,
         }
     with_context_map = context is not None and standardize and not digits

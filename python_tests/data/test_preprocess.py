@@ -53,7 +53,7 @@ def test_grey_levels_count_their_logabsdet_per_grey_level():
     preprocess = GreyLevels(17, 0.01)
     preprocess.fit(x)
     y, logabsdet = preprocess.forward(x, torch.Generator().manual_seed(5))
-    dequantised = x + torch.rand(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(5))
+    dequantised = x + torch.rand(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
     def formula(row):
         p = 0.01 + 0.98 * row / 17
