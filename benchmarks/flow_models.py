@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flowkernels import ScaleMap
 from flowkernels.flows import NICE, Flow, RealNVP
 from flowkernels.flows.networks import MLP, ResNet
-from flowkernels.layers import AdditiveCoupling, AffineCoupling, DiagonalScale, FlowBatchNorm
+from flowkernels.layers import AdditiveCoupling, AffineCoupling, Chain, DiagonalScale, FlowBatchNorm
 
 from .case import Unavailable
 
@@ -41,11 +41,11 @@ class Model:
         return Model(copy.deepcopy(self.module).double(), self.to_noise, self.to_data)
 
 
-def ours(flow: Flow) -> Model:
+def ours(flow: Chain) -> Model:
     return Model(flow, lambda module, x: module(x), lambda module, z: module.inverse(z)[0])
 
 
-def eager(flow: Flow) -> Model:
+def eager(flow: Chain) -> Model:
     """The same flow with its layers in plain PyTorch and plain autograd."""
     flow = copy.deepcopy(flow)
     for layer in flow.modules():
@@ -102,11 +102,11 @@ def channel_couplings(channels: int, couplings: int, hidden_channels: int, block
     """Affine couplings over the channels of an image: what RealNVP's scales and nflows' couplings have in common."""
     net = lambda inputs, outputs: ResNet(inputs, hidden_channels, outputs, blocks)
 
-    def flow() -> Flow:
+    def flow() -> Chain:
         torch.manual_seed(0)
         half = channels // 2
         parts = ["first_half" if i % 2 else "second_half" for i in range(couplings)]
-        return Flow([AffineCoupling(net(half, 2 * half), part=part, scale=SIGMOID) for part in parts], channels)
+        return Chain([AffineCoupling(net(half, 2 * half), part=part, scale=SIGMOID) for part in parts])
 
     masks = [[float((k < channels // 2) == bool(i % 2)) for k in range(channels)] for i in range(couplings)]
     return {OURS: lambda: ours(flow()), "nflows": lambda: _nflows("AffineCouplingTransform", masks, net)}

@@ -192,9 +192,9 @@ def test_images_are_dequantised_and_tables_are_not(tmp_path, data):
 
 
 QUICK = {
-    "maf": {"transforms": 3, "hidden": [128], "epochs": 25, "learning_rate": 1.5e-2, "weight_decay": 1.0},
+    "maf": {"transforms": 3, "hidden": [128], "epochs": 35, "learning_rate": 1.5e-2, "weight_decay": 1.0},
     "nice": {"epochs": 60},
-    "realnvp": {"epochs": 7},
+    "realnvp": {"epochs": 9},
 }
 
 
