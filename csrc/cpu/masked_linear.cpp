@@ -184,18 +184,29 @@ Tensor dweight(const Tensor& x, const Tensor& dy, const Tensor& visible) {
 }
 
 void check_dtype(const Tensor& t) {
-  check(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, "the compiled kernel takes float32 and float64");
+  check(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, "tensors must be float64, float32, float16 or bfloat16");
 }
 
+// Half and bfloat16 are computed in float32 and rounded once.
+bool is_half(const Tensor& t) { return t.scalar_type() == ScalarType::Half || t.scalar_type() == ScalarType::BFloat16; }
+
+Tensor widened(const Tensor& t) { return torch::stable::to(t, ScalarType::Float); }
+
 Tensor masked_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor visible) {
+  if (is_half(x)) {
+    if (bias) bias = widened(*bias);
+    return torch::stable::to(forward<float>(widened(x), widened(weight), bias, visible), x.scalar_type());
+  }
   check_dtype(x);
   return (x.scalar_type() == ScalarType::Float ? forward<float> : forward<double>)(x, weight, bias, visible);
 }
 Tensor masked_linear_dx(Tensor dy, Tensor weight, Tensor visible) {
+  if (is_half(dy)) return torch::stable::to(dx<float>(widened(dy), widened(weight), visible), dy.scalar_type());
   check_dtype(dy);
   return (dy.scalar_type() == ScalarType::Float ? dx<float> : dx<double>)(dy, weight, visible);
 }
 Tensor masked_linear_dweight(Tensor x, Tensor dy, Tensor visible) {
+  if (is_half(x)) return torch::stable::to(dweight<float>(widened(x), widened(dy), visible), x.scalar_type());
   check_dtype(x);
   return (x.scalar_type() == ScalarType::Float ? dweight<float> : dweight<double>)(x, dy, visible);
 }

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from flowkernels import backend
 from flowkernels._extension import has_kernel
 from flowkernels.ops import masked_linear
 from python_tests.battery import Example, OpBattery
@@ -76,11 +77,57 @@ def test_leading_dimensions():
     torch.testing.assert_close(y, masked_linear(x.view(6, 2), weight, None, visible).view(2, 3, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["auto", "reference"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_half_precision_is_float32_rounded_once(dtype, name, with_bias):
+    g = torch.Generator().manual_seed(0)
+    visible = torch.tensor([0, 2, 2, 7, 30], dtype=torch.int32)
+    x, weight, bias, dy = (torch.randn(s, generator=g).to(dtype) for s in ((2, 9, 30), (30, 5), (5,), (2, 9, 5)))
+    inputs = [x, weight, bias] if with_bias else [x, weight]
+
+    def run(dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+        y = masked_linear(*leaves, *([] if with_bias else [None]), visible)
+        with torch.no_grad():
+            assert torch.equal(masked_linear(*leaves, *([] if with_bias else [None]), visible), y)
+        return y, *torch.autograd.grad(y, leaves, dy.to(dtype))
+
+    with backend(name):
+        halves, singles = run(dtype), run(torch.float32)
+    for number, (got, want) in enumerate(zip(halves, singles, strict=True)):
+        assert got.dtype == dtype
+        if name == "auto" or number == 0:
+            assert torch.equal(got, want.to(dtype))
+        else:  # torch's own half product rounds once too, of a sum in another order
+            torch.testing.assert_close(got.float(), want, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.skipif(not has_kernel("masked_linear", "CPU"), reason="the reference reads no staircase on the way")
+@pytest.mark.parametrize("visible", [[1, 0, 2], [0, 1, 4], [-1, 0, 1]])
+def test_a_bad_staircase_does_not_reach_memory(visible):
+    visible = torch.tensor(visible, dtype=torch.int32)
+    x, weight, dy = torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(2, 3)
+    ops = torch.ops.flowkernels
+    for call in (
+        lambda: masked_linear(x, weight, None, visible),
+        lambda: ops.masked_linear_dx(dy, weight, visible),
+        lambda: ops.masked_linear_dweight(x, dy, visible),
+    ):
+        with pytest.raises(RuntimeError, match="visible must ascend from 0 to the number of inputs"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"x": torch.zeros(2, 4)}, r"x must have shape \[\*, 3\] for a weight \[3, 2\]; got \[2, 4\]"),
+        ({"x": torch.zeros(2, 3).long()}, "x must be float64, float32, float16 or bfloat16; got torch.int64"),
+        ({"x": torch.zeros(2, 3).half()}, "weight must be torch.float16 on cpu, like x; got torch.float32 on cpu"),
         ({"weight": torch.zeros(3, 2).double()}, "weight must be torch.float32 on cpu, like x; got torch.float64"),
+        ({"weight": torch.zeros(3, 2, device="meta")}, "weight must be torch.float32 on cpu, like x; got torch.float32 on meta"),
+        ({"bias": torch.zeros(2).bfloat16()}, "bias must be torch.float32 on cpu, like x; got torch.bfloat16"),
+        ({"visible": torch.zeros(2, dtype=torch.int32, device="meta")}, "visible must be on cpu, like x; got meta"),
         ({"bias": torch.zeros(3)}, r"bias must have shape \[2\], one value per output; got \[3\]"),
         ({"visible": torch.zeros(3, dtype=torch.int32)}, r"visible must be int32 \[2\], one count per output; got torch.int32 \[3\]"),
         ({"visible": torch.zeros(2)}, r"visible must be int32 \[2\], one count per output; got torch.float32 \[2\]"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..._backend import wants_reference
 from ..._library import library
+from .._autocast import any_autocast, cast
 from .._differentiation import needs_autograd
 from ..masked_linear import masked_linear
 from ..scale_map import Form, ScaleMap, parse_form
@@ -75,6 +76,9 @@ def autoregressive(
     feature i and on the context; `inverse` undoes it, in one fused loop where a kernel serves, in D passes of the network
     elsewhere. A gradient through the inverse is right, and costs the D passes.
 
+    Half precision is computed in float32 and rounded once. Under autocast x and context take the dtype of the weights, so a float32
+    network stays in float32, in both directions.
+
     Args:
         x: input of the map that is applied: data, or noise with `inverse`; [batch, features].
         conditioner: the network, plain, residual or gated by the context; `check_conditioner` tells whether it is autoregressive.
@@ -91,6 +95,10 @@ def autoregressive(
     Raises:
         ValueError: a shape, dtype or device does not fit, the context is missing, unexpected or of another batch, or form is unknown.
     """
+    if any_autocast() and torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            x, context = (cast(t, conditioner.weights[-1].dtype) for t in (x, context))
+            return autoregressive(x, conditioner, context, scale=scale, form=form, inverse=inverse)
     scale = _SOFTCLIP if scale is None else scale
     form = parse_form(form)
     _check_input(x, conditioner, context)

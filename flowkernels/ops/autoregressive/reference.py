@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._autocast import autocast_off
 from ..activation import apply_activation
 from ..masked_linear.reference import masked_linear_reference
 from ..scale_map import Form, ScaleMap, apply_form, invert_form
@@ -21,7 +22,7 @@ def conditioner_reference(
     for layer in conditioner.layers:
         h = _sum(layer, values[-1 if layer.source is None else layer.source], linear)
         if layer.context_weight is not None:
-            term = _context_term(layer, context)
+            term = _context_term(layer, context, linear)
             h = h * term if layer.gate else h + term
         if layer.residual is not None:
             h = h + values[layer.residual]
@@ -35,13 +36,13 @@ def _sum(layer: MaskedLayer, h: Tensor, linear: Linear) -> Tensor:
     return h if layer.weight is None else h * layer.weight + layer.bias
 
 
-def _context_term(layer: MaskedLayer, context: Tensor) -> Tensor:
-    term = context @ layer.context_weight
-    if layer.context_bias is not None:
-        term = term + layer.context_bias
-    return apply_activation(layer.context_activation, term)
+def _context_term(layer: MaskedLayer, context: Tensor, linear: Linear) -> Tensor:
+    # not a plain matmul, whose compiled backward would run under the caller's autocast
+    whole = torch.full_like(layer.visible, context.shape[1])
+    return apply_activation(layer.context_activation, linear(context, layer.context_weight, layer.context_bias, whole))
 
 
+@autocast_off
 def autoregressive_reference(
     x: Tensor,
     conditioner: Conditioner,

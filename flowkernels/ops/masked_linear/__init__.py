@@ -12,8 +12,11 @@ from torch import Tensor
 
 from ..._backend import wants_reference
 from ..._library import library
+from .._autocast import any_autocast, cast
 from .._differentiation import needs_autograd
 from .reference import masked_linear_dweight_reference, masked_linear_dx_reference, masked_linear_reference
+
+_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 library.define("masked_linear(Tensor x, Tensor weight, Tensor? bias, Tensor visible) -> Tensor")
 library.define("masked_linear_dx(Tensor dy, Tensor weight, Tensor visible) -> Tensor")
@@ -115,7 +118,7 @@ class _MaskedLinearDx(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         dy, weight, visible = ctx.saved_tensors
-        return masked_linear(g, weight, None, visible), _dweight(g, dy, visible), None
+        return _product(g, weight, None, visible), _dweight(g, dy, visible), None
 
 
 class _MaskedLinearDweight(torch.autograd.Function):
@@ -133,14 +136,21 @@ class _MaskedLinearDweight(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         x, dy, visible = ctx.saved_tensors
-        return _dx(dy, g, visible), masked_linear(x, g, None, visible), None
+        return _dx(dy, g, visible), _product(x, g, None, visible), None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
+    if needs_autograd((x, weight, bias)):
+        return _MaskedLinear.apply(x, weight, bias, visible)
+    return _forward(x, weight, bias, visible)
 
 
 def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
     """Linear map under a staircase mask: y[b, j] = bias[j] + sum_{k < visible[j]} x[b, k] weight[k, j] (MADE, Germain et al. 2015).
 
     Neither the weight nor its gradient is read or written outside the staircase in effect: entries there have no influence, their
-    gradient is zero, and an infinity in an input that an output does not see does not reach it.
+    gradient is zero, and an infinity in an input that an output does not see does not reach it. Half precision is computed in
+    float32 and rounded once. Under autocast x, weight and bias are cast to its dtype.
 
     Args:
         x: input, [*, inputs].
@@ -154,16 +164,23 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tenso
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
+    if any_autocast() and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            return masked_linear(cast(x, dtype), cast(weight, dtype), cast(bias, dtype), visible)
     if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"x must have shape [*, {weight.shape[0]}] for a weight {list(weight.shape)}; got {list(x.shape)}")
     outputs = weight.shape[1]
     if visible.shape != (outputs,) or visible.dtype != torch.int32:
         raise ValueError(f"visible must be int32 [{outputs}], one count per output; got {visible.dtype} {list(visible.shape)}")
+    dtype, device = x.dtype, x.device
+    if dtype not in _DTYPES:
+        raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {dtype}")
+    if visible.device != device:
+        raise ValueError(f"visible must be on {device}, like x; got {visible.device}")
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"bias must have shape [{outputs}], one value per output; got {list(bias.shape)}")
     for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and (value.dtype != x.dtype or value.device != x.device):
-            raise ValueError(f"{name} must be {x.dtype} on {x.device}, like x; got {value.dtype} on {value.device}")
-    if needs_autograd((x, weight, bias)):
-        return _MaskedLinear.apply(x, weight, bias, visible)
-    return _forward(x, weight, bias, visible)
+        if value is not None and (value.dtype != dtype or value.device != device):
+            raise ValueError(f"{name} must be {dtype} on {device}, like x; got {value.dtype} on {value.device}")
+    return _product(x, weight, bias, visible)

@@ -3,15 +3,20 @@
 import torch
 from torch import Tensor
 
+from .._autocast import autocast_off
+
 
 def staircase_mask(visible: Tensor, inputs: int) -> Tensor:
     """mask[k, j] = 1 where output j sees input k; [inputs, outputs]."""
     return torch.arange(inputs, device=visible.device)[:, None] < visible
 
 
+@autocast_off
 def masked_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
-    """y[:, j] = bias[j] + sum_{k < visible[j]} x[:, k] * weight[k, j]."""
-    inputs = weight.shape[0]
+    """y[:, j] = bias[j] + sum_{k < visible[j]} x[:, k] * weight[k, j]; half precision is computed in float32 and rounded once."""
+    inputs, dtype = weight.shape[0], x.dtype
+    if dtype.itemsize == 2:
+        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
     finite = torch.isfinite(x)
     y = torch.where(finite, x, 0) @ torch.where(staircase_mask(visible, inputs), weight, 0)
     if bias is not None:
@@ -20,9 +25,10 @@ def masked_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, visi
     if inputs:
         first_bad = torch.where(finite.all(-1), inputs, finite.to(torch.int32).argmin(-1))
         y = torch.where(visible > first_bad[..., None], torch.nan, y)
-    return y
+    return y.to(dtype)
 
 
+@autocast_off
 def masked_linear_dx_reference(dy: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
     """dx[:, k] = sum_{j: visible[j] > k} dy[:, j] * weight[k, j]."""
     inputs, outputs = weight.shape
@@ -35,6 +41,7 @@ def masked_linear_dx_reference(dy: Tensor, weight: Tensor, visible: Tensor) -> T
     return dx
 
 
+@autocast_off
 def masked_linear_dweight_reference(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
     """dweight[k, j] = sum_b x[b, k] * dy[b, j] inside the staircase, 0 outside."""
     dweight = x.flatten(0, -2).T @ dy.flatten(0, -2)
