@@ -1,0 +1,81 @@
+"""torch.compile of whole layers and flows: one graph, training and evaluation, static and dynamic batch."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from flowkernels.flows import MAF
+from flowkernels.layers import MaskedAutoregressive
+
+
+def layer(**options):
+    return MaskedAutoregressive(4, (9, 9), context_features=2, order="descending", **options)
+
+
+def flow():
+    return MAF(4, context_features=2, transforms=2, hidden_features=(9, 8), batch_norm=True)
+
+
+MODELS = {"layer": layer, "residual layer": lambda: layer(residual=True), "flow": flow}
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS)
+def model(request) -> torch.nn.Module:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    return request.param()
+
+
+def batch(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(rows)
+    return torch.randn(rows, 4, generator=g), torch.randn(rows, 2, generator=g)
+
+
+def step(call, model: torch.nn.Module, rows: int) -> list[torch.Tensor]:
+    """One training step: the loss, all gradients and, in batch norm, the running statistics that it leaves."""
+    x, context = batch(rows)
+    context.requires_grad_()
+    model.zero_grad()
+    z, logabsdet = call(x, context)
+    loss = (z.square().sum(1) / 2 - logabsdet).mean()
+    loss.backward()
+    return [loss.detach(), context.grad, *(p.grad.clone() for p in model.parameters()), *(b.clone() for b in model.buffers())]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_training(model, dynamic):
+    counter = CompileCounterWithBackend("aot_eager")
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=counter)
+    sizes = (8, 11, 5) if dynamic else (8,)
+    got = [step(compiled, model, sizes[0])]
+    graphs = counter.frame_count
+    got += [step(compiled, model, rows) for rows in sizes[1:]]
+    assert counter.frame_count == graphs, "another batch size was another graph"
+    model.load_state_dict(start)
+    torch.testing.assert_close(got, [step(model, model, rows) for rows in sizes])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_evaluation(model, direction, dynamic):
+    counter = CompileCounterWithBackend("aot_eager")
+    call = getattr(model.eval(), direction)
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=counter)
+    with torch.no_grad():
+        for rows in (8, 11, 5) if dynamic else (8,):
+            torch.testing.assert_close(compiled(*batch(rows)), call(*batch(rows)))
+            assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_inductor():
+    """The default backend, which makes code of everything around the ops; dynamic, so that the batch size is a symbol."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = flow()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    got = [step(compiled, model, rows) for rows in (8, 11)]
+    model.load_state_dict(start)
+    torch.testing.assert_close(got, [step(model, model, rows) for rows in (8, 11)], rtol=1e-4, atol=1e-5)
