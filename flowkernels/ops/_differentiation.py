@@ -1,14 +1,25 @@
-"""Whether a call may go straight to its op, or has to be seen by autograd or functorch."""
+"""Whether a call may go straight to its op, or has to be seen by autograd, torch.func or forward mode."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def forward_mode() -> bool:
+    """Whether tensors may carry tangents, by torch.autograd.forward_ad or by torch.func's jvp and jacfwd."""
+    return forward_ad._current_level >= 0
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward mode looks on: then the call has to be made of parts that know all derivatives."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_mode()
 
 
 def needs_autograd(tensors: Iterable[Tensor | None]) -> bool:
-    """True where a gradient or a torch.func transform has to see the call; the bare op is several times cheaper."""
-    if torch._C._functorch.maybe_current_level() is not None:
+    """True where a gradient, a torch.func transform or forward mode has to see the call; the bare op is several times cheaper."""
+    if transformed():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ... import _extension
 from ..._backend import wants_reference
 from ..._library import library
+from .._differentiation import transformed
 from ..activation import Activation
 from ..masked_linear import masked_linear
 from ..scale_map import Form, ScaleMap
@@ -64,12 +65,7 @@ def _(dx, dlogabsdet, x, context, weights, biases, context_weights, *_) -> list[
 
 def serves(conditioner: Conditioner, x: Tensor) -> bool:
     """Whether the two ops can take this call: a plain chain of layers, on a device that has the kernel."""
-    if (
-        conditioner.wiring
-        or conditioner.context_biases
-        or torch._C._functorch.maybe_current_level() is not None
-        or wants_reference("autoregressive", x.device)
-    ):
+    if conditioner.wiring or conditioner.context_biases or transformed() or wants_reference("autoregressive", x.device):
         return False
     return _COMPILED and x.device.type == "cpu"
 

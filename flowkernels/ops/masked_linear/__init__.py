@@ -4,8 +4,11 @@
     dx[b, k]      = sum_{j: visible[j] > k} dy[b, j] * weight[k, j]
     dweight[k, j] = sum_b x[b, k] * dy[b, j]   where k < visible[j], else 0
 
-Each of the three is linear in both of its tensors, and the gradients of each are the other two: double backward needs nothing else.
+Each of the three is linear in both of its tensors, and the gradients of each are the other two: double backward and forward mode need
+nothing else.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,7 +16,7 @@ from torch import Tensor
 from ..._backend import wants_reference
 from ..._library import library
 from .._autocast import any_autocast, cast
-from .._differentiation import needs_autograd
+from .._differentiation import forward_mode, needs_autograd
 from .reference import masked_linear_dweight_reference, masked_linear_dx_reference, masked_linear_reference
 
 _DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
@@ -59,23 +62,19 @@ _register_vmap("masked_linear_dx", 1)
 _register_vmap("masked_linear_dweight", 0)
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
+def _bare(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
     if wants_reference("masked_linear", x.device):
         return masked_linear_reference(x, weight, bias, visible)
     return torch.ops.flowkernels.masked_linear(x, weight, bias, visible)
 
 
-def _dx(dy: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
-    if torch.is_grad_enabled():
-        return _MaskedLinearDx.apply(dy, weight, visible)
+def _bare_dx(dy: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
     if wants_reference("masked_linear_dx", dy.device):
         return masked_linear_dx_reference(dy, weight, visible)
     return torch.ops.flowkernels.masked_linear_dx(dy, weight, visible)
 
 
-def _dweight(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
-    if torch.is_grad_enabled():
-        return _MaskedLinearDweight.apply(x, dy, visible)
+def _bare_dweight(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
     if wants_reference("masked_linear_dweight", x.device):
         return masked_linear_dweight_reference(x, dy, visible)
     return torch.ops.flowkernels.masked_linear_dweight(x, dy, visible)
@@ -86,7 +85,7 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
-        return _forward(x, weight, bias, visible)
+        return _bare(x, weight, bias, visible)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -103,13 +102,12 @@ class _MaskedLinear(torch.autograd.Function):
         return dx, dweight, dbias, None
 
 
-class _MaskedLinearDx(torch.autograd.Function):
+class _Dx(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(dy: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
-        with torch.no_grad():
-            return _dx(dy, weight, visible)
+        return _bare_dx(dy, weight, visible)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -121,13 +119,12 @@ class _MaskedLinearDx(torch.autograd.Function):
         return _product(g, weight, None, visible), _dweight(g, dy, visible), None
 
 
-class _MaskedLinearDweight(torch.autograd.Function):
+class _Dweight(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
-        with torch.no_grad():
-            return _dweight(x, dy, visible)
+        return _bare_dweight(x, dy, visible)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -139,10 +136,44 @@ class _MaskedLinearDweight(torch.autograd.Function):
         return _dx(dy, g, visible), _product(x, g, None, visible), None
 
 
+def _with_jvp(function: type, call: Callable) -> type:
+    """The function with a forward mode: it is linear in each of its first two arguments. Apart, as torch.compile refuses any jvp."""
+
+    class WithJvp(function):
+        @staticmethod
+        def setup_context(ctx, inputs, output) -> None:
+            function.setup_context(ctx, inputs, output)
+            ctx.save_for_forward(inputs[0], inputs[1], inputs[-1])
+
+        @staticmethod
+        def jvp(ctx, first_tangent: Tensor, second_tangent: Tensor, *others) -> Tensor:
+            first, second, visible = ctx.saved_tensors
+            bias_tangent = others[:-1]
+            no_bias = [None] * len(bias_tangent)
+            return call(first_tangent, second, *bias_tangent, visible) + call(first, second_tangent, *no_bias, visible)
+
+    return WithJvp
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
-    if needs_autograd((x, weight, bias)):
-        return _MaskedLinear.apply(x, weight, bias, visible)
-    return _forward(x, weight, bias, visible)
+    if not needs_autograd((x, weight, bias)):
+        return _bare(x, weight, bias, visible)
+    return (_MaskedLinearWithJvp if forward_mode() else _MaskedLinear).apply(x, weight, bias, visible)
+
+
+def _dx(dy: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
+    if not needs_autograd((dy, weight)):
+        return _bare_dx(dy, weight, visible)
+    return (_DxWithJvp if forward_mode() else _Dx).apply(dy, weight, visible)
+
+
+def _dweight(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
+    if not needs_autograd((x, dy)):
+        return _bare_dweight(x, dy, visible)
+    return (_DweightWithJvp if forward_mode() else _Dweight).apply(x, dy, visible)
+
+
+_MaskedLinearWithJvp, _DxWithJvp, _DweightWithJvp = map(_with_jvp, (_MaskedLinear, _Dx, _Dweight), (_product, _dx, _dweight))
 
 
 def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
