@@ -2,8 +2,9 @@
 
 from .base import Base, StandardLogistic, StandardNormal
 from .flow import Flow, FlowDistribution
+from .glow import Glow
 from .maf import MAF
 from .nice import NICE
 from .realnvp import RealNVP
 
-__all__ = ["MAF", "NICE", "Base", "Flow", "FlowDistribution", "RealNVP", "StandardLogistic", "StandardNormal"]
+__all__ = ["MAF", "NICE", "Base", "Flow", "FlowDistribution", "Glow", "RealNVP", "StandardLogistic", "StandardNormal"]

@@ -85,6 +85,57 @@ class ResNet(nn.Module):
         self.norm_out, self.conv_out = nn.BatchNorm2d(hidden_channels), WeightNormConv2d(hidden_channels, outputs, 1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if context is not None:
-            x = torch.cat([x, context[:, :, None, None].expand(*context.shape, *x.shape[2:])], 1)
-        return self.conv_out(F.relu(self.norm_out(self.blocks(self.conv_in(x)))))
+        return self.conv_out(F.relu(self.norm_out(self.blocks(self.conv_in(_joined(x, context))))))
+
+
+class ZeroConv2d(nn.Conv2d):
+    """3 x 3 convolution that starts at zero, its output times exp(3 * log_gain) for each channel (Kingma and Dhariwal 2018, section 3.3).
+
+    The context joins the input as channels of constant value.
+
+    Args:
+        inputs: channels of x.
+        outputs: channels of what is returned.
+        context_features: width of the context; 0 for none.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, context_features: int = 0) -> None:
+        super().__init__(inputs + context_features, outputs, 3, padding=1)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+        self.log_gain = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        gain = (3 * self.log_gain).exp()  # on the weight, which is smaller than the output
+        return self._conv_forward(_joined(x, context), self.weight * gain[:, None, None, None], self.bias * gain)
+
+
+class ConvNet(nn.Module):
+    """3 x 3 convolution, ReLU, 1 x 1 convolution, ReLU, and a 3 x 3 one that starts at zero (Kingma and Dhariwal 2018, section 3.3).
+
+    The authors' code also has an actnorm after each of the first two; most ports, and this one, have none.
+
+    Args:
+        channels: channels of x.
+        hidden_channels: channels inside.
+        outputs: channels of what is returned.
+        context_features: width of the context; 0 for none. It joins the input as channels of constant value.
+
+    Shape:
+        x: [batch, channels, H, W]; context: [batch, context_features]; output: [batch, outputs, H, W].
+    """
+
+    def __init__(self, channels: int, hidden_channels: int, outputs: int, *, context_features: int = 0) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels + context_features, hidden_channels, 3, padding=1)
+        self.conv_mid = nn.Conv2d(hidden_channels, hidden_channels, 1)
+        self.conv_out = ZeroConv2d(hidden_channels, outputs)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        h = F.relu(self.conv_in(_joined(x, context)), inplace=True)
+        return self.conv_out(F.relu(self.conv_mid(h), inplace=True))
+
+
+def _joined(x: Tensor, context: Tensor | None) -> Tensor:
+    """x, [batch, channels, H, W], and the context as channels of constant value."""
+    return x if context is None else torch.cat([x, context[:, :, None, None].expand(*context.shape, *x.shape[2:])], 1)

@@ -35,11 +35,17 @@ class ActNorm(nn.Module):
         self.register_buffer("initialised", torch.tensor(False))
         self._ready = False  # the buffer's value: a call must not read it back from the device
 
+    @property
+    def ready(self) -> bool:
+        """Whether the layer was initialised. The buffer is read only as long as it was not: others may have copied into it."""
+        self._ready = self._ready or bool(self.initialised)
+        return self._ready
+
     def prepare(self, x: Tensor) -> None:
         """Check x, and initialise from it if this is the first batch in training."""
         if x.dim() < 2 or x.shape[1] != self.channels:
             raise ValueError(f"x must have shape [batch, {self.channels}, *sites]; got {list(x.shape)}")
-        if self._ready:
+        if self.ready:
             return
         if not self.training:
             raise RuntimeError(
@@ -75,7 +81,7 @@ class ActNorm(nn.Module):
 
     def prepare_inverse(self, z: Tensor) -> None:
         """Check z; noise cannot initialise the layer."""
-        if not self._ready:
+        if not self.ready:
             raise RuntimeError(
                 "ActNorm was inverted before it was initialised: pass a batch of data in training mode, or load a checkpoint"
             )

@@ -1,4 +1,4 @@
-"""Invertible 1x1 convolution, its fold with actnorm, and what all such layers of a flow do in one call."""
+"""Invertible 1x1 convolution, its fold with actnorm, and what all such layers of a flow compute in one go."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -18,6 +18,13 @@ class Frozen(NamedTuple):
     inverse: Tensor
 
 
+class Folded(NamedTuple):
+    """What `fold` makes of an actnorm and a convolution: one matrix, in the direction asked for, and log|det| of it."""
+
+    weight: Tensor
+    logabsdet: Tensor
+
+
 class InvertibleConv1x1(nn.Module):
     """Invertible 1x1 convolution (Glow, Kingma & Dhariwal 2018, section 3.2): one C x C matrix at every site.
 
@@ -25,7 +32,7 @@ class InvertibleConv1x1(nn.Module):
 
     With parametrization "lu", W = P L (U + diag(sign * exp(log_diagonal))), where the permutation P and the signs stay as they were
     initialised, and log|det W| = sum log_diagonal needs no factorisation. With "plain", W is the parameter itself, and log|det W|
-    comes from `ops.slogdet`; `weight_logabsdets` gives it for many layers in one call. W starts as a random rotation.
+    comes from `ops.slogdet`. W starts as a random rotation.
 
     The inverse matrix is computed in float64 at every call of `inverse`, unless `freeze` keeps it; training, loading and moving
     drop what is kept.
@@ -70,39 +77,20 @@ class InvertibleConv1x1(nn.Module):
     def weight(self) -> Tensor:
         """W, [channels, channels]."""
         kept = self.kept()
-        if kept is not None:
-            return kept.weight
-        if self.parametrization == "plain":
-            return self.plain_weight
-        if torch.is_autocast_enabled(self.factors.device.type):
-            with torch.autocast(self.factors.device.type, enabled=False):
-                return self._compose()
-        return self._compose()
-
-    def _compose(self) -> Tensor:
-        factors, log_diagonal = self.factors, self.log_diagonal
-        if factors.dtype in (torch.float16, torch.bfloat16):
-            factors, log_diagonal = factors.float(), log_diagonal.float()
-        upper = factors.triu(1) + torch.diag_embed(self.sign * log_diagonal.exp())
-        product = torch.addmm(upper, factors.tril(-1), upper)  # L U = U + (L - 1) U
-        return product[self.row].to(self.factors.dtype)
+        return _weights([self])[0] if kept is None else kept.weight
 
     def weight_logabsdet(self) -> Tensor:
         """log|det W|, in float32, or float64 for a float64 weight."""
         kept = self.kept()
-        if kept is not None:
-            return kept.logabsdet
-        if self.parametrization == "plain":
-            return slogdet(self.plain_weight)[1]
-        return self.log_diagonal.to(torch.promote_types(self.log_diagonal.dtype, torch.float32)).sum()
+        return _logabsdets([self])[0] if kept is None else kept.logabsdet
 
     def logabsdet_and_inverse(self) -> tuple[Tensor, Tensor]:
         """log|det W| and W^-1, which is computed in float64."""
         kept = self.kept()
         if kept is not None:
             return kept.logabsdet, kept.inverse
-        _, logabsdet, inverse = slogdet_inverse(self.weight(), in_float64=True)
-        return (logabsdet if self.parametrization == "plain" else self.weight_logabsdet()), inverse
+        logabsdets, inverses = _logabsdets_and_inverses([self])
+        return logabsdets[0], inverses[0]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _check_channels(x, self.channels)
@@ -156,18 +144,45 @@ class ActNormConv1x1(nn.Module):
         self.actnorm = ActNorm(channels)
         self.conv = InvertibleConv1x1(channels, parametrization=parametrization)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, *, weight_logabsdet: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """weight_logabsdet: log|det W|, where it is known already (`weight_logabsdets`)."""
+    def forward(self, x: Tensor, context: Tensor | None = None, *, folded: Folded | None = None) -> tuple[Tensor, Tensor]:
+        """folded: this layer's `fold`, where it is known already."""
         self.actnorm.prepare(x)
-        weight = self.conv.weight() * self.actnorm.log_scale.exp()
-        logabsdet = self.conv.weight_logabsdet() if weight_logabsdet is None else weight_logabsdet
-        return conv1x1(x, weight, before=self.actnorm.bias), _over_sites(logabsdet, x) + self.actnorm.logabsdet(x)
+        weight, logabsdet = fold([self])[0] if folded is None else folded
+        return conv1x1(x, weight, before=self.actnorm.bias), _over_sites(logabsdet, x)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None, *, folded: Folded | None = None) -> tuple[Tensor, Tensor]:
+        """folded: this layer's `fold(..., inverse=True)`, where it is known already."""
         self.actnorm.prepare_inverse(z)
-        logabsdet, inverse = self.conv.logabsdet_and_inverse()
-        weight = inverse * (-self.actnorm.log_scale).exp()[:, None]
-        return conv1x1(z, weight, after=-self.actnorm.bias), -(_over_sites(logabsdet, z) + self.actnorm.logabsdet(z))
+        weight, logabsdet = fold([self], inverse=True)[0] if folded is None else folded
+        return conv1x1(z, weight, after=-self.actnorm.bias), _over_sites(logabsdet, z)
+
+
+def fold(layers: Sequence[ActNormConv1x1], *, inverse: bool = False) -> list[Folded]:
+    """The matrix of each layer, W diag(exp(log_scale)) or its inverse, and log|det| of it.
+
+    What all layers of one size need is computed in one go: a deep Glow has as many factorisations, and as many chains of small ops, as
+    it has distinct sizes. An actnorm that is not initialised yet changes what its layer's matrix is.
+    """
+    results: list[Folded | None] = [None] * len(layers)
+    groups: dict[tuple, list[int]] = {}
+    for i, layer in enumerate(layers):
+        groups.setdefault((_kind(layer.conv), layer.conv.kept() is None), []).append(i)
+    for (_, anew), members in groups.items():
+        convs = [layers[i].conv for i in members]
+        log_scale = _stack([layers[i].actnorm.log_scale for i in members])
+        if not anew:
+            kept = [conv.kept() for conv in convs]
+            weight = _stack([k.inverse if inverse else k.weight for k in kept])
+            logabsdet = _stack([k.logabsdet for k in kept])
+        elif inverse:
+            logabsdet, weight = _logabsdets_and_inverses(convs)
+        else:
+            weight, logabsdet = _weights(convs), _logabsdets(convs)
+        weight = weight * (log_scale.neg().exp()[:, :, None] if inverse else log_scale.exp()[:, None])
+        logabsdet = logabsdet + log_scale.to(logabsdet.dtype).sum(1)
+        for i, *each in zip(members, weight.unbind(), (logabsdet.neg() if inverse else logabsdet).unbind(), strict=True):
+            results[i] = Folded(*each)
+    return results
 
 
 def conv1x1(x: Tensor, weight: Tensor, *, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
@@ -196,22 +211,6 @@ def conv1x1(x: Tensor, weight: Tensor, *, before: Tensor | None = None, after: T
     return y if after is None else y + after.view((-1,) + (1,) * sites)
 
 
-def weight_logabsdets(layers: Sequence[InvertibleConv1x1]) -> list[Tensor]:
-    """log|det W| of each layer: all plain weights of one size, dtype and device in one call of `ops.slogdet`."""
-    results: list[Tensor | None] = [None] * len(layers)
-    groups: dict[tuple, list[int]] = {}
-    for i, layer in enumerate(layers):
-        if layer.parametrization == "plain" and layer.kept() is None:
-            groups.setdefault(_kind(layer.plain_weight), []).append(i)
-        else:
-            results[i] = layer.weight_logabsdet()
-    for members in groups.values():
-        together = slogdet(torch.stack([layers[i].plain_weight for i in members]))[1]
-        for i, logabsdet in zip(members, together.unbind(), strict=True):
-            results[i] = logabsdet
-    return results
-
-
 @torch.no_grad()
 def freeze_weights(layers: Mapping[str, InvertibleConv1x1]) -> None:
     """Keep the weight of each named layer, its log|det| and its inverse: all weights of one size are inverted in one call, in float64.
@@ -222,7 +221,7 @@ def freeze_weights(layers: Mapping[str, InvertibleConv1x1]) -> None:
     groups: dict[tuple, list[tuple[str, InvertibleConv1x1]]] = {}
     for name, layer in layers.items():
         layer._frozen = None
-        groups.setdefault(_kind(layer.factors if layer.parametrization == "lu" else layer.plain_weight), []).append((name, layer))
+        groups.setdefault(_kind(layer)[1:], []).append((name, layer))
     frozen: list[tuple[InvertibleConv1x1, Frozen]] = []
     for members in groups.values():
         weights = torch.stack([layer.weight() for _, layer in members])
@@ -241,8 +240,47 @@ def freeze_weights(layers: Mapping[str, InvertibleConv1x1]) -> None:
         layer._frozen = kept
 
 
-def _kind(weight: Tensor) -> tuple:
-    return weight.shape, weight.dtype, weight.device
+def _kind(layer: InvertibleConv1x1) -> tuple:
+    """Layers of one kind compute together."""
+    parameter = next(layer.parameters())
+    return layer.parametrization, layer.channels, parameter.dtype, parameter.device
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _weights(layers: Sequence[InvertibleConv1x1]) -> Tensor:
+    """W of each of some layers of one kind, [layers, C, C]."""
+    if layers[0].parametrization == "plain":
+        return _stack([layer.plain_weight for layer in layers])
+    names = ("factors", "log_diagonal", "sign", "row")
+    factors, log_diagonal, sign, row = (_stack([getattr(layer, name) for layer in layers]) for name in names)
+    dtype = factors.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        factors, log_diagonal = factors.float(), log_diagonal.float()
+    upper = factors.triu(1) + torch.diag_embed(sign * log_diagonal.exp())
+    multiply = lambda: torch.baddbmm(upper, factors.tril(-1), upper)  # L U = U + (L - 1) U
+    if torch.is_autocast_enabled(factors.device.type):
+        with torch.autocast(factors.device.type, enabled=False):
+            product = multiply()
+    else:
+        product = multiply()
+    return product.gather(1, row[:, :, None].expand_as(product)).to(dtype)
+
+
+def _logabsdets(layers: Sequence[InvertibleConv1x1]) -> Tensor:
+    """log|det W| of each of some layers of one kind, [layers]: one call of `ops.slogdet` for all plain weights."""
+    if layers[0].parametrization == "plain":
+        return slogdet(_weights(layers))[1]
+    log_diagonal = _stack([layer.log_diagonal for layer in layers])
+    return log_diagonal.to(torch.promote_types(log_diagonal.dtype, torch.float32)).sum(1)
+
+
+def _logabsdets_and_inverses(layers: Sequence[InvertibleConv1x1]) -> tuple[Tensor, Tensor]:
+    """log|det W| and W^-1 of each of some layers of one kind, from one call of `ops.slogdet_inverse`, in float64."""
+    _, logabsdets, inverses = slogdet_inverse(_weights(layers), in_float64=True)
+    return (logabsdets if layers[0].parametrization == "plain" else _logabsdets(layers)), inverses
 
 
 def _random_rotation(channels: int) -> Tensor:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .. import ScaleMap
-from ..flows import MAF, NICE, Base, Flow, RealNVP, StandardLogistic, StandardNormal
+from ..flows import MAF, NICE, Base, Flow, Glow, RealNVP, StandardLogistic, StandardNormal
 from ..flows.flow import parse_shape
 from ..ops import Activation
 from .loop import TrainingSettings
@@ -85,6 +85,12 @@ def _build_realnvp(shape: Shape, context_features: int, hidden: list[int], **set
     return RealNVP(shape, context_features=context_features, hidden_features=hidden, **settings)
 
 
+def _build_glow(shape: Shape, context_features: int, **settings: Any) -> Flow:
+    if len(parse_shape(shape)) != 3:
+        raise ValueError(f"glow is a flow of images; the data has rows of {shape} numbers. Use realnvp or maf")
+    return Glow(shape, context_features=context_features, **settings)
+
+
 FLOWS: dict[str, FlowEntry] = {
     "maf": FlowEntry(
         "masked autoregressive flow (Papamakarios et al. 2017)",
@@ -120,5 +126,17 @@ FLOWS: dict[str, FlowEntry] = {
         ),
         _build_realnvp,
         {"blocks": 1, "hidden_channels": 16, "epochs": 30, "learning_rate": 5e-3, "weight_decay": 1.0},
+    ),
+    "glow": FlowEntry(
+        "flow of affine couplings and 1x1 convolutions, for images (Glow, Kingma and Dhariwal 2018)",
+        (
+            Setting("levels", int, 3, "number of scales; each halves height and width"),
+            Setting("steps", int, 32, "actnorms, 1x1 convolutions and couplings at each scale"),
+            Setting("hidden_channels", int, 512, "channels inside the conditioners"),
+            Setting("coupling", str, "affine", "kind of the couplings", choices=("affine", "additive")),
+            Setting("parametrization", str, "lu", "of the 1x1 convolutions' weights", choices=("lu", "plain")),
+        ),
+        _build_glow,
+        {"levels": 2, "steps": 6, "hidden_channels": 64, "epochs": 30, "learning_rate": 3e-3},
     ),
 }

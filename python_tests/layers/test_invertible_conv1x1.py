@@ -6,7 +6,7 @@ import torch
 
 from flowkernels.flows import Flow
 from flowkernels.layers import ActNormConv1x1, InvertibleConv1x1
-from flowkernels.layers.invertible_conv1x1 import conv1x1, weight_logabsdets
+from flowkernels.layers.invertible_conv1x1 import conv1x1, fold
 
 PARAMETRIZATIONS = ["lu", "plain"]
 SHAPES = [(3, 4), (3, 4, 5), (2, 4, 3, 2), (2, 4, 2, 3, 2), (1, 1, 2), (0, 4, 3, 2)]
@@ -113,25 +113,23 @@ def test_lu_form_keeps_permutation_and_signs():
     assert torch.equal(layer.sign, sign) and torch.equal(layer.row, row)
 
 
-def test_all_log_determinants_in_one_call_for_each_size(monkeypatch):
+@pytest.mark.parametrize("inverse", [False, True])
+def test_many_layers_are_folded_in_one_call_for_each_size(monkeypatch, inverse):
     from flowkernels.layers import invertible_conv1x1 as module
 
-    layers = [
-        shaken(InvertibleConv1x1(c, parametrization=p)) for c, p in [(4, "plain"), (6, "plain"), (4, "lu"), (4, "plain"), (6, "plain")]
-    ]
-    sizes = []
-    monkeypatch.setattr(module, "slogdet", lambda w, **o: (sizes.append(tuple(w.shape)), torch.linalg.slogdet(w))[1])
-    together = weight_logabsdets(layers)
-    assert sizes == [(2, 4, 4), (2, 6, 6)]
-    torch.testing.assert_close(together, [layer.weight_logabsdet() for layer in layers])
-    sum(together).backward()
-    for layer in layers:
-        if layer.parametrization == "plain":
-            torch.testing.assert_close(layer.plain_weight.grad, torch.linalg.inv(layer.plain_weight.detach()).T)
-    step = make(ActNormConv1x1, 4, "plain")
-    x = torch.randn(2, 4, 3, dtype=torch.float64)
-    (known,) = weight_logabsdets([step.conv])
-    torch.testing.assert_close(step(x, weight_logabsdet=known), step(x))
+    layers = [make(ActNormConv1x1, c, p) for c, p in [(4, "plain"), (6, "plain"), (4, "lu"), (4, "plain"), (6, "plain"), (4, "lu")]]
+    x = [torch.randn(2, layer.actnorm.channels, 3, dtype=torch.float64) for layer in layers]
+    way = ActNormConv1x1.inverse if inverse else ActNormConv1x1.forward
+    parameters = [p for layer in layers for p in layer.parameters()]
+    loss = lambda outputs: sum(z.square().sum() + logabsdet.sum() for z, logabsdet in outputs)
+    alone = [way(layer, rows) for layer, rows in zip(layers, x, strict=True)]
+    name, sizes = "slogdet_inverse" if inverse else "slogdet", []
+    computed = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda w, **options: sizes.append(tuple(w.shape)) or computed(w, **options))
+    together = [way(*each, folded=folded) for *each, folded in zip(layers, x, fold(layers, inverse=inverse), strict=True)]
+    assert sizes == [(2, 4, 4), (2, 6, 6)] + [(2, 4, 4)] * inverse
+    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(torch.autograd.grad(loss(together), parameters), torch.autograd.grad(loss(alone), parameters))
 
 
 @pytest.mark.parametrize("mean", [1, 10, 100])
