@@ -3,8 +3,9 @@
 from .base import Base, StandardLogistic, StandardNormal
 from .flow import Flow, FlowDistribution
 from .glow import Glow
+from .iaf import IAF
 from .maf import MAF
 from .nice import NICE
 from .realnvp import RealNVP
 
-__all__ = ["MAF", "NICE", "Base", "Flow", "FlowDistribution", "Glow", "RealNVP", "StandardLogistic", "StandardNormal"]
+__all__ = ["IAF", "MAF", "NICE", "Base", "Flow", "FlowDistribution", "Glow", "RealNVP", "StandardLogistic", "StandardNormal"]

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .. import ScaleMap
-from ..flows import MAF, NICE, Base, Flow, Glow, RealNVP, StandardLogistic, StandardNormal
+from ..flows import IAF, MAF, NICE, Base, Flow, Glow, RealNVP, StandardLogistic, StandardNormal
 from ..flows.flow import parse_shape
 from ..ops import Activation
 from .loop import TrainingSettings
@@ -77,6 +77,18 @@ def _build_maf(
     )
 
 
+def _build_iaf(shape: Shape, context_features: int, transforms: int, hidden: list[int], gate: bool, activation: str, scale: str) -> Flow:
+    return IAF(
+        math.prod(parse_shape(shape)),
+        context_features=context_features,
+        transforms=transforms,
+        hidden_features=hidden,
+        gate=gate,
+        activation=activation,
+        scale=None if gate else SCALES[scale](),
+    )
+
+
 def _build_nice(shape: Shape, context_features: int, couplings: int, hidden: list[int], base: str) -> Flow:
     return NICE(shape, context_features=context_features, couplings=couplings, hidden_features=hidden, base=BASES[base]())
 
@@ -102,6 +114,18 @@ FLOWS: dict[str, FlowEntry] = {
             Setting("scale", str, "softclip", "scale map sigma(s)", choices=tuple(SCALES)),
         ),
         _build_maf,
+        {"hidden": [256], "activation": "tanh", "learning_rate": 8e-3, "weight_decay": 2.0, "patience": 20},
+    ),
+    "iaf": FlowEntry(
+        "inverse autoregressive flow (Kingma et al. 2016)",
+        (
+            Setting("transforms", int, 5, "number of autoregressive steps"),
+            Setting("hidden", int, [512, 512], "widths of each step's hidden layers", many=True),
+            Setting("gate", bool, False, "the paper's gated step, whose scale is at most 1"),
+            Setting("activation", str, "relu", "activation of the hidden layers", choices=ACTIVATIONS),
+            Setting("scale", str, "softclip", "scale map sigma(s) of a step without gate", choices=tuple(SCALES)),
+        ),
+        _build_iaf,
         {"hidden": [256], "activation": "tanh", "learning_rate": 8e-3, "weight_decay": 2.0, "patience": 20},
     ),
     "nice": FlowEntry(
