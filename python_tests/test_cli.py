@@ -151,7 +151,7 @@ def test_coupling_flows_do_the_four_tasks_on_tables(files, tmp_path, flow):
     assert np.allclose(x, np.load(files / "x.npy"), atol=1e-3)
 
 
-@pytest.mark.parametrize("flow", [*COUPLINGS, "maf"])
+@pytest.mark.parametrize("flow", [*COUPLINGS, "maf", "iaf"])
 @pytest.mark.parametrize("conditional", [True, False], ids=["conditional", "unconditional"])
 def test_every_flow_does_the_four_tasks_on_images(files, tmp_path, capsys, flow, conditional):
     pytest.importorskip("matplotlib")

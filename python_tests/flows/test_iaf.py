@@ -1,4 +1,4 @@
-"""Inverse autoregressive flow: exact in both directions, one pass for its own samples, gradients of the loop against the D-pass reference."""
+"""Inverse autoregressive flow: exact in both directions, one pass for its own samples, gradients as the D-pass reference has them."""
 
 import copy
 

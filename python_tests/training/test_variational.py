@@ -1,0 +1,121 @@
+"""Reverse KL against densities whose normalising constants are known."""
+
+import doctest
+import math
+
+import pytest
+import torch
+
+from flowkernels.flows import IAF, MAF, RealNVP
+from flowkernels.training import log_normalizer, reverse_kl, train_reverse_kl
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Flows this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def flow(**settings):
+    torch.manual_seed(0)
+    return IAF(2, **{"transforms": 2, "hidden_features": (16,), **settings})
+
+
+def gaussian(x, context=None):
+    """Z = 2 pi * 0.5 * 3, centred at the context."""
+    mean = 0.0 if context is None else context
+    return -0.5 * ((x - mean) / torch.tensor([0.5, 3.0])).square().sum(1)
+
+
+def test_the_documented_example_recovers_the_bananas_constant():
+    from flowkernels.training import variational
+
+    assert doctest.testmod(variational, raise_on_error=True).attempted > 5
+
+
+def test_the_loss_is_minus_log_z_where_the_flow_is_the_density():
+    class Identity(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(()))
+
+        def inverse(self, z, context=None):
+            return z + self.unused, z.new_zeros(len(z))
+
+    from flowkernels.flows import Flow
+
+    model = Flow([Identity()], 2)
+    density = lambda x: 7.0 - 0.5 * x.square().sum(1)
+    want = 7.0 + math.log(2 * math.pi)
+    assert abs(reverse_kl(model, density, 5).item() + want) < 1e-5
+    found = log_normalizer(model, density, 10_000)  # more rows than are in flight at once
+    assert abs(found.log_z - want) < 1e-5 and found.standard_error < 1e-6 and abs(found.effective_samples - 10_000) < 1
+
+
+@pytest.mark.parametrize(
+    "model",
+    [lambda: MAF(2, transforms=2, hidden_features=(16,)), lambda: RealNVP(2, transforms=4, hidden_features=(16,), batch_norm=False)],
+)
+def test_every_flow_recovers_a_gaussians_constant(model):
+    torch.manual_seed(0)
+    q = model()
+    losses = train_reverse_kl(q, gaussian, steps=150, samples=128, learning_rate=2e-2)
+    found = log_normalizer(q, gaussian, 4000)
+    want = math.log(2 * math.pi * 1.5)
+    assert losses[0] > losses[-1] > -want - 0.3
+    assert found.effective_samples > 2000 and abs(found.log_z - want) < 5 * found.standard_error
+
+
+def test_a_context_is_amortised():
+    q = flow(context_features=2)
+    contexts = torch.tensor([[-1.0, 0.0], [1.0, 2.0], [0.5, -1.0]])
+    train_reverse_kl(q, gaussian, context=contexts, steps=200, samples=64, learning_rate=2e-2)
+    for context in contexts:
+        found = log_normalizer(q, gaussian, 4000, context)
+        assert found.effective_samples > 1500 and abs(found.log_z - math.log(2 * math.pi * 1.5)) < 5 * found.standard_error + 1e-3
+
+
+def test_log_normalizer_takes_a_density_with_zeros():
+    q = flow()
+    half = lambda x: torch.where(x[:, 0] > 0, q.log_prob(x), -math.inf)
+    found = log_normalizer(q, half, 4000)
+    with torch.no_grad():
+        share = (q.sample(100_000)[:, 0] > 0).double().mean()
+    assert abs(found.log_z - math.log(share)) < 5 * found.standard_error
+
+
+def nan_at_two(x):
+    return torch.where(torch.arange(len(x)) == 2, math.nan, gaussian(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: reverse_kl(flow(), lambda x: gaussian(x)[:, None], 5), ValueError, r"must return shape \[5\], .*; got \[5, 1\]"),
+        (lambda: reverse_kl(flow(), lambda x: gaussian(x).sum(), 5), ValueError, r"must return shape \[5\], .*; got \[\]"),
+        (lambda: reverse_kl(flow(), lambda x: 1.0, 5), TypeError, "must return a tensor; got float"),
+        (lambda: reverse_kl(flow(), nan_at_two, 5), ValueError, r"finite; it is nan for sample 2, x = \[\S+, \S+\]$"),
+        (lambda: reverse_kl(flow(), lambda x: gaussian(x) - math.inf, 5), ValueError, "it is -inf for sample 0, .*soft wall"),
+        (lambda: reverse_kl(flow(), lambda x: gaussian(x.detach()), 5), ValueError, "must be differentiable"),
+        (lambda: log_normalizer(flow(), nan_at_two, 5), ValueError, "finite or -inf; it is nan for sample 2"),
+        (lambda: log_normalizer(flow(), gaussian, 1), ValueError, "n must be at least 2; got 1"),
+        (
+            lambda: log_normalizer(flow(context_features=2), gaussian, 5, torch.zeros(3, 2)),
+            ValueError,
+            r"a single one, \[2\]; got \[3, 2\]",
+        ),
+        (lambda: train_reverse_kl(flow(), gaussian, steps=0), ValueError, "steps must be at least 1; got 0"),
+        (lambda: train_reverse_kl(flow(), gaussian, learning_rate=-1.0), ValueError, "learning_rate must be positive"),
+    ],
+)
+def test_mistakes_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_gradients_that_are_switched_off_are_named():
+    with torch.no_grad(), pytest.raises(ValueError, match="use log_normalizer there"):
+        reverse_kl(flow(), gaussian, 5)
