@@ -193,13 +193,14 @@ def test_images_are_dequantised_and_tables_are_not(tmp_path, data):
 
 QUICK = {
     "maf": {"transforms": 3, "hidden": [128], "epochs": 35, "learning_rate": 1.5e-2, "weight_decay": 1.0},
+    "iaf": {"epochs": 50},
     "nice": {"epochs": 60},
     "realnvp": {"epochs": 9},
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("flow", QUICK)
 @pytest.mark.parametrize("unconditional", [False, True], ids=["conditional", "unconditional"])
 def test_every_flow_beats_the_fitted_gaussian_on_held_out_digits(flow, unconditional):
     """In a few epochs, with settings near those that suit the digits: the class-conditional Gaussian, or the one of all digits."""
