@@ -126,7 +126,7 @@ FLOWS: dict[str, FlowEntry] = {
             Setting("scale", str, "softclip", "scale map sigma(s) of a step without gate", choices=tuple(SCALES)),
         ),
         _build_iaf,
-        {"hidden": [256], "activation": "tanh", "learning_rate": 1.5e-2, "weight_decay": 2.0, "patience": 20},
+        {"hidden": [256], "activation": "tanh", "learning_rate": 1.5e-2, "weight_decay": 1.0, "patience": 20},
     ),
     "nice": FlowEntry(
         "flow of additive couplings (NICE, Dinh et al. 2014)",
