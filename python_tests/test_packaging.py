@@ -5,12 +5,14 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import flowkernels
 
@@ -27,12 +29,16 @@ def tree(tmp_path: Path) -> Path:
     return shutil.copytree(ROOT, tmp_path / "tree", ignore=ignore)
 
 
+def inherited() -> dict[str, str]:
+    """This process's environment without what changes a build."""
+    return {name: value for name, value in os.environ.items() if name not in SWITCHES}
+
+
 def setup(tree: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
-    inherited = {name: value for name, value in os.environ.items() if name not in SWITCHES}
     return subprocess.run(
         [sys.executable, "setup.py", *command],
         cwd=tree,
-        env={**inherited, **environment},
+        env={**inherited(), **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -65,11 +71,63 @@ def test_source_distribution_is_complete_and_needs_no_torch(tree):
     assert not [name for name in held if name.endswith((".so", ".pyc", "_build.json"))]
 
 
-def test_pure_python_wheel(tree):
+SMOKE = """
+import torch, flowkernels as fk
+from flowkernels import _extension, info
+from importlib.metadata import version
+torch.manual_seed(0)
+flow = fk.flows.MAF(5, context_features=2, transforms=2, hidden_features=(16, 16))
+context = torch.randn(7, 2)
+x, log_prob = flow.sample_and_log_prob(1, context)
+torch.testing.assert_close(flow.log_prob(x[0], context), log_prob[0], rtol=1e-4, atol=1e-4)
+flow.log_prob(x[0], context).mean().backward()
+assert all(p.grad.isfinite().all() for p in flow.parameters())
+assert version("flowkernels") == fk.__version__ and info.report() and not torch.cuda.is_initialized()
+print(fk.__file__, _extension.status().cpu_library, sep="\\n")
+"""
+
+
+def smoke(wheel: Path, folder: Path) -> list[str]:
+    """Install a wheel in a fresh virtual environment, use it there, and return the files of the package and of its library.
+
+    The environment borrows this one's torch by its path, which brings the installed packages and none of the editable ones.
+    """
+    environment = folder / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    python = environment / "bin" / "python"
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
+    (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    pip = [sys.executable, "-m", "pip", "-q", "--python", str(python), "install", "--no-deps", "--no-index", "--ignore-installed"]
+    subprocess.run([*pip, wheel], check=True)
+    run = subprocess.run([python, "-I", "-c", SMOKE], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert sorted(path.name for path in site.iterdir() if path.is_dir() and path.suffix != ".dist-info") == ["flowkernels"]
+    files = run.stdout.split()
+    assert all(Path(file).is_relative_to(environment) for file in files if file != "None")
+    return files
+
+
+@pytest.mark.slow
+def test_wheel_of_the_source_distribution(tree, tmp_path):
+    """What a user gets who has nothing but the archive: it builds, installs and works far from any source tree."""
+    assert setup(tree, "-q", "sdist").returncode == 0
+    (archive,) = (tree / "dist").iterdir()
+    shutil.move(archive, tmp_path)
+    shutil.rmtree(tree)
+    pip = [sys.executable, "-m", "pip", "-q", "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", tmp_path / "wheels"]
+    build = subprocess.run([*pip, tmp_path / archive.name], env=inherited(), capture_output=True, text=True, timeout=1200)
+    assert build.returncode == 0, build.stderr
+    (wheel,) = (tmp_path / "wheels").iterdir()
+    assert wheel.name.startswith(f"flowkernels-{flowkernels.__version__}-py3-none-") and "any" not in wheel.name
+    _, library = smoke(wheel, tmp_path)
+    assert Path(library).name == "_C_cpu.so"
+
+
+def test_pure_python_wheel(tree, tmp_path):
     (tree / "build" / "lib" / "flowkernels").mkdir(parents=True)
     (tree / "build" / "lib" / "flowkernels" / "_C_cpu.so").touch()  # what an earlier build left
     (tree / "flowkernels" / "_C_cpu.so").touch()
-    run = setup(tree, "-q", "bdist_wheel", FLOWKERNELS_SKIP_EXT="1")
+    run = setup(tree, "-q", "bdist_wheel", FLOWKERNELS_SKIP_EXT="1", CXX="no-such-compiler")
     assert run.returncode == 0, run.stderr
     (wheel,) = (tree / "dist").iterdir()
     assert wheel.name == f"flowkernels-{flowkernels.__version__}-py3-none-any.whl"
@@ -77,6 +135,7 @@ def test_pure_python_wheel(tree):
     assert (tree / "unpacked" / "flowkernels" / "py.typed").exists()
     assert "FLOWKERNELS_SKIP_EXT" in (tree / "unpacked" / "flowkernels" / "_build.json").read_text()
     assert not list((tree / "unpacked").rglob("*.so"))
+    assert smoke(wheel, tmp_path)[1] == "None"
 
 
 def test_no_torch(tree):
