@@ -1,10 +1,19 @@
 """Coupling layers: one part of x is transformed by what a network makes of the rest."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
-from ..ops import ScaleMap, coupling, parse_part
+from ..ops import Part, ScaleMap, coupling, parse_part
 from ..ops.scale_map import parse_form
+
+
+@lru_cache
+def _mask(part: Part, height: int, width: int, device: torch.device) -> Tensor:
+    """Where a checkerboard transforms, [height, width]: what the conditioner must not see. Eight small ops, so they run once."""
+    with torch.inference_mode(False):
+        return part.mask(torch.empty(height, width, device=device))
 
 
 class _Coupling(nn.Module):
@@ -21,7 +30,10 @@ class _Coupling(nn.Module):
         part = self.part
         if x.dim() < 2 or (x.shape[1] < 2 and not part.is_checkerboard):
             raise ValueError(f"x must have at least 2 channels, [batch, channels, *sites], to split; got {list(x.shape)}")
-        untouched = part.untouched(x)
+        if part.is_checkerboard and x.dim() == 4 and not torch.compiler.is_compiling():
+            untouched = torch.where(_mask(part, *x.shape[2:], x.device), 0, x)
+        else:
+            untouched = part.untouched(x)
         out = self.conditioner(untouched) if context is None else self.conditioner(untouched, context)
         expected = (x.shape[0], len(self._outputs) * part.count(x.shape[1]), *x.shape[2:])
         if out.shape != expected:
@@ -109,8 +121,10 @@ class AffineCoupling(_Coupling):
         self.form = parse_form(form)
         self.scale = scale
         self.interleaved = interleaved
-        a = None if scale_parameter is None else nn.Parameter(torch.as_tensor(scale_parameter, dtype=torch.get_default_dtype()).clone())
-        self.register_parameter("scale_parameter", a)
+        if scale_parameter is not None:
+            initial = torch.as_tensor(scale_parameter, dtype=torch.get_default_dtype())
+            scale_parameter = nn.Parameter(torch.atleast_1d(initial).clone())
+        self.register_parameter("scale_parameter", scale_parameter)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_map(x, context, inverse=False)
