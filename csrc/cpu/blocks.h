@@ -25,13 +25,28 @@ struct Block {
   int64_t total() const { return checkered ? rows / 2 * n + (rows & 1) * count(0) : rows * n; }
 };
 
+FK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <class T>
 FK_INLINE void fill(T* to, int64_t n, T value) {
   for (int64_t i = 0; i < n; ++i) to[i] = value;
 }
 
-// Map: map(in, per_sample, parameters, out, terms, n) transforms n packed elements; each argument but the last is an array of pointers
-// to packed elements, per_sample one such pointer.
+// Map: map(in, per_sample, parameters, out, terms, n, rest) transforms n packed elements and copies as many of the rest; each argument
+// but n and rest is an array of pointers to packed elements, per_sample one such pointer.
+template <class T>
+struct Rest {
+  const T* from = nullptr;  // null where there is nothing to copy
+  T* to = nullptr;
+
+  FK_INLINE void copy(int64_t i) const {
+    if (from != nullptr) store(to + i, load(from + i));
+  }
+  FK_INLINE void copy_partial(int64_t i, int n) const {
+    if (from != nullptr) store_partial(to + i, load_partial(from + i, n), n);
+  }
+};
+
 template <class E, class Map>
 class Blocks {
   using T = compute_t<E>;
@@ -42,22 +57,35 @@ class Blocks {
 
   Blocks(const Elementwise<E>& a, const Map& map) : args(a), map_(map) {}
 
-  // Transforms a block of at most kTile elements; `terms` get what is to be summed, packed.
-  void transform(const Block& k, T* const* terms) {
+  // Transforms a block of at most kTile elements; `terms` get what is to be summed, packed. with_rest: copies the block of the same
+  // place and size of the channels that pass, too, which costs little more than the arithmetic where both lie packed.
+  void transform(const Block& k, T* const* terms, bool with_rest = false) {
     const bool between = args.along == Along::alternate_channels && k.axis == channel_axis;
     const T* in[4];
     T* out[3];
     bool direct[3];
     for (int i = 0; i < args.n_inputs; ++i) in[i] = loaded(args.in[i], k, in_[i]);
     for (int i = 0; i < args.n_outputs; ++i) {
-      direct[i] = !args.streams && lies_packed(args.out[i], k) && !(between && i == 0);
+      direct[i] = lies_packed(args.out[i], k) && !(between && i == 0);
       out[i] = direct[i] ? reinterpret_cast<T*>(args.out[i].data + offset(args.out[i].stride, k.at)) : out_[i];
     }
     const T* parameters[3] = {};
     for (int i = 0; i < args.n_parameters; ++i) parameters[i] = parameter_[i];
     if (args.n_parameters > 0) load_parameters(k);
     if (args.per_sample != nullptr) load_per_sample(k);
-    map_(in, per_sample_, parameters, out, terms, k.total());
+    Rest<T> rest;
+    if (with_rest) {
+      const bool rows_of_channels = k.row_axis == channel_axis;
+      Block passing = k;
+      passing.rows = smaller(k.rows, rows_of_channels ? args.channels - args.transformed - k.at.c : k.rows);
+      if (passing.rows == k.rows && lies_packed(args.rest_in, k) && lies_packed(args.rest_out, k)) {
+        rest.from = reinterpret_cast<const T*>(args.rest_in.data + offset(args.rest_in.stride, k.at));
+        rest.to = reinterpret_cast<T*>(args.rest_out.data + offset(args.rest_out.stride, k.at));
+      } else {
+        pass(&args.rest_in, args.rest_out, passing);
+      }
+    }
+    map_(in, per_sample_, parameters, out, terms, k.total(), rest);
     for (int i = 0; i < args.n_outputs; ++i) {
       if (direct[i]) continue;
       if (between && i == 0) {
@@ -66,9 +94,7 @@ class Blocks {
         store_checkered(out[i], args.out[i], k, i == 0 ? &args.in[0] : nullptr);
       } else {
         const View<E>& to = args.out[i];
-        const bool packed = args.streams && lies_packed(to, k);  // one long row
-        const int64_t rows = packed ? 1 : k.rows, n = packed ? k.total() : k.n, row = to.stride[k.row_axis] * k.row_step;
-        unpack(narrowed(out[i], k), to.data + offset(to.stride, k.at), row, to.stride[k.axis], rows, n, args.streams);
+        unpack(narrowed(out[i], k), to.data + offset(to.stride, k.at), to.stride[k.row_axis] * k.row_step, to.stride[k.axis], k.rows, k.n);
       }
     }
   }
@@ -86,7 +112,7 @@ class Blocks {
     }
     const E* p = from->data + offset(from->stride, k.at);
     const int64_t row = from->stride[k.row_axis] * k.row_step, stride = from->stride[k.axis];
-    if (stride == 1 && to_stride == 1) return copy_rows(p, row, q, to_row, k.rows, k.n, args.streams);
+    if (stride == 1 && to_stride == 1) return copy_rows(p, row, q, to_row, k.rows, k.n);
     for (int64_t r = 0; r < k.rows; ++r) {
       for (int64_t i = 0; i < k.n; ++i) q[r * to_row + i * to_stride] = p[r * row + i * stride];
     }

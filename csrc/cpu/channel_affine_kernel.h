@@ -9,7 +9,7 @@ namespace FK_TARGET {
 // y = (x + before) * scale + after. parameters = {before, scale, after}; in = {x}, out = {y}.
 template <class T>
 struct ChannelAffineMap {
-  void operator()(const T* const* in, const T*, const T* const* parameters, T* const* out, T* const*, int64_t n) const {
+  void operator()(const T* const* in, const T*, const T* const* parameters, T* const* out, T* const*, int64_t n, const Rest<T>&) const {
     const T *x = in[0], *before = parameters[0], *scale = parameters[1], *after = parameters[2];
     T* y = out[0];
     int64_t i = 0;
@@ -25,7 +25,7 @@ template <class T>
 struct ChannelAffineGradient {
   bool from_output;
 
-  void operator()(const T* const* in, const T*, const T* const* parameters, T* const* out, T* const* terms, int64_t n) const {
+  void operator()(const T* const* in, const T*, const T* const* parameters, T* const* out, T* const* terms, int64_t n, const Rest<T>&) const {
     const T *dy = in[0], *kept = in[1], *before = parameters[0], *scale = parameters[1], *after = parameters[2];
     T *dx = out[0], *constant = terms[0], *linear = terms[1];
     auto along = [&](Vec<T> g, Vec<T> dold, Vec<T> v, int64_t i) __attribute__((always_inline)) {
@@ -56,7 +56,6 @@ FK_CALL void run_channel_affine(const Elementwise<E>& args, bool backward, bool 
   } else {
     Walk<E, ChannelAffineMap<T>>(args, {}, columns).run(first, last);
   }
-  finish_streams();
 }
 
 // n values: to[i] = exp(sign * from[stride * i])

@@ -19,14 +19,18 @@ inline Action action_of(const Affine& affine) {
 // n elements. Forward: in = {x, shift, s}, out = {y}, terms = log|dy/dx|.
 // Backward: in = {dy, x or y, shift, s}, out = {dx, dshift, ds}; c = dlogabsdet, a = scale parameter and terms = da where there is one.
 template <class T>
-using Tile = void (*)(const Affine& affine, const T* const* in, const T* c, const T* a, T* const* out, T* terms, int64_t n);
+using Tile = void (*)(const Affine& affine, const T* const* in, const T* c, const T* a, T* const* out, T* terms, int64_t n, Rest<T> rest);
 
 template <class T>
-FK_CALL void add_tile(const Affine& affine, const T* const* in, const T*, const T*, T* const* out, T*, int64_t n) {
+FK_CALL void add_tile(const Affine& affine, const T* const* in, const T*, const T*, T* const* out, T*, int64_t n, Rest<T> rest) {
   const Vec<T> sign = broadcast(divides(affine.form, affine.inverse) ? T(-1) : T(1));
   int64_t i = 0;
-  for (; i + lanes<T> <= n; i += lanes<T>) store(out[0] + i, fma(sign, load(in[1] + i), load(in[0] + i)));
+  for (; i + lanes<T> <= n; i += lanes<T>) {
+    store(out[0] + i, fma(sign, load(in[1] + i), load(in[0] + i)));
+    rest.copy(i);
+  }
   if (const int k = static_cast<int>(n - i)) {
+    rest.copy_partial(i, k);
     store_partial(out[0] + i, fma(sign, load_partial(in[1] + i, k), load_partial(in[0] + i, k)), k);
   }
 }
@@ -44,7 +48,7 @@ FK_INLINE ValueAndLog<V> coupled(const Map& map, Action action, V x, V shift, V 
 }
 
 template <class Map, bool RECIPROCAL, class T>
-FK_CALL void forward_tile(const Affine& affine, const T* const* in, const T*, const T* a, T* const* out, T* terms, int64_t n) {
+FK_CALL void forward_tile(const Affine& affine, const T* const* in, const T*, const T* a, T* const* out, T* terms, int64_t n, Rest<T> rest) {
   Map map(affine.scale);
   const Action action = action_of(affine);
   const T *x = in[0], *shift = in[1], *s = in[2];
@@ -55,12 +59,14 @@ FK_CALL void forward_tile(const Affine& affine, const T* const* in, const T*, co
     const auto r = coupled<RECIPROCAL>(map, action, load(x + i), load(shift + i), load(s + i));
     store(y + i, r.value);
     store(terms + i, r.log);
+    rest.copy(i);
   }
   if (const int k = static_cast<int>(n - i)) {
     if constexpr (Map::learned) map.a = load_partial(a + i, k);
     const auto r = coupled<RECIPROCAL>(map, action, load_partial(x + i, k), load_partial(shift + i, k), load_partial(s + i, k));
     store_partial(y + i, r.value, k);
     store_partial(terms + i, r.log, k);
+    rest.copy_partial(i, k);
   }
 }
 
@@ -100,7 +106,7 @@ FK_INLINE CouplingGradients<V> coupling_gradients(const Map& map, Action action,
 }
 
 template <class Map, bool RECIPROCAL, class T>
-FK_CALL void backward_tile(const Affine& affine, const T* const* in, const T* c, const T* a, T* const* out, T* terms, int64_t n) {
+FK_CALL void backward_tile(const Affine& affine, const T* const* in, const T* c, const T* a, T* const* out, T* terms, int64_t n, Rest<T> rest) {
   Map map(affine.scale);
   const Action action = action_of(affine);
   const bool output = affine.from_output;
@@ -114,6 +120,7 @@ FK_CALL void backward_tile(const Affine& affine, const T* const* in, const T* c,
     store(dshift + i, d.dshift);
     store(ds + i, d.ds);
     if constexpr (Map::learned) store(terms + i, d.da);
+    rest.copy(i);
   }
   if (const int k = static_cast<int>(n - i)) {
     if constexpr (Map::learned) map.a = load_partial(a + i, k);
@@ -123,6 +130,7 @@ FK_CALL void backward_tile(const Affine& affine, const T* const* in, const T* c,
     store_partial(dshift + i, d.dshift, k);
     store_partial(ds + i, d.ds, k);
     if constexpr (Map::learned) store_partial(terms + i, d.da, k);
+    rest.copy_partial(i, k);
   }
 }
 
@@ -146,8 +154,8 @@ struct CouplingMap {
   Affine affine;
   Tile<T> tile;
 
-  void operator()(const T* const* in, const T* c, const T* const* parameters, T* const* out, T* const* terms, int64_t n) const {
-    tile(affine, in, c, parameters[0], out, terms[0], n);
+  void operator()(const T* const* in, const T* c, const T* const* parameters, T* const* out, T* const* terms, int64_t n, const Rest<T>& rest) const {
+    tile(affine, in, c, parameters[0], out, terms[0], n, rest);
   }
 };
 
@@ -157,7 +165,6 @@ FK_CALL void run_coupling(const Elementwise<E>& args, const Affine& affine, bool
   using T = compute_t<E>;
   const CouplingMap<T> map{affine, choose_tile<T>(affine, additive, args.n_parameters > 0, backward)};
   Walk<E, CouplingMap<T>>(args, map, columns).run(first, last);
-  finish_streams();
 }
 
 }  // namespace FK_TARGET

@@ -13,7 +13,6 @@
 namespace flowkernels {
 
 constexpr int kMaxDims = 12, kMaxSiteAxes = kMaxDims - 2;
-constexpr int64_t kStreamBytes = 32 << 20;  // larger tensors are not kept in caches
 constexpr int64_t kTile = 512;   // elements that are transformed at a time
 constexpr int64_t kLine = 1024;  // elements that are summed at a time
 
@@ -65,7 +64,6 @@ struct Elementwise {
   int64_t lines;     // of a sample
   int64_t samples_of_unit, units;
   bool sums_columns;
-  bool streams;  // results go past the caches
 };
 
 // How the work is divided, once all else is known. Sums never depend on it: where they go across samples, a unit is a fixed number.
@@ -76,7 +74,6 @@ void plan(Elementwise<E>& args, bool sums) {
   args.samples_of_unit = sums ? kLine : std::max<int64_t>(1, kTile / args.transformed);
   args.units = args.one_site ? (args.batch + args.samples_of_unit - 1) / args.samples_of_unit
                              : args.batch * args.lines * (args.channel_rows ? 1 : args.transformed);
-  args.streams = args.batch * args.channels * args.sites * static_cast<int64_t>(sizeof(E)) >= kStreamBytes;
   args.sums_columns = sums && (args.one_site || args.channel_rows);
 }
 

@@ -101,32 +101,6 @@ FK_INLINE void copy_bytes(const char* from, char* to, int64_t n) {
   if (n & 2) copy_fixed<2>(from, to);
 }
 
-// Past the caches, where a result is too large to be found there later: what it displaces is not read from memory first either.
-FK_INLINE void stream_line(const char* from, char* to) {
-#if defined(FK_TARGET_AVX2)
-  for (int i = 0; i < 64; i += 32) _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), load_words<__m256i>(from + i));
-#elif defined(FK_TARGET_AVX512)
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), load_words<__m512i>(from));
-#else
-  copy_fixed<64>(from, to);
-#endif
-}
-
-FK_INLINE void stream_bytes(const char* from, char* to, int64_t n) {
-  int64_t i = -reinterpret_cast<intptr_t>(to) & 63;
-  if (n < i + 64) return copy_bytes(from, to, n);
-  copy_bytes(from, to, i);
-  for (; i + 64 <= n; i += 64) stream_line(from + i, to + i);
-  copy_bytes(from + i, to + i, n - i);
-}
-
-// before another thread may read what was streamed
-FK_INLINE void finish_streams() {
-#if defined(FK_TARGET_AVX2) || defined(FK_TARGET_AVX512)
-  _mm_sfence();
-#endif
-}
-
 template <int N>
 FK_INLINE void copy_rows_fixed(const char* from, int64_t from_row, char* to, int64_t to_row, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) copy_fixed<N>(from + r * from_row, to + r * to_row);
@@ -134,14 +108,10 @@ FK_INLINE void copy_rows_fixed(const char* from, int64_t from_row, char* to, int
 
 // rows of contiguous elements
 template <class E>
-FK_CALL void copy_rows(const E* from, int64_t from_row, E* to, int64_t to_row, int64_t rows, int64_t n, bool stream = false) {
+FK_CALL void copy_rows(const E* from, int64_t from_row, E* to, int64_t to_row, int64_t rows, int64_t n) {
   constexpr int64_t size = sizeof(E);
   const char* p = reinterpret_cast<const char*>(from);
   char* q = reinterpret_cast<char*>(to);
-  if (stream) {
-    for (int64_t r = 0; r < rows; ++r) stream_bytes(p + r * from_row * size, q + r * to_row * size, n * size);
-    return;
-  }
   switch (n * size) {  // short rows are copied by one instruction each
     case 2: return copy_rows_fixed<2>(p, from_row * size, q, to_row * size, rows);
     case 4: return copy_rows_fixed<4>(p, from_row * size, q, to_row * size, rows);
@@ -219,8 +189,8 @@ FK_CALL void pack(const E* from, int64_t row, int64_t stride, int64_t rows, int6
 }
 
 template <class E>
-FK_CALL void unpack(const E* from, E* to, int64_t row, int64_t stride, int64_t rows, int64_t n, bool stream) {
-  if (stride == 1) return copy_rows(from, n, to, row, rows, n, stream);
+FK_CALL void unpack(const E* from, E* to, int64_t row, int64_t stride, int64_t rows, int64_t n) {
+  if (stride == 1) return copy_rows(from, n, to, row, rows, n);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t i = 0; i < n; ++i) to[r * row + i * stride] = from[r * n + i];
   }

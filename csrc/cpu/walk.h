@@ -9,8 +9,6 @@
 namespace flowkernels {
 namespace FK_TARGET {
 
-FK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <class E, class Map>
 class Walk {
   using T = compute_t<E>;
@@ -119,16 +117,15 @@ class Walk {
 
   void line_of_channels(int64_t b, int64_t first, int64_t last, int64_t l) {
     const int64_t begin = l * kLine, end = smaller(begin + kLine, args.sites), n = end - begin;
-    const int64_t rest = last == args.transformed ? passing() : smaller(last, passing());
-    pass_sites(b, first, rest, begin, end);
+    if (last == args.transformed) pass_sites(b, last, passing(), begin, end);  // odd numbers of channels leave one
     int64_t most = 1;  // channels of a block
     if (args.n_outer == 0 && n <= kTile && begin == 0 && end == args.sites && (n < 64 || blocks_.channels_lie_packed(n))) most = kTile / n;
     for (int64_t c = first, rows; c < last; c += rows) {
       rows = smaller(most, last - c);
       if (rows > 1) {
-        transform({{b, c, begin}, channel_axis, rows, 1, inner_axis, n}, 0);
+        transform({{b, c, begin}, channel_axis, rows, 1, inner_axis, n}, 0, c < passing());
       } else {
-        for_each_run(b, c, begin, end, kTile, [&](const Block& k) { transform(k, k.at.site - begin); });
+        for_each_run(b, c, begin, end, kTile, [&](const Block& k) { transform(k, k.at.site - begin, c < passing()); });
       }
       if (args.sums[0] == nullptr) continue;
       for (int64_t r = 0; r < rows; ++r) sum_line(b, l, c + r, r * n, n);
@@ -136,12 +133,6 @@ class Walk {
   }
 
   void pass_sites(int64_t b, int64_t first, int64_t last, int64_t begin, int64_t end) {
-    if (first >= last) return;
-    if (args.n_outer == 0 && begin == 0 && end == args.sites) {
-      const bool packed = args.rest_in.stride[channel_axis] == end && args.rest_out.stride[channel_axis] == end;
-      const int64_t rows = packed ? 1 : last - first, n = packed ? (last - first) * end : end;
-      return blocks_.pass(&args.rest_in, args.rest_out, {{b, first, 0}, channel_axis, rows, 1, inner_axis, n});
-    }
     for (int64_t c = first; c < last; ++c) {
       for_each_run(b, c, begin, end, args.sites, [&](const Block& k) { blocks_.pass(&args.rest_in, args.rest_out, k); });
     }
@@ -188,9 +179,9 @@ class Walk {
   // ---- sums
 
   // terms go to position `at` of the buffers
-  void transform(const Block& k, int64_t at) {
+  void transform(const Block& k, int64_t at, bool with_rest = false) {
     T* const terms[] = {terms_[0] + at, terms_[1] + at};
-    blocks_.transform(k, terms);
+    blocks_.transform(k, terms, with_rest);
   }
 
   // sums the n terms at position `at`

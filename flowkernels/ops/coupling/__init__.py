@@ -111,23 +111,27 @@ class _Coupling(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         x, shift, raw_scale, scale_parameter, ctx.keeps_output, *options = inputs
         ctx.options = tuple(options)
-        ctx.save_for_backward(output[0] if ctx.keeps_output else x, shift, raw_scale, scale_parameter)
+        if raw_scale is None:
+            ctx.mark_non_differentiable(output[1])
+        else:
+            ctx.save_for_backward(output[0] if ctx.keeps_output else x, shift, raw_scale, scale_parameter)
 
     @staticmethod
     def backward(ctx, dy: Tensor, dlogabsdet: Tensor):
-        kept, shift, raw_scale, scale_parameter = ctx.saved_tensors
-        if raw_scale is None:
+        if not ctx.saved_tensors:
             gradients = (*_additive_backward(dy, ctx.options), None, None)
-        elif torch.is_grad_enabled() or wants_reference("coupling", dy.device):
-            # double backward differentiates this once more
-            arguments = (dy, dlogabsdet, kept, shift, raw_scale, scale_parameter, _unpack(*ctx.options), ctx.keeps_output)
-            gradients = coupling_backward_reference(*arguments)
         else:
-            arguments = (dy, dlogabsdet, kept, shift, raw_scale, scale_parameter, *ctx.options, ctx.keeps_output)
-            gradients = _coupling_backward(*arguments)
-            if scale_parameter is None:
-                gradients = (*gradients[:3], None)
-        return (*gradients, None, *(None for _ in ctx.options))
+            gradients = _backward(dy, dlogabsdet, *ctx.saved_tensors, ctx.options, ctx.keeps_output)
+        return (*gradients, *(None for _ in range(1 + len(ctx.options))))
+
+
+def _backward(dy, dlogabsdet, kept, shift, raw_scale, scale_parameter, options: Packed, from_output: bool) -> tuple[Tensor | None, ...]:
+    tensors = (dy, dlogabsdet, kept, shift, raw_scale, scale_parameter)
+    # double backward differentiates the reference once more
+    if torch.is_grad_enabled() or wants_reference("coupling_backward", dy.device):
+        return coupling_backward_reference(*tensors, _unpack(*options), from_output)
+    dx, dshift, draw_scale, dscale_parameter = _coupling_backward(*tensors, *options, from_output)
+    return dx, dshift, draw_scale, None if scale_parameter is None else dscale_parameter
 
 
 def _additive_backward(dy: Tensor, options: Packed) -> tuple[Tensor, Tensor]:
