@@ -1,17 +1,18 @@
 """Which implementation serves an op: automatic by the tensor's device, or chosen by hand."""
 
+import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from . import _extension
+from . import _extension, _triton
+from ._library import library
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
-_DEVICE_OF = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
-_TRITON_OPS: frozenset[str] = frozenset()
+_DEVICE_OF = {"cpp": "cpu", "cuda": "cuda"}
 
 
 def _known(name: str, source: str) -> str:
@@ -42,6 +43,7 @@ def backend(name: str) -> Iterator[None]:
     """
     before = _choice.name
     _choice.name = _known(name, "backend")
+    _route_cpu_to_triton()
     try:
         yield
     finally:
@@ -55,12 +57,54 @@ def wants_reference(op: str, device: torch.device) -> bool:
         return False
     if name == "reference":
         return True
-    if name == "triton" and op not in _TRITON_OPS:
-        raise RuntimeError(f"backend 'triton' was chosen, but {op} has no Triton kernel; use 'auto' or 'reference'")
-    if device.type != _DEVICE_OF[name]:
-        raise RuntimeError(f"backend {name!r} was chosen, but {op} was called with tensors on {device}; it serves {_DEVICE_OF[name]}")
-    key = {"cpp": "CPU", "cuda": "CUDA", "triton": "CUDA"}[name]
-    why_not = _extension.status().why_not(op, key)
+    if name == "triton":
+        if torch.compiler.is_compiling():  # the kernel's own check runs with the graph
+            return False
+        why_not = _triton.why_not(op, device)
+    elif device.type != _DEVICE_OF[name]:
+        why_not = f"{op} was called with tensors on {device}; it serves {_DEVICE_OF[name]}"
+    elif name == "cuda" and op in _triton.ops():
+        why_not = f"{op} has no CUDA C++ kernel: on CUDA it is a Triton kernel"
+    else:
+        why_not = _extension.status().why_not(op, name.replace("cpp", "cpu").upper())
     if why_not is not None:
         raise RuntimeError(f"backend {name!r} was chosen, but {why_not}")
     return False
+
+
+def register_triton(op: str, module: str, reference: Callable) -> None:
+    """Let the Triton kernel of `op` (`op`_triton in `module`) serve CUDA tensors, if Triton can be found.
+
+    `reference`, which has the op's signature, serves what the kernel cannot, unless "triton" was chosen by hand.
+    """
+    _triton.add(op, module)
+    if not _triton.installed():
+        return
+
+    def serve(*args):
+        why_not = _triton.why_not(op, args[0].device, args[0].dtype)
+        if why_not is None:
+            return _triton.launch(op, *args)
+        if _choice.name == "triton":
+            raise RuntimeError(f"backend 'triton' was chosen, but {why_not}")
+        return reference(*args)
+
+    library.impl(op, serve, "CUDA")
+    _route_cpu_to_triton()
+
+
+def _route_cpu_to_triton() -> None:
+    """If Triton's interpreter was chosen: CPU tensors go there while "triton" is chosen, and where they went before otherwise."""
+    if _choice.name == "triton" and _triton.interpreting():
+        for op in _triton.ops():
+            _route_cpu_op(op)
+
+
+@functools.cache
+def _route_cpu_op(op: str) -> None:
+    before = torch.library.get_kernel(f"flowkernels::{op}", "CPU")
+
+    def serve(keys, *args):
+        return _triton.launch(op, *args) if _choice.name == "triton" else before.call_boxed(keys, *args)
+
+    library.impl(op, serve, "CPU", with_keyset=True, allow_override=True)

@@ -6,7 +6,7 @@ from importlib import metadata
 
 import torch
 
-from . import _extension
+from . import _extension, _triton
 from ._version import __version__
 
 OPS = ("autoregressive", "channel_affine", "coupling", "masked_linear", "slogdet", "slogdet_inverse")
@@ -55,11 +55,14 @@ def _machine() -> list[tuple[str, str]]:
 
 
 def _implementations() -> list[tuple[str, str, str, str]]:
-    rows = [("op", "device", "served by", "why not compiled")]
+    rows = [("op", "device", "served by", "why not by a kernel")]
     for op in OPS:
         for device, compiled in _COMPILED.items():
-            why_not = _extension.status().why_not(op, device)
-            rows.append((op, device, "reference" if why_not else compiled, why_not or ""))
+            if device == "CUDA" and op in _triton.ops():
+                kernel, why_not = "triton", _triton.why_not(op, torch.device("cuda", 0))
+            else:
+                kernel, why_not = compiled, _extension.status().why_not(op, device)
+            rows.append((op, device, "reference" if why_not else kernel, why_not or ""))
         rows.append((op, "others", "reference", "kernels exist for CPU and CUDA"))
     return rows
 

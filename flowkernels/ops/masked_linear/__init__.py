@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..._backend import wants_reference
+from ..._backend import register_triton, wants_reference
 from ..._library import library
 from .._autocast import any_autocast, cast
 from .._differentiation import forward_mode, needs_autograd
@@ -27,6 +27,9 @@ library.define("masked_linear_dweight(Tensor x, Tensor dy, Tensor visible) -> Te
 library.impl("masked_linear", masked_linear_reference, "CompositeExplicitAutograd")
 library.impl("masked_linear_dx", masked_linear_dx_reference, "CompositeExplicitAutograd")
 library.impl("masked_linear_dweight", masked_linear_dweight_reference, "CompositeExplicitAutograd")
+register_triton("masked_linear", f"{__name__}.kernels", masked_linear_reference)
+register_triton("masked_linear_dx", f"{__name__}.kernels", masked_linear_dx_reference)
+register_triton("masked_linear_dweight", f"{__name__}.kernels", masked_linear_dweight_reference)
 
 
 @torch.library.register_fake("flowkernels::masked_linear", lib=library)
