@@ -173,7 +173,7 @@ class TestAutoregressive(OpBattery):
         **both("a coupling", 4, (5,), degrees=[1, 1, 2, 2], activation="leaky_relu", form="shift_scale"),
         **both("residual", 2, RESIDUAL, context=2),
         **both("gated", 2, GATED, context=2, order=[1, 0]),
-        **both("wired", 3, WIRED, degrees=[1, 2, 2]),
+        **both("wired", 2, WIRED),
     }
 
 
