@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if options.show:
         print(table.render(kept))
+        for name in chosen:
+            _summarise(name, [row for row in kept if row["benchmark"] == name])
     else:
         print(f"\nrows are in {out}")
     if options.plot:
@@ -62,8 +64,16 @@ def _run(name: str, out: Path, malloc: str, quick: bool, device: torch.device) -
         print(table.render_case(fresh) + "\n", flush=True)
     rows.replace(out, done, benchmark=name, device=str(who["device"]))
     unfinished.unlink(missing_ok=True)
+    _summarise(name, done)
     print(f"{table.render_targets(done)}\n\n{name}: {time.perf_counter() - started:.0f} s")
     return any(row["wrong"] for row in done if row["ours"])
+
+
+def _summarise(name: str, done: list[rows.Row]) -> None:
+    """What a benchmark makes of all its rows, where it has a `summary`."""
+    summary = getattr(import_module(f"benchmarks.bench_{name}"), "summary", None) if done else None
+    if summary is not None:
+        print(f"{summary(done)}\n")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
