@@ -47,7 +47,7 @@ def _inverse(quick: bool, device: torch.device) -> Iterator[Case]:
             *([] if quick else [_inverse_of_ours(problem, reference=True)]),
         ],
         3 * problem.macs,
-        targets=[Target("speedup", 100, None, "nflows"), Target("memory_ratio", 30, None, "nflows")],
+        targets=[Target("speedup", 100, None, "nflows"), Target("memory share", 1 / 30, None, "nflows")],
         seconds=seconds,
         device=device,
     )

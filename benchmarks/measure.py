@@ -131,9 +131,9 @@ def _figure(target: Target, rows: list[Row], ours: Row) -> float | None:
         return ours["gmac_s"] / ours["matmul_gmac_s"] if ours.get("gmac_s") else None
     if target.figure == "memory":
         return None if ours["memory_bytes"] is None else ours["memory_bytes"] / ours["threads"]
-    if target.figure == "memory_ratio":
+    if target.figure == "memory share":
         theirs = next((row["memory_bytes"] for row in rows if row["competitor"] == target.against), None)
-        return theirs / ours["memory_bytes"] if theirs and ours["memory_bytes"] else None
+        return ours["memory_bytes"] / theirs if theirs and ours["memory_bytes"] is not None else None
     ratio = next((row.get("ratio") for row in rows if row["competitor"] == target.against), None)
     if ratio is None:
         return None

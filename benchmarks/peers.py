@@ -30,6 +30,16 @@ def build_peer(library: str, features: int, hidden_features: tuple[int, ...]) ->
     return module
 
 
+def build_stack(library: str, features: int, hidden_features: tuple[int, ...], transforms: int) -> nn.Module:
+    """So many of nflows' or zuko's layers, whose orders alternate, as one transform."""
+    torch.manual_seed(0)
+    if library == "zuko":
+        return _import("zuko.flows").MAF(features, transforms=transforms, hidden_features=hidden_features).transform
+    nflows = _import("nflows.transforms")
+    layers = [part for _ in range(transforms) for part in (_nflows(features, hidden_features), nflows.ReversePermutation(features))]
+    return nflows.CompositeTransform(layers[:-1]).eval()
+
+
 def inverse_of(library: str, module: nn.Module) -> Callable[[Tensor], Any]:
     """Noise to data. zuko's does not return a log-determinant."""
     return (lambda z: module().inv(z)) if library == "zuko" else module.inverse

@@ -11,7 +11,7 @@ FIGURES = {
     "share": "ours / {against}",
     "rate": "rate, of the matmul's",
     "memory": "memory a thread",
-    "memory_ratio": "memory, {against} / ours",
+    "memory share": "memory, ours / {against}",
     "seconds": "time",
 }
 

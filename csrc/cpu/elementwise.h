@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "cpu/element.h"
+#include "cpu/tensor.h"
 
 namespace flowkernels {
 
@@ -78,10 +79,7 @@ void plan(Elementwise<E>& args, bool sums) {
 }
 
 inline torch::stable::Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, torch::headeronly::ScalarType type) {
-  AtenTensorHandle handle = nullptr;
-  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return torch::stable::Tensor(handle);
+  return empty_strided(dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)));
 }
 
 inline torch::stable::Tensor empty_vector(int64_t n, torch::headeronly::ScalarType type) {

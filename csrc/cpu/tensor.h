@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 namespace flowkernels {
@@ -23,16 +24,27 @@ inline std::vector<int64_t> sizes_of(const torch::stable::Tensor& t) {
   return sizes;
 }
 
-// Contiguous and uninitialised, with the dtype of `like`; new_empty would look its operator up by name.
+// Uninitialised; new_empty would look its operator up by name. torch.use_deterministic_algorithms does not reach this memory: a
+// build with FK_FILL_NAN fills it with NaN, so that an element that no kernel writes cannot pass a test.
+inline torch::stable::Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  torch::stable::Tensor t(handle);
+#ifdef FK_FILL_NAN
+  int64_t bytes = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
+  if (bytes > 0) std::memset(t.mutable_data_ptr(), 0xff, bytes);
+#endif
+  return t;
+}
+
+// Contiguous and uninitialised, with the dtype of `like`.
 inline torch::stable::Tensor empty(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return torch::stable::Tensor(handle);
+  return empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype);
 }
 
 }  // namespace flowkernels

@@ -9,7 +9,7 @@ import torch
 
 import flowkernels
 from benchmarks import __main__ as command_line
-from benchmarks import machine, peers, plots, rows, table
+from benchmarks import accuracy, bench_masked_linear, bench_training, machine, peers, plots, rows, table
 from benchmarks.autoregressive_problem import OURS, Problem, dense_forward, ours, peer
 from benchmarks.case import Call, Case, Competitor, Sweep, Target, Unavailable
 from benchmarks.measure import measure_case
@@ -86,6 +86,17 @@ def test_verdicts_where_less_is_better(figure, must, aim, verdict):
     competitors = [timed("us", [1.0, 1.0], ours=True), timed("them", [2.0, 2.0])]
     case = Case("toy", competitors, targets=[Target(figure, must, aim, "them")], seconds=1.0, most_rounds=2)
     assert rows_of(case)["us"]["targets"][0]["verdict"] == verdict
+
+
+def test_memory_share_is_of_the_peaks(monkeypatch):
+    peaks = {"us": 30, "them": 60}
+    monkeypatch.setattr("benchmarks.measure.measure_in_process", lambda benchmark, case, competitor, **_: peaks[competitor])
+    competitors = [timed(name, [1.0], ours=name == "us", memory=True) for name in peaks]
+    case = Case("toy", competitors, targets=[Target("memory share", 0.6, 0.4, "them")], timed=False)
+    found = rows_of(case)
+    (target,) = found["us"]["targets"]
+    assert (target["value"], target["verdict"]) == (0.5, "must")
+    assert "memory, ours / them: 0.5" in table.render_case(list(found.values()))
 
 
 def test_rate_is_against_the_matmul_of_the_same_case():
@@ -242,6 +253,32 @@ def test_multiply_adds_are_the_ones_of_the_masks():
     problem = Problem(5, (12, 12), 9, CPU)
     count = sum(int((part.weight != 0).sum()) for part in problem.dense() if isinstance(part, torch.nn.Linear))
     assert problem.macs == 9 * count
+
+
+@pytest.mark.parametrize("name", ["flowkernels", "nflows", "zuko"])
+def test_training_steps_have_the_gradients_of_float64(name):
+    if name != OURS:
+        pytest.importorskip(name)
+    problem = Problem(5, (12, 12), 9, CPU)
+    single = bench_training._ours(problem) if name == OURS else bench_training._peer(name, problem)
+    competitors = {"layer": single}
+    if name != OURS:
+        build = lambda: peers.build_stack(name, 5, (12, 12), 3)
+        competitors["stack"] = bench_training._competitor(
+            name, build, lambda m, x: bench_training._nll_of(name, m, x), problem.input, package=name
+        )
+    for competitor in competitors.values():
+        call = competitor.build()
+        before = accuracy.check(call)
+        assert not before.wrong and before.rms > 0
+        assert len(call.run()) > 6, "the gradients are compared too"
+
+
+def test_masked_linear_cases_agree_with_float64(monkeypatch):
+    monkeypatch.setattr(bench_masked_linear, "SIZES", ((20, 9),))
+    for case in bench_masked_linear.cases(True, CPU):
+        assert len(case.competitors) == (2 if case.name.startswith("dx") else 3)
+        assert not any(accuracy.check(competitor.build()).wrong for competitor in case.competitors)
 
 
 @pytest.mark.parametrize("library", peers.LIBRARIES)
