@@ -58,10 +58,13 @@ def save_images(path: str | Path, images: Tensor, columns: int, *, levels: int, 
     _save(figure, path)
 
 
-def save_comparison(path: str | Path, real: Tensor, samples: Tensor, columns: int) -> None:
-    """Write real digits beside samples, [rows * columns, 1, height, width] each, one class a row, as one .png."""
+_TITLES = ("real digits (test images)", "samples of the flow")
+
+
+def save_comparison(path: str | Path, real: Tensor, samples: Tensor, columns: int, titles: tuple[str, str] = _TITLES) -> None:
+    """Write real digits beside samples or reconstructions, [rows * columns, 1, height, width] each, as one .png."""
     figure = _figure(11.0, 5.8)
-    for left, images, title in ((0.02, real, "real digits (test images)"), (0.51, samples, "samples of the flow")):
+    for left, images, title in zip((0.02, 0.51), (real, samples), titles, strict=True):
         axes = figure.add_axes((left, 0.02, 0.47, 0.9))
         _draw_grid(axes, image_grid(images, columns), LEVELS, ink=True)
         axes.set_title(title, color=_INK, fontsize=12)

@@ -9,6 +9,7 @@ from ..data.digits import LEVELS
 from ..training import FLOWS, FlowEntry, Setting, Trainer, TrainingSettings, load_split, make_config, train_run
 from ..training.progress import TerminalProgress
 from ..training.start import ALPHA_OF_DIGITS, ALPHA_OF_FILES, LEVELS_OF_FILES
+from . import vae
 from .common import add_device, check_device, positive_float, positive_int, seed
 
 _DEFAULTS = {field.name: field.default for field in fields(TrainingSettings)}
@@ -40,6 +41,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         for setting in entry.settings:
             _add_setting(group, setting, entry)
         _add_training(flow.add_argument_group("training"), entry)
+    vae.add_parser(flows)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
