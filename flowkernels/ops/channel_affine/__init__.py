@@ -10,7 +10,7 @@ before and one after, since folding them into one would round badly where the sc
 import torch
 from torch import Tensor
 
-from ..._backend import wants_reference
+from ..._backend import register_triton, wants_reference
 from ..._library import library
 from .._differentiation import apply_function, needs_autograd
 from .._layout import empty_in_layout_of, in_layout_of
@@ -37,6 +37,8 @@ def _composite_backward(dy: Tensor, *others) -> tuple[Tensor, Tensor, Tensor, Te
 
 library.impl("channel_affine", _composite, "CompositeExplicitAutograd")
 library.impl("channel_affine_backward", _composite_backward, "CompositeExplicitAutograd")
+register_triton("channel_affine", f"{__name__}.kernels", _composite)
+register_triton("channel_affine_backward", f"{__name__}.kernels", _composite_backward)
 _channel_affine = torch.ops.flowkernels.channel_affine.default
 _channel_affine_backward = torch.ops.flowkernels.channel_affine_backward.default
 

@@ -10,7 +10,7 @@ One kernel splits, applies the scale map and the form, copies the rest and sums 
 import torch
 from torch import Tensor
 
-from ..._backend import wants_reference
+from ..._backend import register_triton, wants_reference
 from ..._library import library
 from .._differentiation import apply_function, needs_autograd
 from .._layout import empty_in_layout_of, in_layout_of
@@ -52,6 +52,8 @@ def _composite_backward(
 
 library.impl("coupling", _composite, "CompositeExplicitAutograd")
 library.impl("coupling_backward", _composite_backward, "CompositeExplicitAutograd")
+register_triton("coupling", f"{__name__}.kernels", _composite)
+register_triton("coupling_backward", f"{__name__}.kernels", _composite_backward)
 _coupling = torch.ops.flowkernels.coupling.default
 _coupling_backward = torch.ops.flowkernels.coupling_backward.default
 
