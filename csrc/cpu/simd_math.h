@@ -1,4 +1,5 @@
-// exp, log and their relatives on vectors. No include guard: cpu/for_each_target.h includes this once per instruction set.
+// exp, log and their relatives on vectors. No include guard: cpu/for_each_target.h includes this once per instruction set, and
+// cuda/device_math.h once for single numbers.
 //
 // Only IEEE operations and fma in a fixed order, so that the bits are the same on every instruction set and in every lane.
 // Each polynomial is a minimax fit of relative error (Remez exchange in 60 digits), its coefficients rounded once.
@@ -78,24 +79,29 @@ struct Coefficients<double> {
       -0x1.3f1ad1ec16b4ap-13, 0x1.bbc2ac883213ep-17};
 };
 
-template <int K, class V, class T, int N>
-FK_INLINE V polynomial_from(V x, V x2, const T (&c)[N]) {
+// The coefficients are a template argument: device code may use the values of a constexpr array, but not the array.
+template <const auto& C, int K, class V>
+FK_INLINE V polynomial_from(V x, V x2) {
+  using T = scalar_t<V>;
+  constexpr int N = sizeof(C) / sizeof(T);
+  constexpr T c = C[K];
   if constexpr (K == N - 1) {
-    return broadcast<T>(c[K]);
+    return broadcast<T>(c);
   } else {
-    const V pair = fma(x, c[K + 1], c[K]);
+    constexpr T next = C[K + 1];
+    const V pair = fma(x, next, c);
     if constexpr (K == N - 2) {
       return pair;
     } else {
-      return fma(polynomial_from<K + 2>(x, x2, c), x2, pair);
+      return fma(polynomial_from<C, K + 2>(x, x2), x2, pair);
     }
   }
 }
 
-// c[0] + c[1] x + c[2] x^2 + ..., by Horner's rule in x^2: its chain of dependent operations is half as long as in x
-template <class V, class T, int N>
-FK_INLINE V polynomial(V x, const T (&c)[N]) {
-  return polynomial_from<0>(x, x * x, c);
+// C[0] + C[1] x + C[2] x^2 + ..., by Horner's rule in x^2: its chain of dependent operations is half as long as in x
+template <const auto& C, class V>
+FK_INLINE V polynomial(V x) {
+  return polynomial_from<C, 0>(x, x * x);
 }
 
 template <class V>
@@ -119,7 +125,7 @@ FK_INLINE Reduced<V> reduce_exp(V x) {
 // exp(r) - 1 for |r| <= ln 2 / 2
 template <class V>
 FK_INLINE V expm1_reduced(V r) {
-  return fma(r * r, polynomial(r, Coefficients<scalar_t<V>>::exp), r);
+  return fma(r * r, polynomial<Coefficients<scalar_t<V>>::exp>(r), r);
 }
 
 // 0.89 ulp; double 0.83
@@ -128,7 +134,7 @@ FK_INLINE V exp(V x) {
   using T = scalar_t<V>;
   using F = Format<T>;
   const Reduced<V> t = reduce_exp(at_least(at_most(x, F::exp_high), F::exp_low));
-  const V p = fma(t.r, fma(t.r, polynomial(t.r, Coefficients<T>::exp), T(1)), T(1));
+  const V p = fma(t.r, fma(t.r, polynomial<Coefficients<T>::exp>(t.r), T(1)), T(1));
   // 2^n in two factors: the first product is exact, the second overflows or becomes subnormal with one rounding
   const UVec<T> half = t.exponent >> 1, rest = t.exponent - half;
   return p * from_bits<T>(half << F::mantissa) * from_bits<T>(rest << F::mantissa);
@@ -161,7 +167,7 @@ template <class V>
 FK_INLINE V log_reduced(V k, V f) {
   using T = scalar_t<V>;
   using F = Format<T>;
-  const V tail = f * f * polynomial(f, Coefficients<T>::log);
+  const V tail = f * f * polynomial<Coefficients<T>::log>(f);
   const V high = k * F::ln2_high;
   const V sum = high + f;
   const V lost = f - (sum - high);  // exact, as |high| > |f| or high = 0
@@ -232,7 +238,7 @@ FK_INLINE V log1p(V x) {
 // log(1 + x) for 0 <= x <= 1
 template <class V>
 FK_INLINE V log1p_unit(V x) {
-  return fma(x * x, polynomial(x, Coefficients<scalar_t<V>>::log1p), x);
+  return fma(x * x, polynomial<Coefficients<scalar_t<V>>::log1p>(x), x);
 }
 
 // 2.43 ulp; double 2.02. By t = exp(2 |x|) - 1, whose error fades in t / (t + 2) as it grows.
@@ -271,7 +277,7 @@ template <class V>
 FK_INLINE V erf(V x) {
   using T = scalar_t<V>;
   const V a = at_most(abs(x), Format<T>::erf_high);
-  return with_sign_of(expm1_bounded(-fma(a, polynomial(a, Coefficients<T>::erf), a)), x);
+  return with_sign_of(expm1_bounded(-fma(a, polynomial<Coefficients<T>::erf>(a), a)), x);
 }
 
 // 1.49 ulp; double 1.80
@@ -284,7 +290,7 @@ FK_INLINE V atan(V x) {
   const auto big = a > T(1);
   const V b = select(big, T(1) / a, a);
   const V z = b * b;
-  const V y = fma(b * z, polynomial(z, Coefficients<T>::atan), b);
+  const V y = fma(b * z, polynomial<Coefficients<T>::atan>(z), b);
   return with_sign_of(select(big, half_pi - (y - half_pi_low), y), x);
 }
 

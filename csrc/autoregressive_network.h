@@ -1,0 +1,148 @@
+// From the tensors of the op's schema to the arguments of the CUDA loop, for its launcher and for its twin on the CPU. No data is read.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <climits>
+#include <optional>
+#include <vector>
+
+#include "autoregressive_schedule.h"
+
+namespace flowkernels {
+
+// The tensors of a conditioner, in the order of the schema, and how a launch uses them.
+struct LoopTensors {
+  torch::stable::Tensor x;
+  std::optional<torch::stable::Tensor> context;
+  std::vector<torch::stable::Tensor> weights, biases, context_weights, context_biases, visible;
+  std::optional<torch::stable::Tensor> order;
+  std::vector<int64_t> activations, wiring;
+  ScaleMapParams scale;
+  int form;
+  bool inverse;
+};
+
+// Python has checked what users get wrong; here only what would corrupt memory.
+template <class T>
+class LoopNetwork {
+  using Tensor = torch::stable::Tensor;
+  using ScalarType = torch::headeronly::ScalarType;
+
+ public:
+  LoopArgs<T> args{};
+
+  explicit LoopNetwork(const LoopTensors& t) : like_(t.x) {
+    const size_t n = t.weights.size(), contexts = t.context_weights.size();
+    check(t.x.dim() == 2, "x must have two dimensions");
+    check(n >= 1 && n <= static_cast<size_t>(kMaxLayers), "a conditioner has 1 to 32 layers");
+    check(t.biases.size() == n && t.visible.size() == n && t.activations.size() == n &&
+              (t.wiring.empty() ? contexts == 0 || contexts == n : t.wiring.size() == 4 * n),
+          "weights, biases, visible, activations and wiring must have one entry per layer");
+    check(t.context_biases.empty() || t.context_biases.size() == contexts, "context_biases must have one entry per context weight");
+    check((contexts > 0) == t.context.has_value(), "context and context_weights go together");
+    kept_.reserve(5 * n + 1);
+    args.batch = t.x.size(0);
+    args.features = args.units = number(t.x.size(1));
+    args.x = static_cast<const T*>(t.x.const_data_ptr());
+    args.x_row = t.x.stride(0);
+    args.x_column = t.x.stride(1);
+    if (t.context) {
+      check(t.context->dim() == 2 && t.context->size(0) == args.batch && fits(*t.context, like_.scalar_type()), "context does not fit x");
+      args.context_rows = static_cast<const T*>(t.context->const_data_ptr());
+      args.context_row = t.context->stride(0);
+      args.context_column = t.context->stride(1);
+      args.context_features = number(t.context->size(1));
+    }
+    args.context = take(args.context_features);
+    size_t context = 0;
+    for (size_t i = 0; i < n; ++i) read_layer(t, static_cast<int>(i), context);
+    const LoopLayer<T>& last = args.layer(args.n_layers);
+    check(last.outputs == 2 * args.features, "the last layer must give shift and raw scale of each feature");
+    check(!last.unitwise && !last.gate && last.residual < 0 && last.activation == static_cast<int>(Activation::identity),
+          "the last layer must be a plain masked layer");
+    if (t.order) args.order = static_cast<const int64_t*>(vector(*t.order, args.features, ScalarType::Long, "order"));
+    args.scale = t.scale;
+    args.form = t.form;
+    args.inverse = t.inverse;
+    args.panel_steps = choose_panel_steps(args);
+  }
+
+ private:
+  Tensor like_;
+  std::vector<Tensor> kept_;  // contiguous copies must outlive the launch
+
+  static void check(bool ok, const char* what, const char* more = "") { STD_TORCH_CHECK(ok, "flowkernels::autoregressive: ", what, more); }
+
+  static int number(int64_t n) {
+    check(n <= INT_MAX / 64, "too many units");
+    return static_cast<int>(n);
+  }
+
+  // the first of so many units of the state
+  int take(int units) {
+    const int first = args.units;
+    args.units = number(int64_t(first) + units);
+    return first;
+  }
+
+  void read_layer(const LoopTensors& t, int i, size_t& context) {
+    const bool wired = !t.wiring.empty();
+    const int64_t* wiring = wired ? &t.wiring[4 * i] : nullptr;
+    const int64_t source = wired ? wiring[0] : i, residual = wired ? wiring[1] : -1, use = wired ? wiring[2] : !t.context_weights.empty();
+    check(source >= 0 && source <= i && residual >= -1 && residual <= i, "a layer must read the features or a layer before it");
+    const Tensor& weight = t.weights[i];
+    LoopLayer<T>& layer = args.layers[i];
+    layer.source = static_cast<int>(source);
+    layer.residual = static_cast<int>(residual);
+    layer.activation = activation(t.activations[i]);
+    layer.unitwise = weight.dim() == 1;
+    layer.inputs = args.width(layer.source);
+    layer.outputs = layer.unitwise ? layer.inputs : weight.dim() == 2 ? number(weight.size(1)) : -1;
+    if (!layer.unitwise) layer.weight = matrix(weight, layer.inputs, layer.outputs, layer.ld, "weight");
+    if (layer.unitwise && weight.numel() > 0) layer.weight = vector(weight, layer.outputs, "weight");
+    if (layer.weight) layer.bias = vector(t.biases[i], layer.outputs, "bias");
+    check(residual < 0 || args.width(layer.residual) == layer.outputs, "residual must be as wide as its layer");
+    layer.visible = static_cast<const int32_t*>(vector(t.visible[i], layer.outputs, ScalarType::Int, "visible"));
+    layer.first = take(layer.outputs);
+    layer.gates = -1;
+    if (use != 0) {
+      check(context < t.context_weights.size() && !layer.unitwise, "context_weights do not fit the wiring");
+      layer.context_weight = matrix(t.context_weights[context], args.context_features, layer.outputs, layer.context_ld, "context_weight");
+      if (!t.context_biases.empty()) layer.context_bias = vector(t.context_biases[context], layer.outputs, "context_bias");
+      layer.context_activation = wired ? activation(wiring[3]) : 0;
+      layer.gate = use == 2;
+      if (layer.gate) layer.gates = take(layer.outputs);
+      ++context;
+    }
+    args.n_layers = i + 1;
+  }
+
+  static int activation(int64_t code) {
+    check(code >= 0 && code <= static_cast<int>(Activation::sigmoid), "unknown activation");
+    return static_cast<int>(code);
+  }
+
+  bool fits(const Tensor& t, ScalarType type) const {
+    check(t.is_cuda() == like_.is_cuda() && t.get_device_index() == like_.get_device_index(), "all tensors must be on the device of x");
+    return t.scalar_type() == type;
+  }
+
+  const void* vector(const Tensor& t, int64_t length, ScalarType type, const char* name) {
+    check(t.dim() == 1 && t.size(0) == length && fits(t, type), name, " does not fit its layer");
+    kept_.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
+    return kept_.back().const_data_ptr();
+  }
+  const T* vector(const Tensor& t, int64_t length, const char* name) { return static_cast<const T*>(vector(t, length, like_.scalar_type(), name)); }
+
+  const T* matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t& ld, const char* name) {
+    check(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && fits(t, like_.scalar_type()), name, " does not fit its layer");
+    kept_.push_back(rows <= 1 || columns <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t));
+    ld = kept_.back().stride(0);
+    return static_cast<const T*>(kept_.back().const_data_ptr());
+  }
+};
+
+}  // namespace flowkernels

@@ -1,0 +1,386 @@
+// The schedule of the sequential loop in CUDA: steps, panels and stages, and how a launch is laid out. Arithmetic on integers alone,
+// used by the kernels (cuda/autoregressive_phases.h), by their launcher and by their twin on the CPU, where it is tested.
+//
+//   step   the hidden units that the newest features complete, layer by layer, then the features that those complete: one per
+//          distinct degree, as on the CPU (cpu/autoregressive.h). The forward direction is one step that knows every feature.
+//   panel  a number of consecutive steps. Within a panel each unit sums over what the panel itself has made; what earlier panels
+//          have made was pushed into its pending sum as dense blocks. After panel q, of the t = q + 1 panels that are done, the last
+//          2^m are pushed into the next 2^m panels, 2^m being the largest power of two that divides t. So each pair of panels meets
+//          exactly once, nearly all weights are used in large blocks, and each sum receives its inputs in ascending order.
+//   stage  what one slot of weights in shared memory feeds: a whole panel, or a block of one layer's weights.
+//
+// The order of a sum: bias (or context), then products as the blocks come, each cut at absolute multiples of kRun inputs; a run is one
+// chain of multiply-adds that begins at zero. Steps and panels depend on the network alone, so neither the batch nor the layout of a
+// launch changes the order.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/device_math.h"
+
+namespace flowkernels {
+
+constexpr int kMaxLayers = 32;  // beyond them Python runs the reference: all layers are one kernel argument
+constexpr int kRun = 32;        // inputs in one chain of multiply-adds
+constexpr int kSlots = 3;       // stages in shared memory: one is used, one has landed or is landing, one is asked for
+constexpr int kSlotUnits = 512;  // units of one stage whose `visible` is in its slot
+constexpr int kBlockUnits = 256;  // units of one block of weights
+template <class T>
+constexpr int kMostRows = sizeof(T) == 8 ? 4 : 16;  // of a tile; and of each whose state is not in shared memory
+
+FK_INLINE int smaller(int a, int b) { return a < b ? a : b; }
+FK_INLINE int larger(int a, int b) { return a > b ? a : b; }
+FK_INLINE int up_to_multiple(int n, int of) { return (n + of - 1) / of * of; }
+
+// One layer of the conditioner, as in cpu/autoregressive.h, and where its values are: values 0 are the features.
+template <class T>
+struct LoopLayer {
+  const T* weight;  // [inputs, outputs], row stride ld; of a unitwise layer [outputs], or null for ones
+  int64_t ld;
+  const T* bias;            // [outputs]; null for zeros
+  const T* context_weight;  // [context features, outputs], row stride context_ld; null without context
+  int64_t context_ld;
+  const T* context_bias;
+  const int32_t* visible;  // [outputs], ascending
+  int inputs, outputs;
+  int activation, context_activation;
+  int source, residual;  // residual -1 for none
+  int first, gates;      // first unit of its values, and of its gates, in the state of a tile; gates -1 for none
+  bool unitwise, gate;
+
+  // whether the context term is finished before it meets the sum
+  FK_INLINE bool own_context_term() const { return gate || context_bias || context_activation != static_cast<int>(Activation::identity); }
+};
+
+template <class T>
+struct LoopArgs {
+  LoopLayer<T> layers[kMaxLayers];
+  int n_layers, features, context_features;
+  int context;      // first unit of the context in the state of a tile
+  int units;        // of the state
+  int panel_steps;  // steps of a panel
+  int capacity;     // elements of weights in a slot
+  bool inverse;
+  const T *x, *context_rows;
+  int64_t x_row, x_column, context_row, context_column, batch;
+  const int64_t* order;  // feature generated k-th; null for 0, 1, 2, ...
+  int form;
+  ScaleMapParams scale;
+  T *y, *logabsdet;   // contiguous
+  int32_t* schedule;  // ScheduleSpace
+  T* workspace;       // [blocks][units][rows] where the state is not in shared memory
+
+  FK_INLINE const LoopLayer<T>& layer(int l) const { return layers[l - 1]; }
+  FK_INLINE int first_unit(int l) const { return l == 0 ? 0 : layer(l).first; }
+  FK_INLINE int width(int l) const { return l == 0 ? features : layer(l).outputs; }
+};
+
+// ---- steps, made on the device from `visible`: there is no way to the host that would not stop the stream
+
+// Where the schedule lies in a workspace of integers. ends[(s + 1) * (n_layers + 1) + l]: units of values l known after step s,
+// and row 0 is zeros; for the features, those known before the step.
+struct ScheduleSpace {
+  int64_t ends, ready, next, chain, seen, size;  // offsets; the first integer is the number of steps
+};
+
+template <class T>
+FK_INLINE ScheduleSpace schedule_space(const LoopArgs<T>& args) {
+  ScheduleSpace space{};
+  space.ends = 4;
+  const int64_t table = static_cast<int64_t>(args.features + 1) * (args.n_layers + 1);
+  space.ready = space.ends + table;
+  space.next = space.ready + table;
+  space.chain = space.next + args.features + 1;
+  space.seen = space.chain + args.features + 1;
+  space.size = space.seen;
+  for (int l = 1; l <= args.n_layers; ++l) space.size += args.layer(l).inputs + 1;
+  return space;
+}
+
+// seen[l][v]: how many units of layer l see no more than v inputs
+template <class T>
+FK_INLINE void count_seen(const LoopArgs<T>& args, int32_t* seen, int thread, int threads) {
+  for (int l = 1; l <= args.n_layers; ++l) {
+    const LoopLayer<T>& layer = args.layer(l);
+    auto limit = [&](int v) { return v < 0 ? 0 : smaller(v, layer.inputs + 1); };
+    if (!layer.unitwise) {
+      for (int j = thread; j <= layer.outputs; j += threads) {  // from what unit j - 1 sees up to what unit j sees, j units do
+        const int begin = j == 0 ? 0 : limit(layer.visible[j - 1]);
+        const int end = j == layer.outputs ? layer.inputs + 1 : limit(layer.visible[j]);
+        for (int v = begin; v < end; ++v) seen[v] = j;
+      }
+    }
+    seen += layer.inputs + 1;
+  }
+}
+
+// ready[d][l]: units of values l that can be known when d features are; next[d]: features that are known then
+template <class T>
+FK_INLINE void find_ready(const LoopArgs<T>& args, const int32_t* seen, int32_t* ready, int32_t* next, int thread, int threads) {
+  const int columns = args.n_layers + 1;
+  for (int d = thread; d <= args.features; d += threads) {
+    int32_t* row = ready + static_cast<int64_t>(d) * columns;
+    const int32_t* counts = seen;
+    row[0] = d;
+    for (int l = 1; l <= args.n_layers; ++l) {
+      const LoopLayer<T>& layer = args.layer(l);
+      const int known = row[layer.source];
+      int end = layer.unitwise ? known : counts[known];
+      if (layer.residual >= 0) end = smaller(end, row[layer.residual]);
+      row[l] = smaller(larger(end, 0), layer.outputs);  // whatever `visible` holds, nothing reads beyond a layer
+      counts += layer.inputs + 1;
+    }
+    row[args.n_layers] -= row[args.n_layers] % 2;  // a feature is known when both its shift and its raw scale are
+    next[d] = row[args.n_layers] / 2;
+  }
+}
+
+// chain[s]: features known before step s; returns the number of steps. Ends early where the network is not autoregressive.
+FK_INLINE int follow_chain(const int32_t* next, int features, int32_t* chain) {
+  int steps = 0;
+  for (int d = 0; d < features && next[d] > d; d = next[d]) chain[steps++] = d;
+  return steps;
+}
+
+template <class T>
+FK_INLINE void write_ends(const LoopArgs<T>& args, const int32_t* ready, const int32_t* chain, int steps, int32_t* ends, int thread, int threads) {
+  const int columns = args.n_layers + 1;
+  for (int i = thread; i < (steps + 1) * columns; i += threads)
+    ends[i] = i < columns ? 0 : ready[static_cast<int64_t>(chain[i / columns - 1]) * columns + i % columns];
+}
+
+// the table of the forward direction
+template <class T>
+FK_INLINE void write_forward_ends(const LoopArgs<T>& args, int32_t* ends, int thread, int threads) {
+  const int columns = args.n_layers + 1;
+  for (int i = thread; i < 2 * columns; i += threads) ends[i] = i < columns ? 0 : args.width(i - columns);
+}
+
+// ---- stages
+
+enum class StageKind : int { end, context, step, push, panel };
+
+struct Stage {
+  StageKind kind;
+  int layer;      // block of weights: units [j0, j0 + units) of values `layer` over the inputs [k0, k0 + inputs)
+  int k0, inputs, j0, units;
+  bool finish;    // the sums are whole after this
+  int row, rows;  // panel: first row of `ends`, and how many follow
+};
+
+// Row stride of a block of weights in its slot: lanes read aligned groups of units
+FK_INLINE int block_ld(int units) { return up_to_multiple(units, 4); }
+
+// The sequence of a tile's stages, cut to what a slot holds. Every thread that fills slots runs a copy of its own.
+template <class T>
+struct Cursor {
+  const LoopArgs<T>& args;
+  const int32_t* ends;
+  int steps;
+  enum Phase { kContext, kPanel, kStep, kPush, kDone } phase = kContext;
+  int panel = 0, step = 0, l = 0;
+  Stage block{StageKind::end, 0, 0, 0, 0, 0, false, 0, 0};  // the product that is being cut, from input k on
+  int k = 0;
+
+  FK_INLINE Cursor(const LoopArgs<T>& args, const int32_t* ends, int steps) : args(args), ends(ends), steps(steps) {}
+
+  FK_INLINE const int32_t* row(int s) const { return ends + static_cast<int64_t>(s) * (args.n_layers + 1); }
+  FK_INLINE int panel_row(int q) const { return smaller(q * args.panel_steps, steps); }
+
+  FK_INLINE Stage next() {
+    while (block.units == 0) {
+      if (!advance()) return {StageKind::end, 0, 0, 0, 0, 0, false, 0, 0};
+      if (block.kind == StageKind::panel) {
+        const Stage whole = block;
+        block.units = 0;
+        return whole;
+      }
+    }
+    return cut();
+  }
+
+ private:
+  FK_INLINE Stage cut() {
+    Stage piece = block;
+    piece.units = smaller(block.units, smaller(kBlockUnits, args.capacity / kRun / 4 * 4));
+    const int most = args.capacity / block_ld(piece.units), end = block.k0 + block.inputs;
+    piece.k0 = k;
+    k = end - k <= most ? end : (k + most) / kRun * kRun;  // runs are whole: most >= kRun
+    piece.inputs = k - piece.k0;
+    piece.finish = block.finish && k == end;
+    if (k == end) {
+      block.j0 += piece.units;
+      block.units -= piece.units;
+      k = block.k0;
+    }
+    return piece;
+  }
+
+  FK_INLINE void multiply(StageKind kind, int k0, int k1, int j0, int j1, bool finish) {
+    block = {kind, l, k0, k1 - k0, j0, j1 - j0, finish, 0, 0};
+    k = k0;
+  }
+
+  // whether all weights that a panel's steps need fit into a slot
+  FK_INLINE bool fits_slot(const int32_t* from, const int32_t* to) const {
+    int64_t elements = 0, units = 0;
+    for (int i = 1; i <= args.n_layers; ++i) {
+      const LoopLayer<T>& layer = args.layer(i);
+      if (layer.unitwise) continue;
+      elements += static_cast<int64_t>(to[layer.source] - from[layer.source]) * (to[i] - from[i]);
+      units += to[i] - from[i];
+    }
+    return elements <= args.capacity && units <= kSlotUnits;
+  }
+
+  FK_INLINE void enter_panel() {
+    l = 0;
+    step = panel_row(panel);
+    phase = step == steps ? kDone : fits_slot(row(step), row(panel_row(panel + 1))) ? kPanel : kStep;
+  }
+
+  // the next product; false after the last
+  FK_INLINE bool advance() {
+    for (;;) {
+      switch (phase) {
+        case kContext:
+          if (++l > args.n_layers) {
+            enter_panel();
+          } else if (args.layer(l).context_weight) {
+            multiply(StageKind::context, 0, args.context_features, 0, args.layer(l).outputs, true);
+            return true;
+          }
+          break;
+        case kPanel:
+          block = {StageKind::panel, 0, 0, 0, 0, 1, false, step, panel_row(panel + 1) - step};
+          phase = kPush;
+          return true;
+        case kStep: {
+          if (++l > args.n_layers) {
+            l = 0;
+            if (++step == panel_row(panel + 1)) phase = kPush;
+            break;
+          }
+          const int source = args.layer(l).source;
+          const int32_t *first = row(panel_row(panel)), *begin = row(step), *end = row(step + 1);
+          if (begin[l] == end[l]) break;
+          multiply(StageKind::step, first[source], args.layer(l).unitwise ? first[source] : end[source], begin[l], end[l], true);
+          return true;
+        }
+        case kPush: {
+          const int done = panel + 1, count = done & -done;
+          if (++l > args.n_layers || panel_row(done) == steps) {
+            panel = done;
+            enter_panel();
+            break;
+          }
+          if (args.layer(l).unitwise) break;
+          const int source = args.layer(l).source;
+          const int32_t *first = row(panel_row(done - count)), *now = row(panel_row(done)), *last = row(panel_row(done + count));
+          if (first[source] == now[source] || now[l] == last[l]) break;
+          multiply(StageKind::push, first[source], now[source], now[l], last[l], false);
+          return true;
+        }
+        case kDone: return false;
+      }
+    }
+  }
+};
+
+// ---- the layout of a launch
+
+struct LoopPlan {
+  int rows;              // of one tile: 4, 8 or 16, in float64 4
+  int capacity;          // elements of weights in a slot
+  int consumers, producers;  // warps that compute, and warps that bring weights
+  bool state_in_shared, ends_in_shared;
+  int64_t shared_bytes, slot_bytes;
+  int64_t blocks;        // each takes every blocks-th tile
+};
+
+constexpr int64_t kEndsInShared = 16 * 1024;  // bytes; a longer table is read through the cache
+
+FK_INLINE int64_t ends_bytes(int features, int n_layers) { return int64_t(features + 1) * (n_layers + 1) * int64_t(sizeof(int32_t)); }
+
+// A slot: its stage, the rows of `ends` that a panel reads, `visible` of its units, weights
+struct SlotLayout {
+  int64_t ends, visible, weights, size;  // bytes
+};
+
+FK_INLINE SlotLayout slot_layout(int panel_steps, int n_layers, int capacity, int64_t item_bytes) {
+  SlotLayout layout{};
+  layout.ends = 64;
+  layout.visible = layout.ends + int64_t(panel_steps + 1) * (n_layers + 1) * 4;
+  layout.weights = (layout.visible + kSlotUnits * 4 + 15) / 16 * 16;
+  layout.size = layout.weights + capacity * item_bytes;
+  return layout;
+}
+
+// Steps of a panel, from the network alone. Their blocks should hold some 2,000 weights: a panel's steps cost no barrier of the thread
+// block, but each unit sums over what its panel has made, so that panels of many units per degree must be short.
+template <class T>
+inline int choose_panel_steps(const LoopArgs<T>& args) {
+  if (!args.inverse) return 1;
+  double weights = 0;  // of the block of one average step
+  for (int l = 1; l <= args.n_layers; ++l)
+    if (!args.layer(l).unitwise) weights += double(args.layer(l).inputs) * args.layer(l).outputs;
+  weights /= double(larger(args.features, 1)) * larger(args.features, 1);
+  int steps = 1;
+  while (steps < 16 && 4 * steps * steps * weights <= 2048) steps *= 2;
+  return steps;
+}
+
+constexpr int kResidentThreads = 448;  // that the 65,536 registers of a multiprocessor hold, at up to 144 each
+
+struct Device {
+  int multiprocessors;
+  int64_t shared_per_block, shared_per_multiprocessor;  // bytes; a block's share costs 1 KB more than it asks for
+};
+
+// Rows: the fewest of 4, 8, 16 with which one wave of blocks takes the batch, as every row of a block shares its weights and a block
+// alone is as slow as all of them. Fewer where the state of more does not fit; where not even 4 rows do, the state lies in a
+// workspace. Slots: 32 KB each, or what the largest layer needs, or what the state leaves.
+template <class T>
+inline LoopPlan plan_loop(const LoopArgs<T>& args, const Device& device) {
+  const int64_t item = sizeof(T);
+  LoopPlan plan{};
+  plan.ends_in_shared = ends_bytes(args.inverse ? args.features : 1, args.n_layers) <= kEndsInShared;
+  const int64_t ends = plan.ends_in_shared ? (ends_bytes(args.inverse ? args.features : 1, args.n_layers) + 15) / 16 * 16 : 0;
+
+  int64_t largest = 1024;
+  int widest = args.features;
+  for (int l = 1; l <= args.n_layers; ++l) {
+    const LoopLayer<T>& layer = args.layer(l);
+    widest = larger(widest, layer.outputs);
+    const int64_t inputs = larger(layer.inputs, args.context_features), most = int64_t(32768) / item;
+    const int64_t all = inputs * block_ld(layer.outputs);
+    if (all > largest) largest = all < most ? all : most;
+  }
+  plan.consumers = widest <= 128 ? 2 : 8;  // a narrow network leaves room for several blocks
+  plan.producers = plan.consumers / 2;
+
+  auto slots = [&](int64_t capacity) { return kSlots * slot_layout(args.panel_steps, args.n_layers, static_cast<int>(capacity), item).size; };
+  auto state = [&](int rows) { return int64_t(args.units) * rows * item; };
+  const int64_t limit = device.shared_per_block, least = largest < 2048 ? largest : 2048;
+  plan.rows = 4;
+  while (plan.rows < kMostRows<T> && (args.batch + plan.rows - 1) / plan.rows > device.multiprocessors) plan.rows *= 2;
+  while (plan.rows > 4 && ends + slots(least) + state(plan.rows) > limit) plan.rows /= 2;
+  plan.state_in_shared = ends + slots(least) + state(plan.rows) <= limit;
+  if (!plan.state_in_shared) plan.rows = kMostRows<T>;
+  const int64_t fixed = ends + (plan.state_in_shared ? state(plan.rows) : 0);
+  int64_t capacity = largest;
+  while (capacity > least && fixed + slots(capacity) > limit) capacity -= 128;
+  if (capacity < least) capacity = least;
+  plan.capacity = static_cast<int>(capacity / 4 * 4);
+  plan.slot_bytes = slots(plan.capacity) / kSlots;
+  plan.shared_bytes = fixed + kSlots * plan.slot_bytes;
+
+  const int64_t tiles = (args.batch + plan.rows - 1) / plan.rows;
+  const int64_t by_shared = device.shared_per_multiprocessor / (plan.shared_bytes + 1024), by_threads = kResidentThreads / (32 * (plan.consumers + plan.producers));
+  int64_t resident = by_shared < by_threads ? by_shared : by_threads;
+  if (resident < 1 || !plan.state_in_shared) resident = 1;  // a workspace is bounded by one block for each multiprocessor
+  plan.blocks = tiles < resident * device.multiprocessors ? tiles : resident * device.multiprocessors;
+  return plan;
+}
+
+}  // namespace flowkernels

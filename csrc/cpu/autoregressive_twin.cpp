@@ -1,0 +1,192 @@
+// A twin of the CUDA loop (cuda/autoregressive.cu) on the CPU, by which the tests reach its schedule, its indices and its arithmetic:
+//   flowkernels::_autoregressive_twin(<arguments of autoregressive>, int[] layout) -> (Tensor, Tensor)
+//     layout: rows, capacity, consumers, producers, panel_steps (0: the rule's), backwards
+//   flowkernels::_autoregressive_steps(<arguments of autoregressive>) -> Tensor       `ends`, [steps + 1, layers + 1]
+//   flowkernels::_autoregressive_plan(<arguments of autoregressive>, int[] device) -> int[]
+//     device: multiprocessors, shared memory of a block and of a multiprocessor, batch. The plan's members, panel_steps, units
+// Each phase runs for all threads of a block in turn, forwards or backwards; a copy into a slot lands at the last moment that the kernel's
+// waits allow, and slots begin full of NaN. What is left to a GPU: the barriers themselves, memory, speed.
+
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <deque>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "autoregressive_network.h"
+#include "cuda/autoregressive_phases.h"
+#include "cpu/tensor.h"
+
+namespace flowkernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The copies of one thread, as cp.async makes them
+struct LateCopies {
+  struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+  };
+  std::deque<std::vector<Copy>> groups{{}};
+
+  template <class U>
+  void copy(U* to, const U* from) {
+    groups.back().push_back({to, from, sizeof(U)});
+  }
+  void commit() { groups.emplace_back(); }
+  template <int N>
+  void wait() {
+    for (; groups.size() > N + 1; groups.pop_front())
+      for (const Copy& c : groups.front()) std::memcpy(c.to, c.from, c.bytes);
+  }
+};
+
+struct SerialLanes {
+  bool backwards;
+  template <class F>
+  void each(F&& f) const {
+    for (int i = 0; i < 32; ++i) f(backwards ? 31 - i : i);
+  }
+};
+
+template <class F>
+void all_threads(int threads, bool backwards, F&& f) {
+  for (int i = 0; i < threads; ++i) f(backwards ? threads - 1 - i : i);
+}
+
+// The steps of a network: what autoregressive_schedule of the kernel does
+template <class T>
+std::vector<int32_t> find_steps(LoopArgs<T>& args, int threads, bool backwards) {
+  const ScheduleSpace space = schedule_space(args);
+  std::vector<int32_t> schedule(space.size, -1);
+  int32_t* s = schedule.data();
+  if (args.inverse) {
+    all_threads(threads, backwards, [&](int t) { count_seen(args, s + space.seen, t, threads); });
+    all_threads(threads, backwards, [&](int t) { find_ready(args, s + space.seen, s + space.ready, s + space.next, t, threads); });
+    s[0] = follow_chain(s + space.next, args.features, s + space.chain);
+    all_threads(threads, backwards, [&](int t) { write_ends(args, s + space.ready, s + space.chain, s[0], s + space.ends, t, threads); });
+  } else {
+    s[0] = 1;
+    all_threads(threads, backwards, [&](int t) { write_forward_ends(args, s + space.ends, t, threads); });
+  }
+  return schedule;
+}
+
+struct Layout {
+  int rows, capacity, consumers, producers;
+  bool backwards;
+};
+
+// autoregressive_loop of the kernel for one tile
+template <class T, int ROWS>
+void run_tile(const LoopArgs<T>& args, const Layout& layout, const int32_t* ends, int steps, int64_t first_row) {
+  const int threads = 32 * (layout.consumers + layout.producers), copiers = 32 * layout.producers;
+  const bool backwards = layout.backwards;
+  std::vector<Pack<T, 4>> state(static_cast<size_t>(args.units) * ROWS / 4);
+  for (Pack<T, 4>& pack : state) std::fill_n(pack.at, 4, std::numeric_limits<T>::quiet_NaN());
+  const SlotLayout slot_bytes = slot_layout(args.panel_steps, args.n_layers, args.capacity, sizeof(T));
+  std::vector<Pack<double, 2>> memory(kSlots * slot_bytes.size / 16 + 1);
+  std::memset(memory.data(), 0xff, memory.size() * 16);
+  auto slot = [&](int i) { return Slot<T>(reinterpret_cast<unsigned char*>(memory.data()) + (i % kSlots) * slot_bytes.size, slot_bytes); };
+
+  const Tile<T, ROWS> tile{args, state[0].at, ends, steps, first_row};
+  std::vector<Cursor<T>> cursors(copiers, Cursor<T>(args, ends, steps));
+  std::vector<LateCopies> copies(copiers);
+  const SerialLanes lanes{backwards};
+  all_threads(threads, backwards, [&](int t) { tile.begin(t, threads); });
+  for (int i = 1 - kSlots;; ++i) {
+    if (i >= 0 && slot(i).stage->kind == StageKind::end) break;
+    auto produce = [&] {
+      all_threads(copiers, backwards, [&](int t) {
+        tile.produce(cursors[t], slot(i + kSlots - 1), t, copiers, copies[t]);
+        copies[t].template wait<kSlots - 2>();
+      });
+    };
+    if (!backwards) produce();
+    if (i >= 0)
+      for (int w = 0; w < layout.consumers; ++w) tile.consume(slot(i), backwards ? layout.consumers - 1 - w : w, layout.consumers, lanes);
+    if (backwards) produce();
+  }
+  all_threads(threads, backwards, [&](int t) { tile.sum_logs(t, threads); });
+  all_threads(threads, backwards, [&](int t) { tile.write(t, threads); });
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> run(const LoopTensors& tensors, const std::vector<int64_t>& numbers) {
+  LoopNetwork<T> network(tensors);
+  LoopArgs<T>& args = network.args;
+  const Layout layout{static_cast<int>(numbers[0]), static_cast<int>(numbers[1]), static_cast<int>(numbers[2]), static_cast<int>(numbers[3]), numbers[5] != 0};
+  args.capacity = layout.capacity;
+  if (numbers[4] > 0) args.panel_steps = static_cast<int>(numbers[4]);
+  Tensor y = empty(tensors.x, {args.batch, args.features}), logabsdet = empty(tensors.x, {args.batch});
+  args.y = static_cast<T*>(y.mutable_data_ptr());
+  args.logabsdet = static_cast<T*>(logabsdet.mutable_data_ptr());
+  const std::vector<int32_t> schedule = find_steps(args, 96, layout.backwards);
+  const int32_t* ends = schedule.data() + schedule_space(args).ends;
+  for (int64_t row = 0; row < args.batch; row += layout.rows) {
+    auto tile = layout.rows == 4 ? run_tile<T, 4> : layout.rows == 8 ? run_tile<T, 8> : run_tile<T, 16>;
+    tile(args, layout, ends, schedule[0], row);
+  }
+  return {y, logabsdet};
+}
+
+template <class T>
+Tensor steps(const LoopTensors& tensors) {
+  LoopNetwork<T> network(tensors);
+  const std::vector<int32_t> schedule = find_steps(network.args, 32, false);
+  const std::vector<int64_t> size{schedule[0] + 1, network.args.n_layers + 1};
+  Tensor ends = torch::stable::new_empty(tensors.visible[0], size);
+  std::memcpy(ends.mutable_data_ptr(), schedule.data() + schedule_space(network.args).ends, size[0] * size[1] * sizeof(int32_t));
+  return ends;
+}
+
+template <class T>
+std::vector<int64_t> plan(const LoopTensors& tensors, const std::vector<int64_t>& device) {
+  LoopNetwork<T> network(tensors);
+  network.args.batch = device[3];
+  const LoopPlan p = plan_loop(network.args, {static_cast<int>(device[0]), device[1], device[2]});
+  return {p.rows,         p.capacity,   p.consumers, p.producers, p.state_in_shared, p.ends_in_shared,
+          p.shared_bytes, p.slot_bytes, p.blocks,    network.args.panel_steps, network.args.units};
+}
+
+#define FK_ARGUMENTS                                                                                                                          \
+  Tensor x, std::optional<Tensor> context, std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> context_weights,       \
+      std::vector<Tensor> context_biases, std::vector<Tensor> visible, std::optional<Tensor> order, std::vector<int64_t> activations,          \
+      std::vector<int64_t> wiring, int64_t scale_kind, double scale_p0, double scale_p1, int64_t form, bool inverse
+#define FK_TENSORS                                                                                                                  \
+  LoopTensors {                                                                                                                     \
+    x, context, weights, biases, context_weights, context_biases, visible, order, activations, wiring,                              \
+        ScaleMapParams{static_cast<int>(scale_kind), scale_p0, scale_p1}, static_cast<int>(form), inverse                           \
+  }
+
+std::tuple<Tensor, Tensor> twin(FK_ARGUMENTS, std::vector<int64_t> layout) {
+  return x.scalar_type() == ScalarType::Float ? run<float>(FK_TENSORS, layout) : run<double>(FK_TENSORS, layout);
+}
+Tensor twin_steps(FK_ARGUMENTS) { return x.scalar_type() == ScalarType::Float ? steps<float>(FK_TENSORS) : steps<double>(FK_TENSORS); }
+std::vector<int64_t> twin_plan(FK_ARGUMENTS, std::vector<int64_t> device) {
+  return x.scalar_type() == ScalarType::Float ? plan<float>(FK_TENSORS, device) : plan<double>(FK_TENSORS, device);
+}
+
+}  // namespace
+}  // namespace flowkernels
+
+#define FK_SCHEMA                                                                                                                   \
+  "Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] context_biases, Tensor[] visible, " \
+  "Tensor? order, int[] activations, int[] wiring, int scale_kind, float scale_p0, float scale_p1, int form, bool inverse"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels, m) {
+  m.def("_autoregressive_twin(" FK_SCHEMA ", int[] layout) -> (Tensor, Tensor)");
+  m.def("_autoregressive_steps(" FK_SCHEMA ") -> Tensor");
+  m.def("_autoregressive_plan(" FK_SCHEMA ", int[] device) -> int[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
+  m.impl("_autoregressive_twin", TORCH_BOX(&flowkernels::twin));
+  m.impl("_autoregressive_steps", TORCH_BOX(&flowkernels::twin_steps));
+  m.impl("_autoregressive_plan", TORCH_BOX(&flowkernels::twin_plan));
+}

@@ -1,0 +1,173 @@
+"""The CUDA loop without a GPU: its twin on the CPU runs the kernel's phases for all threads in turn, on the kernel's own schedule.
+
+What the twin cannot show is barriers, memory and speed. Threads run forwards and backwards, and copies land as late as the kernel's waits
+allow, so that a phase in which threads depend on each other, or a slot that is read too early or refilled too early, gives other bits.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from flowkernels import _extension
+from flowkernels.ops import Activation, Conditioner, MaskedLayer, check_conditioner
+from python_tests.battery import assert_same_bits
+from python_tests.ops import test_autoregressive
+from python_tests.ops.test_autoregressive import FORMS, GATED, RESIDUAL, SCALES, WIRED, example, widened
+
+CASES = test_autoregressive.TestAutoregressive.cases  # the class itself would be collected here once more
+pytestmark = pytest.mark.skipif(not _extension.status().cpu_library, reason="the CPU library was not built")
+
+# rows, elements in a slot, warps that compute, warps that copy, steps of a panel (0: by rule), threads backwards
+LAYOUTS = [(4, 4096, 2, 1, 0, 0), (8, 128, 4, 2, 0, 1), (16, 256, 8, 4, 0, 0)]
+
+
+def twin(example, layout):
+    with torch.no_grad():
+        return torch.ops.flowkernels._autoregressive_twin(*example.schema(example.rows, example.parameters), list(layout))
+
+
+def assert_is_the_oracle(got, example, dtype):
+    with torch.no_grad():
+        want = example.oracle([t.double() for t in example.rows], [t.double() for t in example.parameters])
+    tolerance = 1e-10 if dtype is torch.float64 else 1e-4
+    torch.testing.assert_close(got, tuple(w.to(dtype) for w in want), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_network_of_the_battery(case, dtype):
+    for batch in (1, 5, 19):
+        made = CASES[case](batch, dtype)
+        for panel in (0, 1, 2, 16):
+            first, *others = (twin(made, (*layout[:4], panel, layout[5])) for layout in LAYOUTS)
+            assert_is_the_oracle(first, made, dtype)
+            for other in others:  # rows, slots and threads change no bit
+                assert_same_bits(other, first)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_small_sizes_exhaustively(inverse):
+    for features, width, layers, rule in itertools.product(range(1, 8), (1, 2, 5, 9), (0, 1, 2), ("even", "random")):
+        made = example(features, (width,) * layers, rule=rule, context=features % 3, activation="tanh", inverse=inverse)(3, torch.float64)
+        for panel, backwards in itertools.product((1, 2, 4), (0, 1)):
+            assert_is_the_oracle(twin(made, (4, 128, 1, 1, panel, backwards)), made, torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("features", "parts", "context"),
+    [
+        (40, (300, 520), 0),  # several runs, several blocks of units
+        (20, (600,), 300),
+        (70, (64, 64), 5),
+        (20, widened(RESIDUAL, 270), 3),
+        (9, widened(GATED, 40), 70),
+        (100, widened(WIRED, 40), 0),
+    ],
+)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_sizes_beyond_a_block(features, parts, context, inverse):
+    made = example(features, parts, context=context, activation="tanh", inverse=inverse)(2, torch.float32)
+    first, *others = (twin(made, (4, capacity, 2, 1, 4, backwards)) for capacity, backwards in [(8192, 0), (1024, 1), (1028, 0)])
+    assert_is_the_oracle(first, made, torch.float32)
+    for other in others:
+        assert_same_bits(other, first)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scale", SCALES, ids=repr)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_maps_and_forms(scale, form, inverse):
+    for dtype in (torch.float64, torch.float32):
+        made = example(4, (11, 8), scale=scale, form=form, inverse=inverse)(9, dtype)
+        assert_is_the_oracle(twin(made, LAYOUTS[0]), made, dtype)
+
+
+@pytest.mark.parametrize("activation", [a.name.lower() for a in Activation])
+def test_activations_have_the_bits_of_the_vector_lanes(activation):
+    """One layer of one input a unit: no sum whose order could differ."""
+    made = example(1, (64,), context=1, activation=activation, inverse=True)(64, torch.float32)
+    with torch.no_grad():
+        made.parameters[-2].zero_()  # the output layer's weights
+        assert_same_bits(twin(made, LAYOUTS[2]), made.op(made.rows, made.parameters))
+
+
+def test_a_bad_value_reaches_only_what_sees_it():
+    made = example(5, (12, 9), inverse=False)(6, torch.float32)
+    for layout in LAYOUTS:
+        clean = twin(made, layout)[0]
+        spoilt = made._replace(rows=[made.rows[0].clone()])
+        spoilt.rows[0][1, 2] = torch.inf
+        got = twin(spoilt, layout)[0]
+        keep = [b for b in range(6) if b != 1]
+        assert torch.equal(got[keep], clean[keep]) and torch.equal(got[1, :2], clean[1, :2])
+        assert not got[1, 2:].isfinite().any()
+
+
+def test_strides_and_row_alone():
+    made = example(6, (9, 7), context=2, order=[3, 1, 4, 0, 5, 2], inverse=True)(21, torch.float32)
+    whole = twin(made, LAYOUTS[2])
+    strided = made._replace(
+        rows=[t.mT.contiguous().mT for t in made.rows], parameters=[torch.cat([t, t], -1)[..., : t.shape[-1]] for t in made.parameters]
+    )
+    assert_same_bits(twin(strided, LAYOUTS[1]), whole)
+    for begin, end in [(0, 1), (3, 5), (7, 10), (10, 21)]:
+        assert_same_bits(twin(made._replace(rows=[t[begin:end] for t in made.rows]), LAYOUTS[0]), tuple(t[begin:end] for t in whole))
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name.endswith("inverse")])
+def test_steps_are_those_of_the_conditioner(case):
+    arguments = CASES[case](1, torch.float32)
+    arguments = arguments.schema(arguments.rows, arguments.parameters)
+    weights, biases, context_weights, context_biases, visible, order, activations, wiring = arguments[2:10]
+    network = Conditioner(weights, biases, visible, activations, context_weights, order, wiring, context_biases)
+    ends = torch.ops.flowkernels._autoregressive_steps(*arguments)
+    assert ends[0].eq(0).all() and ends[1:].tolist() == check_conditioner(network)
+
+
+def not_autoregressive():
+    """Feature 1 of 3 sees itself."""
+    g = torch.Generator().manual_seed(0)
+    layer = MaskedLayer(torch.randn(3, 6, generator=g), torch.zeros(6), torch.tensor([0, 0, 2, 2, 2, 2], dtype=torch.int32))
+    return Conditioner.of([layer])
+
+
+def test_a_network_that_is_not_autoregressive_gives_nan():
+    n = not_autoregressive()
+    arguments = (torch.zeros(2, 3), None, n.weights, n.biases, [], [], n.visible, None, n.activations, [], 0, 0.0, 0.0, 0)
+    for layout in LAYOUTS:
+        y, logabsdet = torch.ops.flowkernels._autoregressive_twin(*arguments, True, list(layout))
+        assert y[:, 0].isfinite().all() and y[:, 1:].isnan().all() and logabsdet.isnan().all()
+        assert torch.ops.flowkernels._autoregressive_twin(*arguments, False, list(layout))[0].isfinite().all()
+
+
+SM_80, SM_86, SM_90 = (108, 163 * 1024, 164 * 1024), (84, 99 * 1024, 100 * 1024), (132, 227 * 1024, 228 * 1024)
+
+
+@pytest.mark.parametrize("device", [SM_80, SM_86, SM_90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_launch(device, dtype):
+    """Whatever the size, what a launch takes fits, and panels and sums do not depend on the batch."""
+    item = dtype.itemsize
+    sizes = [(1, (3,)), (6, (50, 50)), (63, (512, 512)), (784, (1024, 1024)), (3072, (2048,)), (5000, ())]
+    for (features, widths), inverse in itertools.product(sizes, (False, True)):
+        z, weights, visible = torch.zeros(1, features, dtype=dtype), [], []
+        for inputs, outputs in itertools.pairwise((features, *widths, 2 * features)):
+            weights.append(torch.zeros(1, 1, dtype=dtype).expand(inputs, outputs))
+            visible.append(torch.zeros(outputs, dtype=torch.int32))
+        biases = [w.new_zeros(w.shape[1]) for w in weights]
+        arguments = (z, None, weights, biases, [], [], visible, None, [0] * len(weights), [], 0, 0.0, 0.0, 0, inverse)
+        panels = set()
+        for batch in (1, 100, 1000, 2000, 100_000, 10**9):
+            rows, capacity, consumers, producers, in_shared, ends_in_shared, shared, slot, blocks, panel, units = (
+                torch.ops.flowkernels._autoregressive_plan(*arguments, [*device, batch])
+            )
+            panels.add(panel)
+            assert units == features + sum(v.numel() for v in visible)
+            most = 4 if dtype is torch.float64 else 16
+            assert rows in (4, 8, most) and 32 * (consumers + producers) <= 384 and (in_shared or rows == most)
+            ends = ((features if inverse else 1) + 1) * (len(weights) + 1) * 4 if ends_in_shared else 0
+            assert ends + 3 * slot + (units * rows * item if in_shared else 0) <= shared <= device[1]
+            assert 1024 <= capacity and capacity % 4 == 0 and slot % 16 == 0 and capacity * item <= 32 * 1024
+            assert 1 <= blocks <= -(-batch // rows) and blocks <= 4 * device[0] and (in_shared or blocks <= device[0])
+        assert len(panels) == 1 and panels <= {1, 2, 4, 8, 16}
