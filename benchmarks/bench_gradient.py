@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import flowkernels
 from flowkernels.flows import IAF, MAF, Flow
+from flowkernels.training.vae import VAE, VAESettings
 
 from .autoregressive_problem import OURS, REFERENCE, Problem, implementation
 from .bench_flows import training
@@ -69,6 +70,32 @@ def _training_steps(quick: bool, device: torch.device) -> Iterator[Case]:
         seconds=0.3 if quick else 3.0,
         device=device,
     )
+    images = torch.randint(0, 17, (100, 64), generator=torch.Generator().manual_seed(1)).to(device)
+    competitors = [_vae_step(OURS, "iaf", images), _vae_step("diagonal", "diagonal", images)]
+    targets = [Target("share", 1.5, 1.25, "diagonal")]
+    name = "training step of a VAE with four IAF steps, 64 pixels, 8 latents, H=128x2, batch 100"
+    yield Case(name, competitors, targets=targets, seconds=0.3 if quick else 2.0, device=device)
+
+
+def _vae_step(name: str, posterior: str, x: Tensor) -> Competitor:
+    """ELBO, backward and Adam; its noise is fresh each time, so nothing is compared."""
+
+    def build() -> Call:
+        torch.manual_seed(0)
+        vae = VAE(x.shape[1], 17, VAESettings(posterior=posterior)).to(x.device)
+        optimizer = torch.optim.Adam(vae.parameters(), lr=0.0)
+
+        def run() -> Tensor:
+            reconstruction, kl = vae.elbo(x)
+            loss = (kl - reconstruction).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return Call(run, grad=True)
+
+    return Competitor(name, build, ours=name == OURS, package=OURS)
 
 
 def _inverse_of_ours(problem: Problem, *, reference: bool = False, memory: bool = False) -> Competitor:
