@@ -164,5 +164,5 @@ def test_report_names_every_op_and_device():
         for device in ("CPU", "CUDA"):
             (row,) = re.findall(rf"^{op} +{device} +(.*)$", text, re.MULTILINE)
             served, _, why_not = row.partition(" ")
-            assert served in ("cpp", "cuda", "reference")
+            assert served in ("cpp", "cuda", "triton", "reference")
             assert (served == "reference") == bool(why_not.strip())

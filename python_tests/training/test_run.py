@@ -165,7 +165,7 @@ def test_a_bad_config_is_refused(run, text, message):
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_every_flow_of_the_registry_has_defaults_that_build(data, name):
-    for shape in (3, [1, 4, 4]):
+    for shape in ([1, 4, 4],) if name == "glow" else (3, [1, 4, 4]):
         for digits in (False, True):
             settings, training = FLOWS[name].choose(digits=digits)
             flow = FLOWS[name].build(shape=shape, context_features=0, **settings)

@@ -6,7 +6,6 @@ Bound by memory: with N elements of e bytes, forward moves 2 N e, backward 3 N e
 leave backward as one pair of numbers per tile and channel, and a second kernel adds them up in a fixed order.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -124,9 +123,7 @@ def _parameters_kernel(
     tl.store(dbias_ptr + c, dafter, mask=c < C)
 
 
-def channel_affine_triton(
-    x: Tensor, shift: Tensor | None, log_scale: Tensor, bias: Tensor | None, inverse: bool
-) -> tuple[Tensor, Tensor]:
+def channel_affine_triton(x: Tensor, shift: Tensor | None, log_scale: Tensor, bias: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
     y, logabsdet = empty_in_layout_of(x), log_scale.new_empty(len(x))
     if y.numel():
         tiling = Tiling.of(x, x.shape[1])
@@ -165,9 +162,7 @@ def channel_affine_backward_triton(
     return dx, dshift, dlog_scale, dbias
 
 
-def _contiguous(
-    shift: Tensor | None, log_scale: Tensor, bias: Tensor | None, inverse: bool
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
+def _contiguous(shift: Tensor | None, log_scale: Tensor, bias: Tensor | None, inverse: bool) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """What is added before, the log scale, and what is added after."""
     shift, bias = (t if t is None else t.contiguous() for t in (shift, bias))
     return (bias, log_scale.contiguous(), shift) if inverse else (shift, log_scale.contiguous(), bias)
