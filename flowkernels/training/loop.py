@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import Split
 from ..flows import Flow
-from ..layers import FlowBatchNorm
+from ..layers import FlowBatchNorm, InvertibleConv1x1
 from .model import DataModel, rows_in_flight
 
 VALIDATION_DRAWS = 3  # fixed dequantisations of the held-out images
@@ -91,9 +91,10 @@ def set_training_statistics(flow: Flow, x: Tensor, context: Tensor | None = None
 
 
 def _decayed_weights_alone(flow: Flow, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups in which only matrices and kernels decay: scales, gains and biases do not want to be 0."""
-    weights = [p for p in flow.parameters() if p.dim() >= 2]
-    others = [p for p in flow.parameters() if p.dim() < 2]
+    """Parameter groups in which only the matrices and kernels of networks decay: no scales, biases or weights to be inverted."""
+    inverted = {p for module in flow.modules() if isinstance(module, InvertibleConv1x1) for p in module.parameters()}
+    weights = [p for p in flow.parameters() if p.dim() >= 2 and p not in inverted]
+    others = [p for p in flow.parameters() if p.dim() < 2 or p in inverted]
     groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

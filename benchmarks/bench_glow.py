@@ -1,0 +1,155 @@
+"""Glow on 32 x 32 colour images: density, sampling and a training step, against normflows' GlowBlocks with the same conditioners.
+
+normflows' model has no learned priors; ours has, and they are in our times.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from flowkernels import backend
+from flowkernels.flows import Glow
+from flowkernels.flows.networks import ConvNet
+
+from .bench_flows import sampling, training
+from .case import Call, Case, Competitor, Target
+from .flow_models import OURS, Model, _import, ours
+
+NORMFLOWS, REFERENCE, CONDITIONERS = "normflows", "reference", "conditioners alone"
+IMAGE, LEVELS, HIDDEN, BATCH = (3, 32, 32), 3, 64, 16
+
+
+def cases(quick: bool, device: torch.device) -> list[Case]:
+    """All cases; `quick` has fewer, and fewer turns."""
+    return [case for steps in ((8,) if quick else (2, 8, 32)) for case in _cases(steps, 0.3 if quick else 2.0, device)]
+
+
+def _cases(steps: int, seconds: float, device: torch.device) -> Iterator[Case]:
+    x = (torch.rand(BATCH, *IMAGE, generator=torch.Generator().manual_seed(1)) - 0.5).to(device)
+    z = torch.randn(BATCH, x[0].numel(), generator=torch.Generator().manual_seed(2)).to(device)
+    models: dict[str, Callable[[], Model]] = {OURS: lambda: _ours(steps, x), NORMFLOWS: lambda: _normflows(steps, x)}
+    name = f"{LEVELS} levels x {steps} steps, hidden {HIDDEN}, [{BATCH}, {', '.join(map(str, IMAGE))}]"
+    for work, make, rows, must, aim in (
+        ("density", _density, x, 1.25, 1.45),
+        ("sampling", sampling, z, 1.5, 1.8),
+        ("training step", training, x, 1.3, 1.6),
+    ):
+        competitors = [make(n, build, rows) for n, build in models.items()]
+        competitors.append(_by_reference(competitors[0]))
+        competitors.append(_conditioners(steps, rows, grad=work == "training step"))
+        targets = [Target("speedup", must, aim, NORMFLOWS)] if steps == 8 else []
+        yield Case(f"{work}, {name}", competitors, targets=targets, seconds=seconds, device=device)
+
+
+def _density(name: str, build: Callable[[], Model], x: Tensor) -> Competitor:
+    """Data to noise and the log-determinant, in evaluation mode."""
+
+    def made() -> Call:
+        model = build()
+        model.module.eval()
+        exact = model.double()
+        return Call(lambda: model.to_noise(model.module, x), lambda: exact.to_noise(exact.module, x.double()))
+
+    return Competitor(name, made, ours=name == OURS, package=name)
+
+
+def _ours(steps: int, x: Tensor) -> Model:
+    torch.manual_seed(0)
+    flow = Glow(IMAGE, levels=LEVELS, steps=steps, hidden_channels=HIDDEN).to(x.device)
+    flow(x)
+    return ours(_moved(flow))
+
+
+def _normflows(steps: int, x: Tensor) -> Model:
+    """Its layers go from noise to data: their inverse is our forward map."""
+    flows = _import("normflows").flows
+    torch.manual_seed(0)
+    levels = nn.ModuleList()
+    for level in range(LEVELS):
+        channels = 4 * IMAGE[0] * 2**level
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it calls the deprecated torch.lu
+            blocks = [flows.GlowBlock(channels, HIDDEN, split_mode="channel", scale_map="sigmoid") for _ in range(steps)]
+        for block in blocks:
+            _, coupling, _ = block.flows[0].flows
+            coupling.param_map = ConvNet(channels // 2, HIDDEN, channels)
+        levels.append(nn.ModuleList([flows.Squeeze(), *blocks]))
+
+    def to_noise(levels: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        parts, total = [], 0.0
+        for level in levels:
+            for layer in level:
+                x, logabsdet = layer.inverse(x)
+                total = total + logabsdet
+            if level is not levels[-1]:
+                x, left = x.chunk(2, 1)
+                parts.append(left.flatten(1))
+        return torch.cat([*parts, x.flatten(1)], 1), total
+
+    def to_data(levels: nn.Module, z: Tensor) -> Tensor:
+        c, h, w = IMAGE
+        shapes = [(2 * c * 2**i, h // 2 ** (i + 1), w // 2 ** (i + 1)) for i in range(LEVELS)]
+        shapes[-1] = (2 * shapes[-1][0], *shapes[-1][1:])
+        parts = [part.view(-1, *s) for part, s in zip(z.split([c * h * w for c, h, w in shapes], 1), shapes, strict=True)]
+        x = parts[-1]
+        for i in reversed(range(LEVELS)):
+            x = x if i == LEVELS - 1 else torch.cat([x, parts[i]], 1)
+            for layer in reversed(levels[i]):
+                x, _ = layer(x)
+        return x
+
+    levels.to(x.device)
+    to_noise(levels, x)  # initialises actnorm
+    return Model(_moved(levels), to_noise, to_data)
+
+
+@torch.no_grad()
+def _moved(module: nn.Module) -> nn.Module:
+    """Away from the initial weights, where every conditioner returns zero."""
+    for p in module.parameters():
+        p.add_(0.01 * torch.randn_like(p))
+    return module
+
+
+def _by_reference(competitor: Competitor) -> Competitor:
+    """The same model, its ops in plain PyTorch."""
+
+    def build() -> Call:
+        call = competitor.build()
+
+        def run() -> object:
+            with backend("reference"):
+                return call.run()
+
+        return replace(call, run=run)
+
+    return Competitor(REFERENCE, build, package="torch")
+
+
+def _conditioners(steps: int, rows: Tensor, grad: bool) -> Competitor:
+    """What no fusion of the rest can save: every conditioner once, and its gradients where it is trained."""
+
+    def build() -> Call:
+        torch.manual_seed(0)
+        nets, inputs = nn.ModuleList(), []
+        for level in range(LEVELS):
+            channels, side = 4 * IMAGE[0] * 2**level, IMAGE[1] // 2 ** (level + 1)
+            nets.extend(_moved(ConvNet(channels // 2, HIDDEN, channels)) for _ in range(steps))
+            inputs += [torch.randn(BATCH, channels // 2, side, side, device=rows.device, requires_grad=grad)] * steps
+        nets.to(rows.device)
+        optimizer = torch.optim.Adam(nets.parameters(), lr=0.0)
+
+        def run() -> list[Tensor]:
+            outputs = [net(x) for net, x in zip(nets, inputs, strict=True)]
+            if grad:
+                optimizer.zero_grad()
+                torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+                optimizer.step()
+            return [y.detach() for y in outputs]
+
+        return Call(run, grad=grad)
+
+    return Competitor(CONDITIONERS, build, package="torch")
