@@ -151,13 +151,16 @@ def test_coupling_flows_do_the_four_tasks_on_tables(files, tmp_path, flow):
     assert np.allclose(x, np.load(files / "x.npy"), atol=1e-3)
 
 
-@pytest.mark.parametrize("flow", [*COUPLINGS, "maf", "iaf"])
+GLOW = ["--levels", "1", "--steps", "2", "--hidden-channels", "4", "--epochs", "1", "--batch-size", "16"]
+
+
+@pytest.mark.parametrize("flow", [*COUPLINGS, "glow", "maf", "iaf"])
 @pytest.mark.parametrize("conditional", [True, False], ids=["conditional", "unconditional"])
 def test_every_flow_does_the_four_tasks_on_images(files, tmp_path, capsys, flow, conditional):
     pytest.importorskip("matplotlib")
     run = tmp_path / "run"
     data = ["--data", str(files / "images.npz")]
-    settings = COUPLINGS.get(flow, SMALL)
+    settings = GLOW if flow == "glow" else COUPLINGS.get(flow, SMALL)
     train = ["train", flow, *data, "--grey-levels", "16", "--out", str(run), *settings]
     assert main(train if conditional else [*train, "--unconditional"]) == 0
     assert "images of 3 x 6 x 4" + (" given 4 of context" if conditional else ";") in capsys.readouterr().out

@@ -197,6 +197,7 @@ QUICK = {
     "iaf": {"epochs": 50},
     "nice": {"epochs": 60},
     "realnvp": {"epochs": 9},
+    "glow": {},
 }
 
 
