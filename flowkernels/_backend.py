@@ -3,6 +3,7 @@
 import functools
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -107,4 +108,6 @@ def _route_cpu_op(op: str) -> None:
     def serve(keys, *args):
         return _triton.launch(op, *args) if _choice.name == "triton" else before.call_boxed(keys, *args)
 
-    library.impl(op, serve, "CPU", with_keyset=True, allow_override=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a kernel is overridden
+        library.impl(op, serve, "CPU", with_keyset=True, allow_override=True)

@@ -11,11 +11,9 @@ from flowkernels.ops.masked_linear.reference import (
     masked_linear_reference,
 )
 from python_tests.battery import Example, OpBattery
+from python_tests.triton.device import DEVICE, GPU, randn
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, in the interpreter
-
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 
 
 def staircase(inputs, outputs, seed=0):
@@ -24,9 +22,7 @@ def staircase(inputs, outputs, seed=0):
 
 
 def tensors(batch, inputs, outputs, dtype):
-    g = torch.Generator().manual_seed(1)
-    shapes = (batch, inputs), (inputs, outputs), (outputs,), (batch, outputs)
-    return [torch.randn(s, generator=g, dtype=torch.float64).to(DEVICE, dtype) for s in shapes]
+    return randn((batch, inputs), (inputs, outputs), (outputs,), (batch, outputs), dtype=dtype)
 
 
 def example(inputs, outputs):
