@@ -30,6 +30,7 @@ demo: install
 	$(PY) -m flowkernels demo $(DEMO_ARGS)
 
 test: lint
+	@$(MAKE) --no-print-directory triton || echo "Triton cannot be installed here: the tests of its kernels are skipped"
 	$(PY) -m pytest -q $(PYTEST_ARGS) python_tests
 
 lint: install
@@ -64,8 +65,11 @@ $(PY):
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no virtual environment: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 
 # Triton's kernels are tested in its interpreter, which needs no GPU.
-triton: install
+triton: $(STAMPS)/triton
+
+$(STAMPS)/triton: $(STAMPS)/installed
 	$(PIP) install $(HELD) "$(TRITON)"
+	@touch $@
 
 # In a copy of the tree, so that neither build disturbs the other. Memory that kernels leave unwritten is NaN there (FK_FILL_NAN). What
 # Python does around the ops (compile, opcheck, functorch) meets no other memory, and takes long under the sanitizers.
