@@ -51,7 +51,7 @@ def example(*shape, inverse=False):
 
 class TestChannelAffine(OpBattery):
     bare_op = torch.ops.flowkernels.channel_affine.default
-    cases = {"images, inverse": example(3, 2, 5, inverse=True)}
+    cases = {"images, inverse": example(3, 1, 4, inverse=True)}
 
 
 # a tile has 1024 elements, and parameters are summed 32 tiles at a time
@@ -59,8 +59,8 @@ class TestChannelAffine(OpBattery):
     "shape", [(3, 5), (600, 8), (2, 1500), (2, 3, 33, 65), (33, 1, 1024), (2, 40, 5), (2, 5, 2, 3, 4), (0, 4)], ids=str
 )
 def test_sizes_beyond_a_tile(shape):
-    for inverse, keep in itertools.product([False, True], ["input", "output"]):
-        assert_equals_reference(inputs(shape), inverse=inverse, keep=keep)
+    assert_equals_reference(inputs(shape))
+    assert_equals_reference(inputs(shape), inverse=True, keep="output")
 
 
 @pytest.mark.parametrize("without", [(1,), (3,), (1, 3)])
