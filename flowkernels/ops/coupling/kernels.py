@@ -2,8 +2,8 @@
 
 Both are bound by memory. With N elements of e bytes, half of them transformed, forward moves 3 N e (x, shift and raw scale in, y out;
 a checkerboard's full-size nets make it 4 N e), backward 4 N e to 4.5 N e (dy, kept, raw scale and, for some forms, shift in; dx, dshift,
-draw out). A scale map costs 50 to 80 instructions per transformed element, where a GPU with 4 TB/s has time for about 180 in float32 and
-90 in half precision.
+draw out). Forward with a sigmoid compiles to about 85 instructions per transformed element; a GPU with 4 TB/s has time for about 180 in
+float32 and 90 in half precision (predicted; no GPU has run it).
 
 With the factor v, which is sigma(s), or 1 / sigma(s) where the form or its inverse DIVIDES, and a shift that then counts negative:
 
