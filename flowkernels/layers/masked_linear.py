@@ -20,11 +20,17 @@ class MaskedLinear(nn.Module):
         in_features: number of inputs.
         context_features: width of the context; 0 for none.
         context_bias: give the context term a bias of its own, for networks that put an activation between the two.
+
+    Raises:
+        ValueError: visible does not ascend, or exceeds the inputs.
     """
 
     def __init__(self, visible: Tensor, in_features: int, *, context_features: int = 0, context_bias: bool = False) -> None:
         super().__init__()
         out_features = len(visible)
+        counts = visible.tolist()
+        if counts != sorted(counts) or (counts and not 0 <= counts[0] <= counts[-1] <= in_features):
+            raise ValueError(f"visible must ascend from 0 to at most {in_features}; got {counts}")
         self.register_buffer("visible", visible.to(torch.int32))
         self.weight = nn.Parameter(torch.empty(in_features, out_features))
         self.bias = nn.Parameter(torch.empty(out_features))

@@ -243,3 +243,9 @@ def test_reference_and_kernel_agree_through_the_layer():
         with backend("reference"):
             want = (*layer(x, context), *layer.inverse(x, context))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("visible", [[1, 0, 2], [0, 1, 4], [-1, 0, 1]])
+def test_a_masked_linear_layer_is_built_of_a_staircase(visible):
+    with pytest.raises(ValueError, match=rf"visible must ascend from 0 to at most 3; got \[{', '.join(map(str, visible))}\]"):
+        MaskedLinear(torch.tensor(visible), 3)
