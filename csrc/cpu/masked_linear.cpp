@@ -28,10 +28,13 @@ inline void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "flowkernels:
 
 bool fits(const Tensor& t, ScalarType dtype) { return t.is_cpu() && t.scalar_type() == dtype; }
 
-// [..., columns] as a matrix whose rows are contiguous
+// [..., columns] as a matrix whose rows are contiguous; with no columns there are rows all the same
 Tensor as_rows(const Tensor& t) {
-  const int64_t columns = t.size(t.dim() - 1);
-  return rows_contiguous(t.dim() == 2 ? t : torch::stable::reshape(t, {columns ? t.numel() / columns : 0, columns}));
+  if (t.dim() == 2) return rows_contiguous(t);
+  const int64_t last = t.dim() - 1;
+  int64_t rows = 1;
+  for (int64_t d = 0; d < last; ++d) rows *= t.size(d);
+  return rows_contiguous(torch::stable::reshape(t, {rows, t.size(last)}));
 }
 
 int64_t row_stride(const Tensor& t) { return t.size(0) > 1 ? t.stride(0) : t.size(1); }

@@ -70,6 +70,18 @@ def test_gradient_outside_the_staircase_is_zero():
     assert weight.grad[:, 0].eq(0).all() and weight.grad[2, 1] == 0 and weight.grad[:2, 1].ne(0).all()
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 2), (2, 0), (0, 0)])
+@pytest.mark.parametrize("leading", [(3,), (2, 3)])
+def test_no_inputs_or_no_outputs(inputs, outputs, leading):
+    x, weight, bias = torch.randn(*leading, inputs), torch.randn(inputs, outputs), torch.randn(outputs)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    y = masked_linear(*leaves, torch.full((outputs,), inputs, dtype=torch.int32))
+    assert torch.equal(y, bias.expand(*leading, outputs))
+    dx, dweight, dbias = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert torch.equal(dx, torch.zeros_like(x)) and dweight.shape == weight.shape
+    assert torch.equal(dbias, torch.full((outputs,), float(x[..., :0].flatten(0, -2).shape[0])))
+
+
 def test_leading_dimensions():
     visible = torch.tensor([1, 2], dtype=torch.int32)
     x, weight = torch.randn(2, 3, 2), torch.randn(2, 2)
