@@ -54,7 +54,7 @@ def assert_near(got: torch.Tensor, want: torch.Tensor, magnitude: torch.Tensor, 
 
 @pytest.mark.xfail(reason="open: found failures at an empty batch or context when joined with other changes")
 @given(linear_case())
-@cases(1500)
+@cases(1000)
 def test_masked_linear(case):
     x, weight, bias, dy, visible = case
     leaves = [t.detach().requires_grad_() for t in (x, weight)] + ([] if bias is None else [bias.detach().requires_grad_()])
@@ -105,7 +105,7 @@ def network_case(draw):
 
 @pytest.mark.xfail(reason="open: found failures at an empty batch or context when joined with other changes")
 @given(network_case())
-@cases(700)
+@cases(400)
 def test_the_inverse_undoes_the_forward_map(make):
     rows, parameters, forward, *_ = make(torch.float64, False)
     inverse = make(torch.float64, True)[2]
@@ -118,7 +118,7 @@ def test_the_inverse_undoes_the_forward_map(make):
 
 @pytest.mark.xfail(reason="open: found failures at an empty batch or context when joined with other changes")
 @given(network_case(), st.sampled_from([torch.float64, torch.float32]), st.booleans())
-@cases(700)
+@cases(400)
 def test_autoregressive(make, dtype, inverse):
     """Against the reference in float64, within a few times what float32 costs the reference itself."""
     rows, parameters, op, oracle, *_ = make(dtype, inverse)
@@ -132,7 +132,7 @@ def test_autoregressive(make, dtype, inverse):
 
 @pytest.mark.xfail(reason="open: found failures at an empty batch or context when joined with other changes")
 @given(network_case(), st.booleans(), seeds)
-@cases(500)
+@cases(300)
 def test_gradients_are_those_of_the_composed_path(make, inverse, seed):
     rows, parameters, op, *_ = make(torch.float64, inverse)
     leaves = [t.detach().requires_grad_() for t in (*rows, *parameters)]
