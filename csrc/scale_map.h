@@ -158,8 +158,9 @@ struct SigmoidMap : ScaleMapBase<V, SigmoidMap<V, FLOOR>> {
   FK_INLINE ValueAndLog<V> sigma_and_log(V s) const {
     const V x = s + bias, e = exp(-abs(x));
     if constexpr (!FLOOR) return {sigmoid_of(x, e), -softplus_of(-x, e)};
-    const V sigma = sigmoid_of(x, e) + floor;
-    return {sigma, log_or_log1p(x > T(0), sigma, floor - sigmoid_of(-x, e))};  // sigma is near 1 for x > 0
+    const V sigmoid = sigmoid_of(x, e), sigma = sigmoid + floor;
+    // sigma is near 1 for x > 0, and there sigmoid(-x) = e sigmoid(x)
+    return {sigma, log_or_log1p(x > T(0), sigma, fma(-e, sigmoid, floor))};
   }
   FK_INLINE ValueAndLog<V> reciprocal_and_log(V s) const {
     const V x = s + bias;
@@ -171,6 +172,11 @@ struct SigmoidMap : ScaleMapBase<V, SigmoidMap<V, FLOOR>> {
     if constexpr (FLOOR) return {this->sigma(s), dlog_sigma(s)};
     const V x = s + bias, e = exp(-abs(x)), large = T(1) / (e + T(1)), small = e * large;  // one division
     return {select(x > T(0), large, small), select(x > T(0), small, large)};
+  }
+  FK_INLINE ValueAndLog<V> reciprocal_and_dlog(V s) const {
+    if constexpr (FLOOR) return {this->reciprocal(s), -dlog_sigma(s)};
+    const V u = exp(-(s + bias)), v = u + T(1);
+    return {v, select(u < T(__builtin_inf()), -(u / v), splat<V>(-1))};  // their product is -u with hardly an error
   }
   FK_INLINE V complement(V s) const {
     const V x = s + bias;

@@ -238,7 +238,6 @@ def test_special_half_values_survive():
     for dtype in HALVES:
         y, _ = coupling(x.to(dtype), torch.zeros(2, 200, dtype=dtype))
         torch.testing.assert_close(y, x.to(dtype), rtol=0, atol=0, equal_nan=True)
-        assert torch.equal(torch.signbit(y), torch.signbit(x.to(dtype))) or dtype == torch.bfloat16
 
 
 def test_untouched_sites_are_ignored():
