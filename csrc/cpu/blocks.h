@@ -32,21 +32,29 @@ FK_INLINE void fill(T* to, int64_t n, T value) {
   for (int64_t i = 0; i < n; ++i) to[i] = value;
 }
 
-// Map: map(in, per_sample, parameters, out, terms, n, rest) transforms n packed elements and copies as many of the rest; each argument
-// but n and rest is an array of pointers to packed elements, per_sample one such pointer.
+// What a map works on: rows of n elements, contiguous in each row. Parameters, per_sample and terms are packed, and terms have room for
+// a vector more. Where `rest_from` is not null, as many elements are to be copied from there.
 template <class T>
-struct Rest {
-  const T* from = nullptr;  // null where there is nothing to copy
-  T* to = nullptr;
+struct Streams {
+  int64_t rows, n;
+  const T* in[4];
+  T* out[3];
+  int64_t in_row[4], out_row[3];  // from one row to the next
+  const T* per_sample;
+  const T* parameters[3];
+  T* terms[2];
+  const T* rest_from;
+  T* rest_to;
 
-  FK_INLINE void copy(int64_t i) const {
-    if (from != nullptr) store(to + i, load(from + i));
+  FK_INLINE void copy_rest(int64_t i) const {
+    if (rest_from != nullptr) store(rest_to + i, load(rest_from + i));
   }
-  FK_INLINE void copy_partial(int64_t i, int n) const {
-    if (from != nullptr) store_partial(to + i, load_partial(from + i, n), n);
+  FK_INLINE void copy_rest(int64_t i, int k) const {
+    if (rest_from != nullptr) store_partial(rest_to + i, load_partial(rest_from + i, k), k);
   }
 };
 
+// Map: map(streams) transforms what they hold.
 template <class E, class Map>
 class Blocks {
   using T = compute_t<E>;
@@ -58,43 +66,48 @@ class Blocks {
   Blocks(const Elementwise<E>& a, const Map& map) : args(a), map_(map) {}
 
   // Transforms a block of at most kTile elements; `terms` get what is to be summed, packed. with_rest: copies the block of the same
-  // place and size of the channels that pass, too, which costs little more than the arithmetic where both lie packed.
+  // place and size of the channels that pass, too, which costs little beside the arithmetic where both lie packed.
   void transform(const Block& k, T* const* terms, bool with_rest = false) {
     const bool between = args.along == Along::alternate_channels && k.axis == channel_axis;
-    const T* in[4];
-    T* out[3];
-    bool direct[3];
-    for (int i = 0; i < args.n_inputs; ++i) in[i] = loaded(args.in[i], k, in_[i]);
-    for (int i = 0; i < args.n_outputs; ++i) {
-      direct[i] = lies_packed(args.out[i], k) && !(between && i == 0);
-      out[i] = direct[i] ? reinterpret_cast<T*>(args.out[i].data + offset(args.out[i].stride, k.at)) : out_[i];
-    }
-    const T* parameters[3] = {};
-    for (int i = 0; i < args.n_parameters; ++i) parameters[i] = parameter_[i];
-    if (args.n_parameters > 0) load_parameters(k);
-    if (args.per_sample != nullptr) load_per_sample(k);
-    Rest<T> rest;
-    if (with_rest) {
-      const bool rows_of_channels = k.row_axis == channel_axis;
-      Block passing = k;
-      passing.rows = smaller(k.rows, rows_of_channels ? args.channels - args.transformed - k.at.c : k.rows);
-      if (passing.rows == k.rows && lies_packed(args.rest_in, k) && lies_packed(args.rest_out, k)) {
-        rest.from = reinterpret_cast<const T*>(args.rest_in.data + offset(args.rest_in.stride, k.at));
-        rest.to = reinterpret_cast<T*>(args.rest_out.data + offset(args.rest_out.stride, k.at));
+    const int64_t total = k.total();
+    Streams<T> s{};
+    bool flat = true, in_place[3];
+    for (int i = 0; i < args.n_inputs; ++i) {
+      const View<const E>& view = args.in[i];
+      if (lies_in_rows(view, k)) {
+        s.in[i] = reinterpret_cast<const T*>(view.data + offset(view.stride, k.at));
+        s.in_row[i] = view.stride[k.row_axis] * k.row_step;
+        flat = flat && (k.rows == 1 || s.in_row[i] == k.n);
       } else {
-        pass(&args.rest_in, args.rest_out, passing);
+        s.in[i] = packed(view, k, in_[i]);
+        s.in_row[i] = k.n;
       }
     }
-    map_(in, per_sample_, parameters, out, terms, k.total(), rest);
     for (int i = 0; i < args.n_outputs; ++i) {
-      if (direct[i]) continue;
+      const View<E>& view = args.out[i];
+      in_place[i] = lies_in_rows(view, k) && !(between && i == 0);
+      s.out[i] = in_place[i] ? reinterpret_cast<T*>(view.data + offset(view.stride, k.at)) : out_[i];
+      s.out_row[i] = in_place[i] ? view.stride[k.row_axis] * k.row_step : k.n;
+      flat = flat && (k.rows == 1 || s.out_row[i] == k.n);
+    }
+    s.rows = flat ? 1 : k.rows;
+    s.n = flat ? total : k.n;
+    for (int i = 0; i < 3; ++i) s.parameters[i] = parameter_[i];
+    if (args.n_parameters > 0) load_parameters(k);
+    if (args.per_sample != nullptr) load_per_sample(k);
+    s.per_sample = per_sample_;
+    for (int i = 0; i < 2; ++i) s.terms[i] = terms[i];
+    if (with_rest) add_rest(k, flat, s);
+    map_(s);
+    for (int i = 0; i < args.n_outputs; ++i) {
+      const View<E>& to = args.out[i];
+      if (in_place[i]) continue;
       if (between && i == 0) {
-        store_between_channels(out[i], k);
+        store_between_channels(out_[i], k);
       } else if (k.checkered) {
-        store_checkered(out[i], args.out[i], k, i == 0 ? &args.in[0] : nullptr);
+        store_checkered(out_[i], to, k, i == 0 ? &args.in[0] : nullptr);
       } else {
-        const View<E>& to = args.out[i];
-        unpack(narrowed(out[i], k), to.data + offset(to.stride, k.at), to.stride[k.row_axis] * k.row_step, to.stride[k.axis], k.rows, k.n);
+        unpack(narrowed(out_[i], total), to.data + offset(to.stride, k.at), to.stride[k.row_axis] * k.row_step, to.stride[k.axis], k.rows, k.n);
       }
     }
   }
@@ -118,18 +131,6 @@ class Blocks {
     }
   }
 
-  // Whether n sites of neighbouring channels follow each other without a gap in every tensor
-  bool channels_lie_packed(int64_t n) const {
-    const Block k{{0, 0, 0}, channel_axis, 2, 1, inner_axis, n};
-    for (int i = 0; i < args.n_inputs; ++i) {
-      if (!lies_packed(args.in[i], k)) return false;
-    }
-    for (int i = 0; i < args.n_outputs; ++i) {
-      if (!lies_packed(args.out[i], k)) return false;
-    }
-    return true;
-  }
-
  private:
   int64_t offset(const int64_t* stride, const Place& at) const {
     int64_t result = at.b * stride[batch_axis] + at.c * stride[channel_axis], site = at.site;
@@ -144,41 +145,53 @@ class Blocks {
     return result + site * stride[inner_axis];
   }
 
+  // whether rows can be worked on where they lie; short ones are packed first, so that vectors are full
   template <class AnyView>
-  static bool lies_packed(const AnyView& view, const Block& k) {
+  static bool lies_in_rows(const AnyView& view, const Block& k) {
     if (sizeof(E) != sizeof(T) || k.checkered || (k.n > 1 && view.stride[k.axis] != 1)) return false;
-    return k.rows == 1 || view.stride[k.row_axis] * k.row_step == k.n;
+    return k.rows == 1 || view.stride[k.row_axis] * k.row_step == k.n || k.n >= lanes<T>;
   }
 
-  const T* loaded(const View<const E>& view, const Block& k, T* buffer) {
+  const T* packed(const View<const E>& view, const Block& k, T* buffer) {
     const E* p = view.data + offset(view.stride, k.at);
-    if (lies_packed(view, k)) return reinterpret_cast<const T*>(p);
     const int64_t row = view.stride[k.row_axis] * k.row_step, stride = view.stride[k.axis];
-    E* packed = sizeof(E) == sizeof(T) ? reinterpret_cast<E*>(buffer) : raw_;
+    E* to = sizeof(E) == sizeof(T) ? reinterpret_cast<E*>(buffer) : raw_;
     if (!k.checkered) {
-      pack(p, row, stride, k.rows, k.n, packed);
+      pack(p, row, stride, k.rows, k.n, to);
     } else {
       for (int64_t r = 0, done = 0; r < k.rows; done += k.count(r), ++r) {
-        gather_row(p + r * row + k.phase_of(r) * stride, 2 * stride, k.count(r), packed + done);
+        gather_row(p + r * row + k.phase_of(r) * stride, 2 * stride, k.count(r), to + done);
       }
     }
     if constexpr (sizeof(E) != sizeof(T)) widen(raw_, k.total(), buffer);
     return buffer;
   }
 
+  void add_rest(const Block& k, bool flat, Streams<T>& s) {
+    Block passing = k;
+    if (k.row_axis == channel_axis) passing.rows = smaller(k.rows, args.channels - args.transformed - k.at.c);
+    auto packed = [&](const int64_t* stride) { return stride[k.axis] == 1 && (k.rows == 1 || stride[k.row_axis] * k.row_step == k.n); };
+    if (sizeof(E) == sizeof(T) && flat && passing.rows == k.rows && packed(args.rest_in.stride) && packed(args.rest_out.stride)) {
+      s.rest_from = reinterpret_cast<const T*>(args.rest_in.data + offset(args.rest_in.stride, k.at));
+      s.rest_to = reinterpret_cast<T*>(args.rest_out.data + offset(args.rest_out.stride, k.at));
+    } else {
+      pass(&args.rest_in, args.rest_out, passing);
+    }
+  }
+
   // the block as elements of the tensors
-  const E* narrowed(const T* buffer, const Block& k) {
+  const E* narrowed(const T* buffer, int64_t n) {
     if constexpr (sizeof(E) == sizeof(T)) {
       return buffer;
     } else {
-      narrow(buffer, k.total(), raw_);
+      narrow(buffer, n, raw_);
       return raw_;
     }
   }
 
   // rest: what the other elements of the rows come from, zeros without one
   void store_checkered(const T* buffer, const View<E>& to, const Block& k, const View<const E>* rest) {
-    const E* packed = narrowed(buffer, k);
+    const E* packed = narrowed(buffer, k.total());
     E* q = to.data + offset(to.stride, k.at);
     const E* p = rest == nullptr ? nullptr : rest->data + offset(rest->stride, k.at);
     for (int64_t r = 0; r < k.rows; packed += k.count(r), ++r) {
@@ -192,7 +205,7 @@ class Blocks {
     const int64_t begin = 2 * k.at.c, end = k.at.c + k.n == args.transformed ? args.channels : 2 * (k.at.c + k.n);
     const View<const E>& from = args.whole_in;
     const View<E>& to = args.whole_out;
-    const E* packed = narrowed(buffer, k);
+    const E* packed = narrowed(buffer, k.total());
     const E* p = from.data + offset(from.stride, {k.at.b, begin, k.at.site});
     E* q = to.data + offset(to.stride, {k.at.b, begin, k.at.site});
     const int64_t row = from.stride[k.row_axis] * k.row_step, to_row = to.stride[k.row_axis] * k.row_step;

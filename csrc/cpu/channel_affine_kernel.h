@@ -9,13 +9,17 @@ namespace FK_TARGET {
 // y = (x + before) * scale + after. parameters = {before, scale, after}; in = {x}, out = {y}.
 template <class T>
 struct ChannelAffineMap {
-  void operator()(const T* const* in, const T*, const T* const* parameters, T* const* out, T* const*, int64_t n, const Rest<T>&) const {
-    const T *x = in[0], *before = parameters[0], *scale = parameters[1], *after = parameters[2];
-    T* y = out[0];
-    int64_t i = 0;
-    for (; i + lanes<T> <= n; i += lanes<T>) store(y + i, fma(load(x + i) + load(before + i), load(scale + i), load(after + i)));
-    if (const int k = static_cast<int>(n - i)) {
-      store_partial(y + i, fma(load_partial(x + i, k) + load(before + i), load(scale + i), load(after + i)), k);
+  void operator()(const Streams<T>& streams) const {
+    const int64_t n = streams.n;
+    for (int64_t r = 0; r < streams.rows; ++r) {
+      const T *x = streams.in[0] + r * streams.in_row[0], *before = streams.parameters[0] + r * n;
+      const T *scale = streams.parameters[1] + r * n, *after = streams.parameters[2] + r * n;
+      T* y = streams.out[0] + r * streams.out_row[0];
+      int64_t i = 0;
+      for (; i + lanes<T> <= n; i += lanes<T>) store(y + i, fma(load(x + i) + load(before + i), load(scale + i), load(after + i)));
+      if (const int k = static_cast<int>(n - i)) {
+        store_partial(y + i, fma(load_partial(x + i, k) + load(before + i), load(scale + i), load(after + i)), k);
+      }
     }
   }
 };
@@ -25,24 +29,25 @@ template <class T>
 struct ChannelAffineGradient {
   bool from_output;
 
-  void operator()(const T* const* in, const T*, const T* const* parameters, T* const* out, T* const* terms, int64_t n, const Rest<T>&) const {
-    const T *dy = in[0], *kept = in[1], *before = parameters[0], *scale = parameters[1], *after = parameters[2];
-    T *dx = out[0], *constant = terms[0], *linear = terms[1];
-    auto along = [&](Vec<T> g, Vec<T> dold, Vec<T> v, int64_t i) __attribute__((always_inline)) {
-      return from_output ? g * (v - load(after + i)) : dold * (v + load(before + i));
-    };
-    int64_t i = 0;
-    for (; i + lanes<T> <= n; i += lanes<T>) {
-      const Vec<T> g = load(dy + i), dold = g * load(scale + i);
-      store(dx + i, dold);
-      store(constant + i, g);
-      store(linear + i, along(g, dold, load(kept + i), i));
-    }
-    if (const int k = static_cast<int>(n - i)) {
-      const Vec<T> g = load_partial(dy + i, k), dold = g * load(scale + i);
-      store_partial(dx + i, dold, k);
-      store_partial(constant + i, g, k);
-      store_partial(linear + i, along(g, dold, load_partial(kept + i, k), i), k);
+  void operator()(const Streams<T>& streams) const {
+    const int64_t n = streams.n;
+    for (int64_t r = 0; r < streams.rows; ++r) {
+      const T *dy = streams.in[0] + r * streams.in_row[0], *kept = streams.in[1] + r * streams.in_row[1];
+      const T *before = streams.parameters[0] + r * n, *scale = streams.parameters[1] + r * n, *after = streams.parameters[2] + r * n;
+      T *dx = streams.out[0] + r * streams.out_row[0], *constant = streams.terms[0] + r * n, *linear = streams.terms[1] + r * n;
+      for (int64_t i = 0; i < n; i += lanes<T>) {
+        const bool whole = i + lanes<T> <= n;
+        const int k = static_cast<int>(n - i);
+        const Vec<T> g = whole ? load(dy + i) : load_partial(dy + i, k), v = whole ? load(kept + i) : load_partial(kept + i, k);
+        const Vec<T> dold = g * load(scale + i);
+        store(constant + i, g);
+        store(linear + i, from_output ? g * (v - load(after + i)) : dold * (v + load(before + i)));
+        if (whole) {
+          store(dx + i, dold);
+        } else {
+          store_partial(dx + i, dold, k);
+        }
+      }
     }
   }
 };

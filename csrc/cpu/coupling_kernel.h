@@ -16,22 +16,26 @@ inline Action action_of(const Affine& affine) {
   return shift_first ? Action::shift_first : Action::scale_first;
 }
 
-// n elements. Forward: in = {x, shift, s}, out = {y}, terms = log|dy/dx|.
-// Backward: in = {dy, x or y, shift, s}, out = {dx, dshift, ds}; c = dlogabsdet, a = scale parameter and terms = da where there is one.
+// Forward: in = {x, shift, s}, out = {y}, terms = log|dy/dx|. Backward: in = {dy, x or y, shift, s}, out = {dx, dshift, ds},
+// per_sample = dlogabsdet and terms = da, of the scale parameter a, where there is one.
 template <class T>
-using Tile = void (*)(const Affine& affine, const T* const* in, const T* c, const T* a, T* const* out, T* terms, int64_t n, Rest<T> rest);
+using Tile = void (*)(const Affine& affine, const Streams<T>& streams);
 
 template <class T>
-FK_CALL void add_tile(const Affine& affine, const T* const* in, const T*, const T*, T* const* out, T*, int64_t n, Rest<T> rest) {
+FK_CALL void add_tile(const Affine& affine, const Streams<T>& streams) {
   const Vec<T> sign = broadcast(divides(affine.form, affine.inverse) ? T(-1) : T(1));
-  int64_t i = 0;
-  for (; i + lanes<T> <= n; i += lanes<T>) {
-    store(out[0] + i, fma(sign, load(in[1] + i), load(in[0] + i)));
-    rest.copy(i);
-  }
-  if (const int k = static_cast<int>(n - i)) {
-    rest.copy_partial(i, k);
-    store_partial(out[0] + i, fma(sign, load_partial(in[1] + i, k), load_partial(in[0] + i, k)), k);
+  for (int64_t r = 0; r < streams.rows; ++r) {
+    const T *x = streams.in[0] + r * streams.in_row[0], *shift = streams.in[1] + r * streams.in_row[1];
+    T* y = streams.out[0] + r * streams.out_row[0];
+    int64_t i = 0;
+    for (; i + lanes<T> <= streams.n; i += lanes<T>) {
+      store(y + i, fma(sign, load(shift + i), load(x + i)));
+      streams.copy_rest(i);
+    }
+    if (const int k = static_cast<int>(streams.n - i)) {
+      store_partial(y + i, fma(sign, load_partial(shift + i, k), load_partial(x + i, k)), k);
+      streams.copy_rest(i, k);
+    }
   }
 }
 
@@ -48,25 +52,29 @@ FK_INLINE ValueAndLog<V> coupled(const Map& map, Action action, V x, V shift, V 
 }
 
 template <class Map, bool RECIPROCAL, class T>
-FK_CALL void forward_tile(const Affine& affine, const T* const* in, const T*, const T* a, T* const* out, T* terms, int64_t n, Rest<T> rest) {
+FK_CALL void forward_tile(const Affine& affine, const Streams<T>& streams) {
   Map map(affine.scale);
   const Action action = action_of(affine);
-  const T *x = in[0], *shift = in[1], *s = in[2];
-  T* y = out[0];
-  int64_t i = 0;
-  for (; i + lanes<T> <= n; i += lanes<T>) {
-    if constexpr (Map::learned) map.a = load(a + i);
-    const auto r = coupled<RECIPROCAL>(map, action, load(x + i), load(shift + i), load(s + i));
-    store(y + i, r.value);
-    store(terms + i, r.log);
-    rest.copy(i);
-  }
-  if (const int k = static_cast<int>(n - i)) {
-    if constexpr (Map::learned) map.a = load_partial(a + i, k);
-    const auto r = coupled<RECIPROCAL>(map, action, load_partial(x + i, k), load_partial(shift + i, k), load_partial(s + i, k));
-    store_partial(y + i, r.value, k);
-    store_partial(terms + i, r.log, k);
-    rest.copy_partial(i, k);
+  const int64_t n = streams.n;
+  for (int64_t r = 0; r < streams.rows; ++r) {
+    const T *x = streams.in[0] + r * streams.in_row[0], *shift = streams.in[1] + r * streams.in_row[1];
+    const T *s = streams.in[2] + r * streams.in_row[2], *a = streams.parameters[0] + r * n;
+    T *y = streams.out[0] + r * streams.out_row[0], *terms = streams.terms[0] + r * n;
+    int64_t i = 0;
+    for (; i + lanes<T> <= n; i += lanes<T>) {
+      if constexpr (Map::learned) map.a = load(a + i);
+      const auto result = coupled<RECIPROCAL>(map, action, load(x + i), load(shift + i), load(s + i));
+      store(y + i, result.value);
+      store(terms + i, result.log);
+      streams.copy_rest(i);
+    }
+    if (const int k = static_cast<int>(n - i)) {
+      if constexpr (Map::learned) map.a = load(a + i);
+      const auto result = coupled<RECIPROCAL>(map, action, load_partial(x + i, k), load_partial(shift + i, k), load_partial(s + i, k));
+      store_partial(y + i, result.value, k);
+      store(terms + i, result.log);
+      streams.copy_rest(i, k);
+    }
   }
 }
 
@@ -106,31 +114,37 @@ FK_INLINE CouplingGradients<V> coupling_gradients(const Map& map, Action action,
 }
 
 template <class Map, bool RECIPROCAL, class T>
-FK_CALL void backward_tile(const Affine& affine, const T* const* in, const T* c, const T* a, T* const* out, T* terms, int64_t n, Rest<T> rest) {
+FK_CALL void backward_tile(const Affine& affine, const Streams<T>& streams) {
   Map map(affine.scale);
   const Action action = action_of(affine);
   const bool output = affine.from_output;
-  const T *dy = in[0], *kept = in[1], *shift = in[2], *s = in[3];
-  T *dx = out[0], *dshift = out[1], *ds = out[2];
-  int64_t i = 0;
-  for (; i + lanes<T> <= n; i += lanes<T>) {
-    if constexpr (Map::learned) map.a = load(a + i);
-    const auto d = coupling_gradients<RECIPROCAL>(map, action, output, load(dy + i), load(kept + i), load(shift + i), load(s + i), load(c + i));
-    store(dx + i, d.dx);
-    store(dshift + i, d.dshift);
-    store(ds + i, d.ds);
-    if constexpr (Map::learned) store(terms + i, d.da);
-    rest.copy(i);
-  }
-  if (const int k = static_cast<int>(n - i)) {
-    if constexpr (Map::learned) map.a = load_partial(a + i, k);
-    const auto d = coupling_gradients<RECIPROCAL>(map, action, output, load_partial(dy + i, k), load_partial(kept + i, k),
-                                                  load_partial(shift + i, k), load_partial(s + i, k), load_partial(c + i, k));
-    store_partial(dx + i, d.dx, k);
-    store_partial(dshift + i, d.dshift, k);
-    store_partial(ds + i, d.ds, k);
-    if constexpr (Map::learned) store_partial(terms + i, d.da, k);
-    rest.copy_partial(i, k);
+  const int64_t n = streams.n;
+  for (int64_t r = 0; r < streams.rows; ++r) {
+    const T *dy = streams.in[0] + r * streams.in_row[0], *kept = streams.in[1] + r * streams.in_row[1];
+    const T *shift = streams.in[2] + r * streams.in_row[2], *s = streams.in[3] + r * streams.in_row[3];
+    const T *c = streams.per_sample + r * n, *a = streams.parameters[0] + r * n;
+    T *dx = streams.out[0] + r * streams.out_row[0], *dshift = streams.out[1] + r * streams.out_row[1];
+    T *ds = streams.out[2] + r * streams.out_row[2], *terms = streams.terms[0] + r * n;
+    int64_t i = 0;
+    for (; i + lanes<T> <= n; i += lanes<T>) {
+      if constexpr (Map::learned) map.a = load(a + i);
+      const auto d = coupling_gradients<RECIPROCAL>(map, action, output, load(dy + i), load(kept + i), load(shift + i), load(s + i), load(c + i));
+      store(dx + i, d.dx);
+      store(dshift + i, d.dshift);
+      store(ds + i, d.ds);
+      if constexpr (Map::learned) store(terms + i, d.da);
+      streams.copy_rest(i);
+    }
+    if (const int k = static_cast<int>(n - i)) {
+      if constexpr (Map::learned) map.a = load(a + i);
+      const auto d = coupling_gradients<RECIPROCAL>(map, action, output, load_partial(dy + i, k), load_partial(kept + i, k),
+                                                    load_partial(shift + i, k), load_partial(s + i, k), load(c + i));
+      store_partial(dx + i, d.dx, k);
+      store_partial(dshift + i, d.dshift, k);
+      store_partial(ds + i, d.ds, k);
+      if constexpr (Map::learned) store(terms + i, d.da);
+      streams.copy_rest(i, k);
+    }
   }
 }
 
@@ -154,9 +168,7 @@ struct CouplingMap {
   Affine affine;
   Tile<T> tile;
 
-  void operator()(const T* const* in, const T* c, const T* const* parameters, T* const* out, T* const* terms, int64_t n, const Rest<T>& rest) const {
-    tile(affine, in, c, parameters[0], out, terms[0], n, rest);
-  }
+  void operator()(const Streams<T>& streams) const { tile(affine, streams); }
 };
 
 template <class E>

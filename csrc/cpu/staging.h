@@ -146,8 +146,8 @@ constexpr int words = FK_VECTOR_BYTES / static_cast<int>(sizeof(E));
 template <int... I>
 struct Lanes {
   template <class W>
-  static FK_INLINE W every_other(W a, W b) {
-    return __builtin_shufflevector(a, b, (2 * I)...);
+  static FK_INLINE W every_other_then_odd(W a, W b) {  // a0 a2 ... b1 b3 ...
+    return __builtin_shufflevector(a, b, (2 * I + (2 * I >= int(sizeof...(I))))...);
   }
   template <class W>
   static FK_INLINE W doubled(W a) {  // a0 a0 a1 a1 ...
@@ -170,13 +170,15 @@ using AllLanes = typename FirstLanes<words<E>>::type;
 // to[i] = from[stride * i]
 template <class E>
 FK_INLINE void gather_row(const E* from, int64_t stride, int64_t n, E* to) {
+  constexpr int64_t width = words<E>;
   int64_t i = 0;
-  if (stride == 2) {
-    // the last element of a pair of vectors may lie beyond the row, so the last pair is left to the loop below
-    for (; i + words<E> < n; i += words<E>) {
-      const auto a = load_words<Words<E>>(from + 2 * i), b = load_words<Words<E>>(from + 2 * i + words<E>);
-      const auto packed = AllLanes<E>::every_other(a, b);
+  if (stride == 2 && n >= width) {
+    for (;; i = i + width < n - width ? i + width : n - width) {
+      // the second vector ends with the last element that is wanted
+      const auto a = load_words<Words<E>>(from + 2 * i), b = load_words<Words<E>>(from + 2 * i + width - 1);
+      const auto packed = AllLanes<E>::every_other_then_odd(a, b);
       __builtin_memcpy(to + i, &packed, sizeof packed);
+      if (i == n - width) return;
     }
   }
   for (; i < n; ++i) to[i] = from[i * stride];
@@ -203,9 +205,7 @@ FK_INLINE void merge_row(const E* packed, const E* rest, int64_t rest_stride, E*
   if (stride == 1 && (rest == nullptr || rest_stride == 1)) {
     for (; i + words<E> <= n; i += words<E>) {
       const auto other = rest == nullptr ? Words<E>{} : load_words<Words<E>>(rest + i);
-      Words<E> half{};  // as many elements as the vector takes
-      __builtin_memcpy(&half, packed + i / 2, sizeof half / 2);
-      const auto spread = AllLanes<E>::doubled(half);
+      const auto spread = AllLanes<E>::doubled(load_words<Words<E>>(packed + i / 2));  // of its first half
       const auto merged = phase == 0 ? AllLanes<E>::alternating(spread, other) : AllLanes<E>::alternating(other, spread);
       __builtin_memcpy(to + i, &merged, sizeof merged);
     }
@@ -235,6 +235,36 @@ FK_INLINE T sum_16(const T* p, int64_t n) {
     for (int k = 0; k < half; ++k) acc[k] += acc[k + half];
   }
   return horizontal_sum(acc[0]);
+}
+
+// The same for each of several rows of n numbers: what is left of the tree for a few.
+template <int N, class T>
+FK_INLINE void sum_rows_of(const T* p, int64_t rows, T* to) {
+  for (int64_t r = 0; r < rows; ++r, p += N) {
+    T a[N];
+    for (int i = 0; i < N; ++i) a[i] = p[i];
+    for (int half = 4; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) {
+        if (i + half < N) a[i] += a[i + half];
+      }
+    }
+    to[r] = a[0];
+  }
+}
+
+template <class T>
+FK_INLINE void sum_rows(const T* p, int64_t rows, int64_t n, T* to) {
+  switch (n) {
+    case 1: return sum_rows_of<1>(p, rows, to);
+    case 2: return sum_rows_of<2>(p, rows, to);
+    case 3: return sum_rows_of<3>(p, rows, to);
+    case 4: return sum_rows_of<4>(p, rows, to);
+    case 5: return sum_rows_of<5>(p, rows, to);
+    case 6: return sum_rows_of<6>(p, rows, to);
+    case 7: return sum_rows_of<7>(p, rows, to);
+    case 8: return sum_rows_of<8>(p, rows, to);
+  }
+  for (int64_t r = 0; r < rows; ++r) to[r] = sum_16(p + r * n, n);
 }
 
 }  // namespace FK_TARGET

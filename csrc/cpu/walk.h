@@ -69,7 +69,7 @@ class Walk {
       if (rows == 1) {
         args.sample_sums[b] = static_cast<T>(total);
       } else {
-        for (int64_t r = 0; r < rows; ++r) args.sample_sums[b + r] = sum_16(terms_[0] + r * n, n);
+        sum_rows(terms_[0], rows, n, args.sample_sums + b);
       }
     }
   }
@@ -119,7 +119,7 @@ class Walk {
     const int64_t begin = l * kLine, end = smaller(begin + kLine, args.sites), n = end - begin;
     if (last == args.transformed) pass_sites(b, last, passing(), begin, end);  // odd numbers of channels leave one
     int64_t most = 1;  // channels of a block
-    if (args.n_outer == 0 && n <= kTile && begin == 0 && end == args.sites && (n < 64 || blocks_.channels_lie_packed(n))) most = kTile / n;
+    if (args.n_outer == 0 && n <= kTile && n == args.sites) most = kTile / n;
     for (int64_t c = first, rows; c < last; c += rows) {
       rows = smaller(most, last - c);
       if (rows > 1) {
@@ -128,7 +128,7 @@ class Walk {
         for_each_run(b, c, begin, end, kTile, [&](const Block& k) { transform(k, k.at.site - begin, c < passing()); });
       }
       if (args.sums[0] == nullptr) continue;
-      for (int64_t r = 0; r < rows; ++r) sum_line(b, l, c + r, r * n, n);
+      for (int i = 0; i < args.n_terms; ++i) sum_rows(terms_[i], rows, n, args.sums[i] + (b * args.lines + l) * args.transformed + c);
     }
   }
 
