@@ -1,7 +1,9 @@
 """Coupling against its reference, autograd's Jacobian and the definition of every scale map, form and part."""
 
+import ctypes
 import itertools
 import math
+import mmap
 
 import pytest
 import torch
@@ -296,6 +298,38 @@ def test_every_element_is_written():
             del stale
             outputs = op(inputs[:3], inputs[3:])
             assert all(o.isfinite().all() for o in (*outputs, *torch.autograd.grad(sum(o.sum() for o in outputs), inputs)))
+
+
+@pytest.fixture
+def before_a_wall():
+    """Copies a tensor, strides and all, to where its last element is followed by a page that may not be touched."""
+    libc, walls = ctypes.CDLL(None, use_errno=True), []
+
+    def place(t):
+        size = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+        pages = -(-size * t.element_size() // mmap.PAGESIZE)
+        memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+        wall = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages * mmap.PAGESIZE
+        assert libc.mprotect(ctypes.c_void_p(wall), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+        walls.append(wall)
+        storage = torch.frombuffer(memory, dtype=t.dtype, count=pages * mmap.PAGESIZE // t.element_size())
+        return storage[len(storage) - size :].as_strided(t.shape, t.stride()).copy_(t)
+
+    yield place
+    for wall in walls:
+        libc.mprotect(ctypes.c_void_p(wall), ctypes.c_size_t(mmap.PAGESIZE), 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("part", PARTS)
+def test_nothing_beyond_the_inputs_is_read(before_a_wall, part, dtype):
+    for shape in [(3, 2), (5, 7), (2, 19), (2, 3, 3, 5), (2, 4, 2, 18), (1, 2, 5, 33)]:
+        if part.startswith("checkerboard") and len(shape) != 4:
+            continue
+        for layout in (lambda t: t, *IMAGE_LAYOUTS.values()):
+            rows, _, op, *_ = example(*shape[1:], part=part)(shape[0], dtype)
+            rows = [layout(t) for t in rows]
+            assert_same_bits(op([before_a_wall(t) for t in rows], []), op(rows, []))
 
 
 def test_additive_logabsdet_is_zero_without_a_gradient():
