@@ -156,7 +156,7 @@ def plan() -> tuple[list, dict, dict]:
         record["cuda_version"] = nvcc_version(CUDA_HOME)
         # torch would ask the visible GPUs instead, and fail where there is none
         record["arch_list"] = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCH_LIST
-        nvcc = [*common[:1], *system, "-DUSE_CUDA", "-O3", "-Xcompiler=-fvisibility=hidden", "-Xcompiler=-ffp-contract=off"]
+        nvcc = [*common[:1], *system, "-DUSE_CUDA", "-O3", "-fmad=false", "-Xcompiler=-fvisibility=hidden", "-Xcompiler=-ffp-contract=off"]
         nvcc += ["-Werror=all-warnings"] if switch("FLOWKERNELS_WERROR") else []
         flags = {"cxx": [*common, "-DUSE_CUDA", *system, *host_flags()], "nvcc": nvcc}
         extensions.append(CUDAExtension("flowkernels._C_cuda", sources("cuda/*.cu"), extra_compile_args=flags, **deepcopy(options)))

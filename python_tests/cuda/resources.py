@@ -44,7 +44,7 @@ def compile_source(nvcc: str, source: Path) -> Resources:
         RuntimeError: it does not compile, or not without a warning.
     """
     version = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["TARGET_VERSION"]
-    flags = ["-std=c++20", "-O3", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={version}", f"-I{ROOT / 'csrc'}"]
+    flags = ["-std=c++20", "-O3", "-fmad=false", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={version}", f"-I{ROOT / 'csrc'}"]
     flags += [flag for path in include_paths() for flag in ("-isystem", path)]
     flags += ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror,-fvisibility=hidden,-ffp-contract=off", "-Xptxas=-v"]
     flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]

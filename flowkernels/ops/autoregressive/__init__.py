@@ -114,7 +114,7 @@ def autoregressive(
             y, logabsdet = with_gradient(x, conditioner, context, scale, form, inverse)
         else:
             y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse, linear=masked_linear)
-    elif wants_reference("autoregressive", x.device):
+    elif wants_reference("autoregressive", x.device) or (x.device.type == "cuda" and len(weights) > _CUDA_LAYERS):
         y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse)
     else:
         p0, p1 = scale.packed
@@ -126,6 +126,7 @@ def autoregressive(
 
 
 _SOFTCLIP = ScaleMap.softclip()
+_CUDA_LAYERS = 32  # kMaxLayers of the CUDA kernel, which takes all layers as one argument
 # the loop computes in float64 for float64, in float32 for everything narrower
 _COMPUTE = {torch.float64: torch.float64} | dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float32)
 
