@@ -51,6 +51,7 @@ struct WarpLanes {
 };
 
 constexpr int kMaxThreads = 384;
+static_assert(sizeof(LoopArgs<double>) + sizeof(LoopPlan) <= 4096, "what a kernel may be given");
 
 template <class T, int ROWS, bool STATE_IN_SHARED>
 __global__ void __launch_bounds__(kMaxThreads, 1) autoregressive_loop(const __grid_constant__ LoopArgs<T> args, const LoopPlan plan) {

@@ -188,7 +188,7 @@ def test_launch(device, dtype):
     for (features, widths), inverse in itertools.product(sizes, (False, True)):
         z, weights, visible = torch.zeros(1, features, dtype=dtype), [], []
         for inputs, outputs in itertools.pairwise((features, *widths, 2 * features)):
-            weights.append(torch.zeros(1, 1, dtype=dtype).expand(inputs, outputs))
+            weights.append(torch.zeros(outputs, dtype=dtype).expand(inputs, outputs))
             visible.append(torch.zeros(outputs, dtype=torch.int32))
         biases = [w.new_zeros(w.shape[1]) for w in weights]
         arguments = (z, None, weights, biases, [], [], visible, None, [0] * len(weights), [], 0, 0.0, 0.0, 0, inverse)
@@ -206,3 +206,71 @@ def test_launch(device, dtype):
             assert capacity >= 1024 and capacity % 4 == 0 and slot % 16 == 0 and capacity * item <= 32 * 1024
             assert 1 <= blocks <= -(-batch // rows) and blocks <= 4 * device[0] and (in_shared or blocks <= device[0])
         assert len(panels) == 1 and panels <= {1, 2, 4, 8, 16}
+
+
+gpu_and_kernel = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not _extension.has_kernel("autoregressive", "CUDA"), reason="no CUDA kernel was built"),
+]
+
+
+class TestOnAGpu:
+    """What a GPU gives is what the twin gives: the same phases, the same operations, the same bits."""
+
+    pytestmark = gpu_and_kernel
+
+    def moved(self, made, device="cuda"):
+        to = lambda v: v.to(device) if isinstance(v, torch.Tensor) else [to(t) for t in v] if isinstance(v, list) else v
+        return tuple(to(a) for a in made.schema(made.rows, made.parameters))
+
+    def run(self, arguments):
+        with torch.no_grad():
+            return torch.ops.flowkernels.autoregressive(*arguments)
+
+    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_gpu_sanitizer_has_the_twins_bits(self, case, dtype):
+        for batch in (0, 1, 5, 37, 3000):
+            made = CASES[case](batch, dtype)
+            got = self.run(self.moved(made))
+            assert_same_bits(tuple(t.cpu() for t in got), twin(made, LAYOUTS[0]))
+
+    @pytest.mark.parametrize("inverse", [False, True])
+    @pytest.mark.parametrize(("features", "widths"), [(63, (512, 512)), (300, (700,)), (20, (15000,))])
+    def test_gpu_large_networks(self, features, widths, inverse):
+        """Streamed weights, a state in shared and in global memory: as on the CPU, to rounding."""
+        made = example(features, widths, inverse=inverse)(70, torch.float32)
+        got, want = self.run(self.moved(made)), self.run(made.schema(made.rows, made.parameters))
+        torch.testing.assert_close(tuple(t.cpu() for t in got), want, rtol=1e-3, atol=1e-3)
+
+    def test_gpu_streams_graphs_and_other_devices(self):
+        made = example(9, (20, 20), context=3, order=list(range(8, -1, -1)), inverse=True)(50, torch.float32)
+        arguments = self.moved(made)
+        want = self.run(arguments)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            aside = self.run(arguments)
+        stream.synchronize()
+        assert_same_bits(aside, want)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = self.run(arguments)
+        for t in captured:
+            t.zero_()
+        graph.replay()
+        assert_same_bits(captured, want)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.run(arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if torch.cuda.device_count() > 1:
+            assert_same_bits(tuple(t.cpu() for t in self.run(self.moved(made, "cuda:1"))), tuple(t.cpu() for t in want))
+
+    def test_gpu_tensors_on_two_devices(self):
+        made = example(3, (4,))(2, torch.float32)
+        arguments = list(self.moved(made))
+        arguments[3] = [t.cpu() for t in arguments[3]]
+        with pytest.raises(RuntimeError, match="all tensors must be on the device of x"):
+            self.run(arguments)
