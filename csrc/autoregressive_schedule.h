@@ -330,7 +330,7 @@ inline int choose_panel_steps(const LoopArgs<T>& args) {
   return steps;
 }
 
-constexpr int kResidentThreads = 448;  // that the 65,536 registers of a multiprocessor hold, at up to 144 each
+constexpr int kResidentThreads = 448;  // that 65,536 registers hold at up to 144 each; where a kernel takes more, some blocks wait
 
 struct Device {
   int multiprocessors;
