@@ -208,16 +208,9 @@ def test_launch(device, dtype):
         assert len(panels) == 1 and panels <= {1, 2, 4, 8, 16}
 
 
-gpu_and_kernel = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not _extension.has_kernel("autoregressive", "CUDA"), reason="no CUDA kernel was built"),
-]
-
-
+@pytest.mark.gpu
 class TestOnAGpu:
     """What a GPU gives is what the twin gives: the same phases, the same operations, the same bits."""
-
-    pytestmark = gpu_and_kernel
 
     def moved(self, made, device="cuda"):
         to = lambda v: v.to(device) if isinstance(v, torch.Tensor) else [to(t) for t in v] if isinstance(v, list) else v
