@@ -3,7 +3,6 @@
 A failure prints the case, shrunk, and the seed: run it again with `--hypothesis-seed=SEED`, or with the decorator that is printed.
 """
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -52,7 +51,6 @@ def assert_near(got: torch.Tensor, want: torch.Tensor, magnitude: torch.Tensor, 
     assert ((got.double() - want).abs() <= allowed).all()
 
 
-@pytest.mark.xfail(reason="open: found failures at an empty batch or context when joined with other changes")
 @given(linear_case())
 @cases(1000)
 def test_masked_linear(case):
@@ -103,7 +101,6 @@ def network_case(draw):
     return make
 
 
-@pytest.mark.xfail(reason="open: found failures at an empty batch or context when joined with other changes")
 @given(network_case())
 @cases(400)
 def test_the_inverse_undoes_the_forward_map(make):
@@ -116,7 +113,6 @@ def test_the_inverse_undoes_the_forward_map(make):
     torch.testing.assert_close(opposite, -logabsdet, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.xfail(reason="open: found failures at an empty batch or context when joined with other changes")
 @given(network_case(), st.sampled_from([torch.float64, torch.float32]), st.booleans())
 @cases(400)
 def test_autoregressive(make, dtype, inverse):
@@ -130,7 +126,6 @@ def test_autoregressive(make, dtype, inverse):
                 assert got.dtype == dtype and (got - want).abs().max() <= allowed
 
 
-@pytest.mark.xfail(reason="open: found failures at an empty batch or context when joined with other changes")
 @given(network_case(), st.booleans(), seeds)
 @cases(300)
 def test_gradients_are_those_of_the_composed_path(make, inverse, seed):
