@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -36,8 +37,8 @@ int activation_code(int64_t code) {
 
 // The tensors of a conditioner, in the order of the schema.
 struct Parts {
-  const std::vector<Tensor>&weights, &biases, &context_weights, &context_biases, &visible;
-  const std::vector<int64_t>&activations, &wiring;
+  std::span<const Tensor> weights, biases, context_weights, context_biases, visible;
+  std::span<const int64_t> activations, wiring;
 };
 
 // How a layer is wired: four numbers of the list `wiring`. Where that is empty, the layers are a chain.
@@ -130,57 +131,82 @@ struct Network {
   }
 };
 
+// One map and all that its arguments point to. It must stay where it is.
 template <class T>
-std::tuple<Tensor, Tensor> launch(const Tensor& x, const std::optional<Tensor>& context, const Parts& parts, const std::optional<Tensor>& order,
-                                  ScaleMapParams scale, int form, bool inverse) {
+struct Map {
+  Network<T> network;
+  AutoregressiveArgs<T> args{};
+  std::vector<int64_t> position, ends;
+
+  Map(const Tensor& x, const std::optional<Tensor>& context, const Parts& parts, const Tensor* order, const Tensor* affine, ScaleMapParams scale,
+      int form, bool inverse)
+      : network(parts, x.scalar_type(), x.size(1), context ? context->size(1) : 0) {
+    const int64_t features = args.features = x.size(1);
+    check(parts.context_weights.empty() || context.has_value(), "context is missing");
+    args.batch = x.size(0);
+    args.layers = network.layers.data();
+    args.n_layers = static_cast<int>(network.layers.size());
+    for (const MaskedLayer<T>& layer : network.layers) args.gated |= layer.gate;
+    args.x = {static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1)};
+    if (!parts.context_weights.empty()) {
+      check(context->dim() == 2 && context->size(0) == args.batch && context->scalar_type() == x.scalar_type() && context->is_cpu(),
+            "context does not fit x");
+      args.context = {static_cast<const T*>(context->const_data_ptr()), context->stride(0), context->stride(1)};
+      args.context_features = context->size(1);
+    }
+    if (order) {
+      args.order = static_cast<const int64_t*>(network.vector(*order, features, ScalarType::Long, "order"));
+      position.assign(features, -1);
+      for (int64_t p = 0; p < features; ++p) {
+        check(args.order[p] >= 0 && args.order[p] < features && position[args.order[p]] < 0, "order must be a permutation");
+        position[args.order[p]] = p;
+      }
+      args.position = position.data();
+    }
+    if (affine) {
+      int64_t row;
+      args.affine = network.matrix(*affine, 3, features, row, "affine");
+      check(row == features, "affine must be contiguous");
+    }
+    args.scale = scale;
+    args.form = form;
+    args.inverse = inverse;
+    ends = make_schedule(args.layers, args.n_layers, features, inverse);
+    check(features == 0 || !ends.empty(), "the network is not autoregressive");
+    args.ends = ends.data();
+    args.n_steps = static_cast<int64_t>(ends.size() / (args.n_layers + 1));
+  }
+};
+
+// Runs maps one after another, whose outputs are set.
+template <class T>
+void run(const std::vector<AutoregressiveArgs<T>>& maps) {
+  const int64_t batch = maps[0].batch, threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  if (batch == 0) return;
+  Tiling tiling = FK_DISPATCH(plan_tiles<T>(maps[0], batch, threads));
+  for (const AutoregressiveArgs<T>& map : maps) {
+    const Tiling own = FK_DISPATCH(plan_tiles<T>(map, batch, threads));
+    if (own.rows < tiling.rows) tiling = own;
+  }
+  auto go = [&](int64_t first, int64_t last) {
+    FK_DISPATCH(run_tiles<T>(maps.data(), static_cast<int64_t>(maps.size()), tiling, first, last));
+  };
+  if (tiling.tiles == 1)
+    go(0, 1);
+  else
+    torch::stable::parallel_for(0, tiling.tiles, 1, go);
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> one_map(const Tensor& x, const std::optional<Tensor>& context, const Parts& parts, const std::optional<Tensor>& order,
+                                   ScaleMapParams scale, int form, bool inverse) {
   check(x.dim() == 2, "x must have two dimensions");
   check(parts.context_weights.empty() != context.has_value(), "context and context_weights go together");
-  const int64_t batch = x.size(0), features = x.size(1);
-  const int64_t context_features = context ? context->size(1) : 0;
-  Network<T> network(parts, x.scalar_type(), features, context_features);
-
-  AutoregressiveArgs<T> args{};
-  args.layers = network.layers.data();
-  args.n_layers = static_cast<int>(network.layers.size());
-  for (const MaskedLayer<T>& layer : network.layers) args.gated |= layer.gate;
-  args.x = {static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1)};
-  if (context) {
-    check(context->dim() == 2 && context->size(0) == batch && context->scalar_type() == x.scalar_type() && context->is_cpu(),
-          "context does not fit x");
-    args.context = {static_cast<const T*>(context->const_data_ptr()), context->stride(0), context->stride(1)};
-  }
-  args.batch = batch;
-  args.features = features;
-  args.context_features = context_features;
-  std::vector<int64_t> position;
-  if (order) {
-    args.order = static_cast<const int64_t*>(network.vector(*order, features, ScalarType::Long, "order"));
-    position.assign(features, -1);
-    for (int64_t p = 0; p < features; ++p) {
-      check(args.order[p] >= 0 && args.order[p] < features && position[args.order[p]] < 0, "order must be a permutation");
-      position[args.order[p]] = p;
-    }
-    args.position = position.data();
-  }
-  args.scale = scale;
-  args.form = form;
-  args.inverse = inverse;
-  const std::vector<int64_t> ends = make_schedule(args.layers, args.n_layers, features, inverse);
-  check(features == 0 || !ends.empty(), "the network is not autoregressive");
-  args.ends = ends.data();
-  args.n_steps = static_cast<int64_t>(ends.size() / (args.n_layers + 1));
-
-  Tensor y = empty(x, {batch, features}), logabsdet = empty(x, {batch});
-  args.y = static_cast<T*>(y.mutable_data_ptr());
-  args.logabsdet = static_cast<T*>(logabsdet.mutable_data_ptr());
-  if (batch > 0) {
-    const Tiling tiling = FK_DISPATCH(plan_tiles<T>(args, batch, static_cast<int64_t>(torch::stable::get_num_threads())));
-    auto run = [&](int64_t first, int64_t last) { FK_DISPATCH(run_tiles<T>(args, tiling, first, last)); };
-    if (tiling.tiles == 1)
-      run(0, 1);
-    else
-      torch::stable::parallel_for(0, tiling.tiles, 1, run);
-  }
+  Map<T> map(x, context, parts, order ? &*order : nullptr, nullptr, scale, form, inverse);
+  Tensor y = empty(x, {x.size(0), x.size(1)}), logabsdet = empty(x, {x.size(0)});
+  map.args.y = static_cast<T*>(y.mutable_data_ptr());
+  map.args.logabsdet = static_cast<T*>(logabsdet.mutable_data_ptr());
+  run<T>({map.args});
   return {y, logabsdet};
 }
 
@@ -191,14 +217,82 @@ std::tuple<Tensor, Tensor> autoregressive(Tensor x, std::optional<Tensor> contex
                                           bool inverse) {
   const ScaleMapParams scale{static_cast<int>(scale_kind), scale_p0, scale_p1};
   check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double, "x must be float32 or float64");
-  auto go = x.scalar_type() == ScalarType::Float ? launch<float> : launch<double>;
+  auto go = x.scalar_type() == ScalarType::Float ? one_map<float> : one_map<double>;
   const Parts parts{weights, biases, context_weights, context_biases, visible, activations, wiring};
   return go(x, context, parts, order, scale, static_cast<int>(form), inverse);
+}
+
+// The tensors of a stack's networks, one network after the other; next(n) is the part of the next one.
+template <class Item>
+struct Rest {
+  std::span<const Item> items;
+
+  std::span<const Item> next(int64_t n) {
+    check(n >= 0 && n <= static_cast<int64_t>(items.size()), "a list of the stack is too short");
+    const std::span<const Item> part = items.first(n);
+    items = items.subspan(n);
+    return part;
+  }
+};
+
+// `stages` has for each map: layers, context weights, whether they have biases, whether the network is wired, scale map, form, inverse.
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> stack(const Tensor& x, const std::optional<Tensor>& context, const Parts& all, std::span<const Tensor> orders,
+                                         std::span<const Tensor> affines, std::span<const int64_t> stages, std::span<const double> scales,
+                                         bool keep) {
+  constexpr size_t kNumbers = 7;
+  const size_t n = orders.size();
+  check(x.dim() == 2, "x must have two dimensions");
+  check(n >= 1 && affines.size() == n && stages.size() == kNumbers * n && scales.size() == 2 * n, "every map needs its entries in each list");
+  const int64_t batch = x.size(0), features = x.size(1);
+  Rest<Tensor> weights{all.weights}, biases{all.biases}, context_weights{all.context_weights}, context_biases{all.context_biases}, visible{all.visible};
+  Rest<int64_t> activations{all.activations}, wiring{all.wiring};
+  Tensor y = empty(x, {batch, features}), logabsdet = empty(x, {batch});
+  Tensor kept = empty(x, {keep ? static_cast<int64_t>(n) - 1 : 0, batch, features});
+
+  std::vector<Map<T>> maps;
+  std::vector<AutoregressiveArgs<T>> args;
+  maps.reserve(n);
+  args.reserve(n);
+  for (size_t i = 0; i < n; ++i) {
+    const int64_t *stage = &stages[kNumbers * i], layers = stage[0], contexts = stage[1];
+    const Parts parts{weights.next(layers),
+                      biases.next(layers),
+                      context_weights.next(contexts),
+                      context_biases.next(stage[2] ? contexts : 0),
+                      visible.next(layers),
+                      activations.next(layers),
+                      wiring.next(stage[3] ? static_cast<int64_t>(Wiring::kNumbers) * layers : 0)};
+    const ScaleMapParams scale{static_cast<int>(stage[4]), scales[2 * i], scales[2 * i + 1]};
+    maps.emplace_back(x, context, parts, &orders[i], affines[i].numel() ? &affines[i] : nullptr, scale, static_cast<int>(stage[5]), stage[6] != 0);
+    AutoregressiveArgs<T>& map = args.emplace_back(maps.back().args);
+    if (i > 0) {
+      map.x = {args[i - 1].y, features, 1};
+      map.adds_log = true;
+    }
+    map.y = static_cast<T*>(y.mutable_data_ptr());
+    if (keep && i + 1 < n) map.y = static_cast<T*>(kept.mutable_data_ptr()) + static_cast<int64_t>(i) * batch * features;
+    map.logabsdet = static_cast<T*>(logabsdet.mutable_data_ptr());
+  }
+  run<T>(args);
+  return {y, logabsdet, kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor> autoregressive_stack(Tensor x, std::optional<Tensor> context, std::vector<Tensor> weights, std::vector<Tensor> biases,
+                                                        std::vector<Tensor> context_weights, std::vector<Tensor> context_biases,
+                                                        std::vector<Tensor> visible, std::vector<Tensor> orders, std::vector<Tensor> affines,
+                                                        std::vector<int64_t> activations, std::vector<int64_t> wiring, std::vector<int64_t> stages,
+                                                        std::vector<double> scales, bool keep) {
+  check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double, "x must be float32 or float64");
+  auto go = x.scalar_type() == ScalarType::Float ? stack<float> : stack<double>;
+  return go(x, context, {weights, biases, context_weights, context_biases, visible, activations, wiring}, orders, affines, stages, scales, keep);
 }
 
 }  // namespace
 }  // namespace flowkernels
 
 STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
-  if (flowkernels::hardware_target() != flowkernels::Target::none) m.impl("autoregressive", TORCH_BOX(&flowkernels::autoregressive));
+  if (flowkernels::hardware_target() == flowkernels::Target::none) return;
+  m.impl("autoregressive", TORCH_BOX(&flowkernels::autoregressive));
+  m.impl("autoregressive_stack", TORCH_BOX(&flowkernels::autoregressive_stack));
 }

@@ -42,6 +42,7 @@ struct AutoregressiveArgs {
   const MaskedLayer<T>* layers;
   int n_layers;
   Strided<T> x, context;
+  const T* affine;  // [3, features]: a loop begins with (x + affine[0]) * affine[1] + affine[2]; null for x
   int64_t batch, features, context_features;
   const int64_t* order;     // feature generated k-th; null for 0, 1, 2, ...
   const int64_t* position;  // its inverse: when each feature is generated
@@ -53,6 +54,7 @@ struct AutoregressiveArgs {
   int64_t n_steps;
   T* y;  // [rows, features], contiguous
   T* logabsdet;
+  bool adds_log;  // to what logabsdet holds already
 };
 
 struct Tiling {

@@ -44,6 +44,7 @@ struct RowLanes {
 
   void begin() {
     read(args.x, args.features, args.position, values);
+    if (args.affine) apply_affine();
     if (args.context_features) read(args.context, args.context_features, nullptr, context);
     for (int l = 1; l <= args.n_layers; ++l) {
       const MaskedLayer<T>& layer = args.layers[l - 1];
@@ -62,6 +63,15 @@ struct RowLanes {
     for (int64_t r = 0; r < rows; r += lanes<T>) {
       store(log + r, zero<T>());
       store(log_total + r, zero<T>());
+    }
+  }
+
+  void apply_affine() const {
+    for (int64_t p = 0; p < args.features; ++p) {
+      const T* a = args.affine + (args.order ? args.order[p] : p);
+      const Vec<T> before = broadcast<T>(a[0]), factor = broadcast<T>(a[args.features]), after = broadcast<T>(a[2 * args.features]);
+      T* x = values + p * rows;
+      for (int64_t r = 0; r < rows; r += lanes<T>) store(x + r, (load(x + r) + before) * factor + after);
     }
   }
 
@@ -142,7 +152,8 @@ struct RowLanes {
 
   void end() const {
     write_columns(values, rows, n_rows, args.features, args.position, args.y + first_row * args.features, args.features);
-    for (int64_t r = 0; r < n_rows; ++r) args.logabsdet[first_row + r] = log_total[r] + log[r];
+    T* to = args.logabsdet + first_row;
+    for (int64_t r = 0; r < n_rows; ++r) to[r] = args.adds_log ? to[r] + (log_total[r] + log[r]) : log_total[r] + log[r];
   }
 };
 

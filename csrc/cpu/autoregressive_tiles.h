@@ -38,27 +38,33 @@ void run_few(const AutoregressiveArgs<T>& args, int64_t first_row, const int64_t
   run_tile(state, args);
 }
 
+// One map on n rows from `row` on
 template <class T>
-void run_tiles(const AutoregressiveArgs<T>& args, const Tiling& tiling, int64_t first, int64_t last) {
+FK_CALL void run_rows(const AutoregressiveArgs<T>& args, bool few, int64_t row, int64_t n) {
   const int64_t units = padded_units(args);
   int64_t* offsets = static_cast<int64_t*>(__builtin_alloca((args.n_layers + 1) * sizeof(int64_t)));
   offsets[0] = 0;
   for (int l = 0; l < args.n_layers; ++l) offsets[l + 1] = offsets[l] + (l ? args.layers[l - 1].outputs : args.features);
-  for (int64_t tile = first; tile < last; ++tile) {
-    const int64_t row = tile * tiling.rows, n = smaller(tiling.rows, args.batch - row);
-    if (tiling.few) {
-      switch (n) {
-        case 1: run_few<T, 1>(args, row, offsets, units); break;
-        case 2: run_few<T, 2>(args, row, offsets, units); break;
-        case 3: run_few<T, 3>(args, row, offsets, units); break;
-        default: run_few<T, 4>(args, row, offsets, units);
-      }
-      continue;
+  if (few) {
+    switch (n) {
+      case 1: return run_few<T, 1>(args, row, offsets, units);
+      case 2: return run_few<T, 2>(args, row, offsets, units);
+      case 3: return run_few<T, 3>(args, row, offsets, units);
+      default: return run_few<T, 4>(args, row, offsets, units);
     }
-    const int64_t padded = (n + lanes<T> - 1) / lanes<T> * lanes<T>;
-    T* scratch = static_cast<T*>(thread_scratch(RowLanes<T>::scratch(args, units, padded) * sizeof(T)));
-    RowLanes<T> state(args, offsets, units, row, n, padded, scratch);
-    run_tile(state, args);
+  }
+  const int64_t padded = (n + lanes<T> - 1) / lanes<T> * lanes<T>;
+  T* scratch = static_cast<T*>(thread_scratch(RowLanes<T>::scratch(args, units, padded) * sizeof(T)));
+  RowLanes<T> state(args, offsets, units, row, n, padded, scratch);
+  run_tile(state, args);
+}
+
+// Each tile passes through the whole stack of maps before the next begins; a map after the first reads what the one before it wrote.
+template <class T>
+void run_tiles(const AutoregressiveArgs<T>* maps, int64_t n_maps, const Tiling& tiling, int64_t first, int64_t last) {
+  for (int64_t tile = first; tile < last; ++tile) {
+    const int64_t row = tile * tiling.rows, n = smaller(tiling.rows, maps[0].batch - row);
+    for (int64_t i = 0; i < n_maps; ++i) run_rows(maps[i], tiling.few, row, n);
   }
 }
 

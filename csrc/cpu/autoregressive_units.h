@@ -129,7 +129,10 @@ struct UnitLanes {
     for (int b = 0; b < B; ++b) {
       const T* x = args.x.data + (first_row + b) * args.x.row;
       T* row = values + b * units;
-      for (int64_t p = 0; p < args.features; ++p) row[p] = x[(args.order ? args.order[p] : p) * args.x.column];
+      for (int64_t p = 0; p < args.features; ++p) {
+        const int64_t f = args.order ? args.order[p] : p, n = args.features;
+        row[p] = args.affine ? (x[f * args.x.column] + args.affine[f]) * args.affine[n + f] + args.affine[2 * n + f] : x[f * args.x.column];
+      }
       for (int64_t c = 0; c < args.context_features; ++c)
         context[b * args.context_features + c] = args.context.data[(first_row + b) * args.context.row + c * args.context.column];
       for (int64_t i = args.features; i < units; ++i) row[i] = T(0);
@@ -224,7 +227,8 @@ struct UnitLanes {
     for (int b = 0; b < B; ++b) {
       T* y = args.y + (first_row + b) * args.features;
       for (int64_t p = 0; p < args.features; ++p) y[args.order ? args.order[p] : p] = values[b * units + p];
-      args.logabsdet[first_row + b] = log_total[b] + log[b];
+      T& to = args.logabsdet[first_row + b];
+      to = args.adds_log ? to + (log_total[b] + log[b]) : log_total[b] + log[b];
     }
   }
 };

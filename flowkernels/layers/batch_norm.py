@@ -61,6 +61,15 @@ class FlowBatchNorm(nn.Module):
         self._check("z", z)
         return channel_affine(z, -self.running_mean, self._log_scale(self.running_var), bias=self.bias, inverse=True)
 
+    def evaluation_affine(self, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Evaluation as numbers a feature: rows a of [3, features] such that y = (x + a[0]) * exp(log_scale) + a[2], a[1] being
+        exp(log_scale); and log_scale, which is log|dy/dx|."""
+        mean, log_scale = self.running_mean, self._log_scale(self.running_var)
+        bias = torch.zeros_like(mean) if self.bias is None else self.bias
+        if inverse:
+            return torch.stack([-bias, (-log_scale).exp(), mean]), -log_scale
+        return torch.stack([-mean, log_scale.exp(), bias]), log_scale
+
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=0)

@@ -4,9 +4,14 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from ._stack import run
+
 
 class Chain(nn.Module):
     """z = layer_n(... layer_1(x)); logabsdet is the sum of theirs. The inverse goes back through them.
+
+    Autoregressive layers that follow one another, with permutations and with batch norms in evaluation between them, run as one call
+    of `ops.autoregressive_stack`; layers of a subclass and layers with hooks are called one by one.
 
     Args:
         layers: modules with `forward(x, context)` and `inverse(z, context)`, each returning (output, logabsdet [batch]).
@@ -19,15 +24,7 @@ class Chain(nn.Module):
             raise ValueError("layers must hold at least one layer; got none")
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = None
-        for layer in self.layers:
-            x, logabsdet = layer(x, context)
-            total = logabsdet if total is None else total + logabsdet
-        return x, total
+        return run(self.layers, x, context, inverse=False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = None
-        for layer in reversed(self.layers):
-            z, logabsdet = layer.inverse(z, context)
-            total = logabsdet if total is None else total + logabsdet
-        return z, total
+        return run(reversed(self.layers), z, context, inverse=True)

@@ -1,7 +1,7 @@
 """The ops: validated public functions over fused kernels, each with a plain PyTorch reference."""
 
 from .activation import Activation
-from .autoregressive import Conditioner, MaskedLayer, autoregressive, check_conditioner
+from .autoregressive import Conditioner, Map, MaskedLayer, autoregressive, autoregressive_stack, check_conditioner
 from .channel_affine import channel_affine
 from .coupling import Part, coupling, parse_part
 from .lu import slogdet, slogdet_inverse
@@ -12,10 +12,12 @@ __all__ = [
     "Activation",
     "Conditioner",
     "Form",
+    "Map",
     "MaskedLayer",
     "Part",
     "ScaleMap",
     "autoregressive",
+    "autoregressive_stack",
     "channel_affine",
     "check_conditioner",
     "coupling",

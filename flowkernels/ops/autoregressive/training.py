@@ -81,6 +81,17 @@ def with_gradient(
     )
 
 
+def inverse_backward(
+    dx: Tensor, dlogabsdet: Tensor, x: Tensor, context: Tensor | None, conditioner: Conditioner, scale: ScaleMap, form: Form
+) -> list[Tensor]:
+    """The gradient of (x, logabsdet) = f^-1(z): by z, by the context (empty without one), then by weights, biases, context weights."""
+    weights, biases, visible, activations, context_weights, order, *_ = conditioner
+    kind = int(scale.kind)
+    return _inverse_backward(
+        dx, dlogabsdet, x, context, weights, biases, context_weights, visible, order, activations, kind, *scale.packed, int(form)
+    )
+
+
 class _Training(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, context, visible, order, activations, scale_and_form, *parameters) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,154 @@
+"""The op `autoregressive`: one map, in either direction."""
+
+import torch
+from torch import Tensor
+
+from ..._backend import wants_reference
+from ..._library import library
+from .._autocast import any_autocast, cast
+from .._differentiation import needs_autograd
+from ..masked_linear import masked_linear
+from ..scale_map import Form, ScaleMap, parse_form
+from .conditioner import Conditioner, context_features
+from .reference import autoregressive_reference
+from .training import serves, with_gradient
+
+library.define(
+    "autoregressive(Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] context_biases, "
+    "Tensor[] visible, Tensor? order, int[] activations, int[] wiring, int scale_kind, float scale_p0, float scale_p1, int form, "
+    "bool inverse) -> (Tensor, Tensor)"
+)
+
+
+def _composite(
+    x: Tensor,
+    context: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    context_weights: list[Tensor],
+    context_biases: list[Tensor],
+    visible: list[Tensor],
+    order: Tensor | None,
+    activations: list[int],
+    wiring: list[int],
+    scale_kind: int,
+    scale_p0: float,
+    scale_p1: float,
+    form: int,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    conditioner = Conditioner(weights, biases, visible, activations, context_weights, order, wiring, context_biases)
+    scale = ScaleMap.from_packed(scale_kind, scale_p0, scale_p1)
+    return autoregressive_reference(x, conditioner, context, scale, Form(form), inverse)
+
+
+library.impl("autoregressive", _composite, "CompositeExplicitAutograd")
+_autoregressive = torch.ops.flowkernels.autoregressive.default
+
+
+@torch.library.register_fake("flowkernels::autoregressive", lib=library)
+def _(x: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1])
+
+
+def autoregressive(
+    x: Tensor,
+    conditioner: Conditioner,
+    context: Tensor | None = None,
+    *,
+    scale: ScaleMap | None = None,
+    form: str | Form = "scale_shift",
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Affine autoregressive map with a masked network as its conditioner (Papamakarios et al. 2017, section 3).
+
+    Forward, z_i = x_i * sigma(s_i) + shift_i for form "scale_shift", where (shift_i, s_i) depend on the features generated before
+    feature i and on the context; `inverse` undoes it, in one fused loop where a kernel serves, in D passes of the network
+    elsewhere. A gradient through the inverse is right, and costs the D passes.
+
+    Half precision is computed in float32 and rounded once. Under autocast x and context take the dtype of the weights, so a float32
+    network stays in float32, in both directions.
+
+    Args:
+        x: input of the map that is applied: data, or noise with `inverse`; [batch, features].
+        conditioner: the network, plain, residual or gated by the context; `check_conditioner` tells whether it is autoregressive.
+        context: [batch, context features] where the network takes one.
+        scale: scale map from raw scale to sigma; `ScaleMap.softclip()` by default.
+        form: "scale_shift" x*sigma + shift, "shift_scale" (x + shift)*sigma, "divide" (x - shift)/sigma, or
+            "gate" sigma*x + (1 - sigma)*shift.
+        inverse: undo the map.
+
+    Returns:
+        The mapped tensor, with the shape and dtype of x, and log|det| of the map just applied (nats), [batch], in float32, or
+        float64 for float64 inputs.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, the context is missing, unexpected or of another batch, or form is unknown.
+    """
+    if any_autocast() and torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            x, context = (cast(t, conditioner.weights[-1].dtype) for t in (x, context))
+            return autoregressive(x, conditioner, context, scale=scale, form=form, inverse=inverse)
+    scale = _SOFTCLIP if scale is None else scale
+    form = parse_form(form)
+    check_input(x, conditioner, context)
+    dtype = x.dtype
+    compute = _COMPUTE[dtype]
+    if dtype != compute or conditioner.weights[-1].dtype != compute:
+        x, conditioner = x.to(compute), conditioner.to(compute)
+        context = None if context is None else context.to(compute)
+
+    weights, biases, _, _, context_weights, _, _, context_biases = conditioner
+    if needs_autograd((x, context, *weights, *biases, *context_weights, *context_biases)):
+        if serves(conditioner, x):
+            y, logabsdet = with_gradient(x, conditioner, context, scale, form, inverse)
+        else:
+            y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse, linear=masked_linear)
+    elif wants_reference("autoregressive", x.device) or (x.device.type == "cuda" and len(weights) > _CUDA_LAYERS):
+        y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse)
+    else:
+        y, logabsdet = autoregressive_op(x, context, conditioner, scale, form, inverse)
+    return (y if dtype == compute else y.to(dtype)), logabsdet
+
+
+_SOFTCLIP = ScaleMap.softclip()
+_CUDA_LAYERS = 32  # kMaxLayers of the CUDA kernel, which takes all layers as one argument
+# the loop computes in float64 for float64, in float32 for everything narrower
+_COMPUTE = {torch.float64: torch.float64} | dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float32)
+
+
+def autoregressive_op(
+    x: Tensor, context: Tensor | None, conditioner: Conditioner, scale: ScaleMap, form: Form, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """The bare op: no checks, no gradient."""
+    weights, biases, visible, activations, context_weights, order, wiring, context_biases = conditioner
+    p0, p1 = scale.packed
+    kind, form = int(scale.kind), int(form)
+    return _autoregressive(
+        x, context, weights, biases, context_weights, context_biases, visible, order, activations, wiring, kind, p0, p1, form, inverse
+    )
+
+
+def check_input(x: Tensor, conditioner: Conditioner, context: Tensor | None) -> None:
+    last = conditioner.weights[-1]
+    features = last.shape[1] // 2
+    if x.dim() != 2 or x.shape[1] != features:
+        raise ValueError(f"x must have shape [batch, {features}], one column per feature; got {list(x.shape)}")
+    if x.dtype not in _COMPUTE:
+        raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {x.dtype}")
+    if x.device != last.device:
+        raise ValueError(f"x must be on {last.device}, like the weights; got {x.device}")
+    half = (torch.float16, torch.bfloat16)
+    if x.dtype != last.dtype and not (x.dtype in half and last.dtype is torch.float32):
+        raise ValueError(f"x must be {last.dtype}, like the weights; got {x.dtype}")
+    wanted = context_features(conditioner)
+    if context is None:
+        if wanted:
+            raise ValueError(f"context is missing: the network takes [batch, {wanted}]")
+        return
+    if not wanted:
+        raise ValueError(f"context was given, {list(context.shape)}, but the network takes none")
+    if context.shape != (x.shape[0], wanted):
+        raise ValueError(f"context must have shape [{x.shape[0]}, {wanted}], one row per row of x; got {list(context.shape)}")
+    if context.device != x.device or context.dtype != x.dtype:
+        raise ValueError(f"context must be {x.dtype} on {x.device}, like x; got {context.dtype} on {context.device}")

@@ -1,0 +1,135 @@
+"""Stacks of autoregressive maps, against the same maps one by one."""
+
+import itertools
+
+import pytest
+import torch
+
+from flowkernels import backend
+from flowkernels.ops import Conditioner, Form, Map, ScaleMap, autoregressive, autoregressive_stack
+from flowkernels.ops.autoregressive.stack import _Lists, _stack
+from python_tests.battery import Example, OpBattery, assert_same_bits, with_grad
+from python_tests.ops.test_autoregressive import GATED, RESIDUAL, example
+
+AFFINE = torch.tensor([[0.5, -1.0, 0.0, 2.0], [2.0, 0.5, -1.5, 1.0], [0.0, 1.0, -1.0, 0.25]])
+
+
+def stacked(*makers, affine_before=None):
+    """An example of a stack: makers are those of `example`; affine_before numbers the map whose input goes through AFFINE."""
+
+    def make(batch, dtype):
+        parts = [maker(batch, dtype) for maker in makers]
+        rows = max((p.rows for p in parts), key=len)
+        parameters = [t for p in parts for t in p.parameters]
+        ends = list(itertools.accumulate((len(p.parameters) for p in parts), initial=0))
+
+        def maps(rows, parameters):
+            for number, (p, a, b) in enumerate(zip(parts, ends[:-1], ends[1:], strict=True)):
+                _, _, weights, biases, contexts, context_biases, visible, order, activations, wiring, *packed, form, inverse = p.schema(
+                    rows[: len(p.rows)], parameters[a:b]
+                )
+                network = Conditioner(weights, biases, visible, activations, contexts, order, wiring, context_biases)
+                affine = AFFINE.to(rows[0].dtype) if number == affine_before else None
+                yield Map(network, ScaleMap.from_packed(*packed), Form(form), inverse, affine)
+
+        split = lambda rows: (rows[0], rows[1] if len(rows) > 1 else None)
+
+        def op(rows, parameters):
+            x, context = split(rows)
+            return autoregressive_stack(x, list(maps(rows, parameters)), context)
+
+        def oracle(rows, parameters):
+            (x, *context), total = rows, 0
+            for number, (p, a, b) in enumerate(zip(parts, ends[:-1], ends[1:], strict=True)):
+                if number == affine_before:
+                    before, factor, after = AFFINE.to(x.dtype)
+                    x = (x + before) * factor + after
+                x, logabsdet = p.oracle([x, *context][: len(p.rows)], parameters[a:b])
+                total = total + logabsdet
+            return x, total
+
+        schema = lambda rows, parameters: (*split(rows), *_Lists.of(list(maps(rows, parameters))), True)
+        return Example(rows, parameters, op, oracle, schema, transform=affine_before is None)
+
+    return make
+
+
+DOWN = (3, 2, 1, 0)
+
+
+class TestAutoregressiveStack(OpBattery):
+    bare_op = _stack
+    cases = {
+        "inverses": stacked(example(4, (9, 7), inverse=True), example(4, (6,), activation="tanh", order=DOWN, inverse=True)),
+        "forward maps": stacked(example(4, (9,)), example(4, (9, 5), order=DOWN, form="gate", scale=ScaleMap.sigmoid(bias=2.0))),
+        "context in one of them": stacked(
+            example(4, (9, 7), context=3, inverse=True), example(4, (5,), order=(1, 3, 0, 2), inverse=True), example(4, (5,), inverse=True)
+        ),
+        "both directions, wired": stacked(
+            example(4, GATED, context=2, inverse=True), example(4, (6, 6), order=DOWN), example(4, RESIDUAL, context=2)
+        ),
+        "an affine map between": stacked(example(4, (9,)), example(4, (6,), order=DOWN, inverse=True), affine_before=1),
+        "one map": stacked(example(4, (300, 270), inverse=True)),
+    }
+
+
+def one_by_one(x, maps, context):
+    total = 0
+    for m in maps:
+        own = context if m.conditioner.context_weights else None
+        x, logabsdet = autoregressive(x, m.conditioner, own, scale=m.scale, form=m.form, inverse=m.inverse)
+        total = total + logabsdet
+    return x, total
+
+
+def three_inverses(batch, dtype=torch.float32):
+    """x, maps, context, parameters."""
+    makers = [example(5, (300, 40), context=2, inverse=True), example(5, (20,), order=(4, 0, 3, 1, 2), inverse=True)]
+    made = [maker(batch, dtype) for maker in (*makers, makers[0])]
+    parameters = [with_grad(p.parameters) for p in made]
+    maps = []
+    for p, own in zip(made, parameters, strict=True):
+        _, _, weights, biases, contexts, _, visible, order, activations, *_ = p.schema(p.rows, own)
+        maps.append(Map(Conditioner(weights, biases, visible, activations, contexts, order), ScaleMap.softclip(), Form.SCALE_SHIFT, True))
+    return *with_grad(made[0].rows), maps, [t for own in parameters for t in own]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 300])
+def test_the_bits_are_those_of_the_maps_one_by_one(batch):
+    x, context, maps, _ = three_inverses(batch)
+    with torch.no_grad():
+        assert_same_bits(autoregressive_stack(x, maps, context), one_by_one(x, maps, context))
+
+
+@pytest.mark.parametrize("batch", [3, 130])
+def test_the_gradient_is_that_of_the_maps_one_by_one(batch):
+    x, context, maps, parameters = three_inverses(batch, torch.float64)
+    inputs = [x, context, *parameters]
+    weigh = lambda y, logabsdet: (y.sin().sum() + logabsdet.square().sum(),)
+    got = torch.autograd.grad(weigh(*autoregressive_stack(x, maps, context)), inputs)
+    want = torch.autograd.grad(weigh(*one_by_one(x, maps, context)), inputs)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    with backend("reference"):
+        want = torch.autograd.grad(weigh(*one_by_one(x, maps, context)), inputs)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+def test_half_precision_goes_map_by_map():
+    x, context, maps, _ = three_inverses(6)
+    with torch.no_grad():
+        got = autoregressive_stack(x.bfloat16(), maps, context.bfloat16())
+        assert_same_bits(got, one_by_one(x.bfloat16(), maps, context.bfloat16()))
+
+
+def test_bad_input():
+    x, context, maps, _ = three_inverses(6)
+    with pytest.raises(ValueError, match="maps must hold at least one map"):
+        autoregressive_stack(x, [])
+    with pytest.raises(ValueError, match=r"x must have shape \[batch, 5\]"):
+        autoregressive_stack(x[:, :4], maps, context)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            with pytest.raises(ValueError, match=r"context is missing: the network takes \[batch, 2\]"):
+                autoregressive_stack(x, maps)
+            with pytest.raises(ValueError, match="no network takes one"):
+                autoregressive_stack(x, maps[1:2], context)
