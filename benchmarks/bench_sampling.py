@@ -1,4 +1,6 @@
-"""Sampling as a user asks for it: a million samples of a MAF(5), of one density or of a hundred posteriors, and small batches."""
+"""Sampling as a user asks for it: a million samples of a MAF(5), of one density or of a hundred posteriors, and small batches; and
+what it gains to send each tile of rows through all five layers in one call.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from .autoregressive_problem import OURS
 from .case import Call, Case, Competitor, Target, Unavailable
 
 FEATURES, HIDDEN, TRANSFORMS, CONTEXT_FEATURES = 6, (50, 50), 5, 8
+LAYERS = "layer by layer"
 Sampler = Callable[[int, torch.Tensor | None], object]  # samples a context, contexts
 
 
@@ -30,6 +33,30 @@ def _cases(quick: bool, device: torch.device) -> Iterator[Case]:
         competitors = [_competitor(name, make, n, contexts, 1 if name == OURS else divisor, device) for name, make in builders.items()]
         held_to = targets if n in (1, 10_000) and not contexts else ()
         yield Case(f"{each}, {what}", competitors, targets=held_to, seconds=0.2 if quick else 1.5, most_rounds=25, device=device)
+
+    for features, hidden, batch in ((FEATURES, HIDDEN, 100), (63, (512, 512), 1024)):
+        competitors = [_stack(features, hidden, batch, device, whole) for whole in (True, False)]
+        name = f"one call for the stack, MAF({TRANSFORMS}), D={features}, H={hidden[0]}x{len(hidden)}, batch {batch:,}"
+        held_to = (Target("speedup", 1.0, 1.15, LAYERS),) if features == 63 else ()
+        yield Case(name, competitors, targets=held_to, seconds=0.3 if quick else 4.0, most_rounds=200, device=device)
+
+
+def _stack(features: int, hidden: tuple[int, ...], batch: int, device: torch.device, whole: bool) -> Competitor:
+    def build() -> Call:
+        torch.manual_seed(0)
+        flow = MAF(features, transforms=TRANSFORMS, hidden_features=hidden).eval().to(device)
+        z = torch.randn(batch, features).to(device)
+
+        def layer_by_layer() -> tuple[torch.Tensor, torch.Tensor]:
+            x, total = z, 0
+            for layer in reversed(flow.layers):
+                x, logabsdet = layer.inverse(x)
+                total = total + logabsdet
+            return x, total
+
+        return Call((lambda: flow.inverse(z)) if whole else layer_by_layer)
+
+    return Competitor(OURS if whole else LAYERS, build, ours=whole)
 
 
 def _competitor(name: str, make: Callable[[int], tuple], n: int, contexts: int, divisor: int, device: torch.device) -> Competitor:

@@ -4,7 +4,7 @@ A failure prints the case, shrunk, and the seed: run it again with `--hypothesis
 """
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from flowkernels import backend
@@ -119,8 +119,9 @@ def test_autoregressive(make, dtype, inverse):
     """Against the reference in float64, within a few times what float32 costs the reference itself."""
     rows, parameters, op, oracle, *_ = make(dtype, inverse)
     with torch.no_grad():
-        exact = oracle([t.double() for t in rows], [t.double() for t in parameters])
-        for got, eager, want in zip(op(rows, parameters), oracle(rows, parameters), exact, strict=True):
+        exact, eager_outputs = oracle([t.double() for t in rows], [t.double() for t in parameters]), oracle(rows, parameters)
+        assume(all(t.isfinite().all() for t in eager_outputs))  # a random network's inverse may overflow
+        for got, eager, want in zip(op(rows, parameters), eager_outputs, exact, strict=True):
             if want.numel():
                 allowed = 8 * (eager - want).abs().max() + 64 * torch.finfo(dtype).eps * (1 + want.abs().max())
                 assert got.dtype == dtype and (got - want).abs().max() <= allowed
