@@ -25,6 +25,22 @@ struct TrainingArgs {
   const T *x, *dy, *dlogabsdet;
   int64_t x_row, x_column, dy_row, dy_column, dlogabsdet_step;
   T *y, *logabsdet, *dx;  // contiguous
+
+  void set_x(const T* data, int64_t row, int64_t column) { x = data, x_row = row, x_column = column; }
+  void set_cotangents(const T* of_y, int64_t row, int64_t column, const T* of_logabsdet, int64_t step) {
+    dy = of_y, dy_row = row, dy_column = column, dlogabsdet = of_logabsdet, dlogabsdet_step = step;
+  }
+
+  // the same for some rows alone, whose values and deltas lie at the beginning of theirs
+  TrainingArgs span(int64_t first, int64_t rows) const {
+    TrainingArgs some = *this;
+    some.batch = rows;
+    if (x) some.x += first * x_row;
+    some.dy += first * dy_row;
+    some.dlogabsdet += first * dlogabsdet_step;
+    if (dx) some.dx += first * features;
+    return some;
+  }
 };
 
 }  // namespace flowkernels

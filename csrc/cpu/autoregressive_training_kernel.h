@@ -118,12 +118,12 @@ size_t training_scratch_bytes(int64_t features) {
   return (row > panel ? row : panel) * sizeof(T);
 }
 
-// out[j] = sum over rows of dy[r][j], in chunks of kChunk rows
+// out[j] = sum over rows of dy[r][j], in chunks of kChunk rows; or added to out
 template <class T>
-void sum_rows(const T* dy, int64_t ld, int64_t rows, int64_t columns, T* out) {
+void sum_rows(const T* dy, int64_t ld, int64_t rows, int64_t columns, bool accumulate, T* out) {
   for (int64_t j = 0; j < columns; j += lanes<T>) {
     const int64_t n = columns - j;
-    Vec<T> total = zero<T>();
+    Vec<T> total = accumulate ? load_some(out + j, n) : zero<T>();
     for (int64_t b = 0; b < rows; b += kChunk) {
       Vec<T> sum = zero<T>();
       for (int64_t r = b; r < smaller(b + kChunk, rows); ++r) sum = sum + load_some(dy + r * ld + j, n);

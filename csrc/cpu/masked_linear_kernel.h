@@ -209,7 +209,7 @@ FK_INLINE void dweight_tile(const T* x, const T* dy, int64_t rows, const MaskedL
 // Rows [k0, k1) of dweight
 template <class T>
 void masked_linear_dweight(const MaskedLinearArgs<T>& args, int64_t k0, int64_t k1, T* scratch) {
-  for (int64_t k = k0; k < k1; ++k)
+  for (int64_t k = k0; k < k1 && !args.finish.accumulate; ++k)
     for (int64_t j = 0; j < args.outputs; ++j) args.out[k * args.out_ld + j] = T(0);
   T *panel = scratch, *broadcasts = scratch + kChunk * kPanel<T>;  // broadcasts: [group of kUnits inputs][row][kUnits]
   for (int64_t b = 0; b < args.batch; b += kChunk) {

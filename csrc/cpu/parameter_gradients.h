@@ -1,0 +1,125 @@
+// The gradients of weights, biases and context weights of a masked autoregressive map: sums over rows, which come span by span.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/autoregressive_training_network.h"
+#include "cpu/scratch.h"
+
+namespace flowkernels {
+
+constexpr int64_t kChunkRows = 256;  // sums over rows are made in chunks of so many: kChunk of staircase_kernel.h
+
+// Included after the kernels that it dispatches to.
+template <class T>
+class ParameterGradients {
+  using Tensor = torch::stable::Tensor;
+  using Tensors = std::vector<Tensor>;
+
+ public:
+  ParameterGradients(const TrainingNetwork<T>& net, const Tensor& like, int64_t threads) : net_(net), shares_(threads) {
+    for (size_t l = 0; l < net.layers.size(); ++l) {
+      const TrainingLayer<T>& layer = net.layers[l];
+      weights_.push_back(add_product(net.product(layer, 0), l, false, like));
+      if (layer.context_weight) context_weights_.push_back(add_product(net.context_product(layer, 0), l, true, like));
+      biases_.push_back(empty(like, {layer.outputs}));
+    }
+    share_out();
+  }
+
+  // Adds those of the next rows: a multiple of kChunkRows of them, but for the last.
+  void add(const TrainingArgs<T>& args, Rows<T> context) {
+    for (Product& product : products_) {
+      MaskedLinearArgs<T>& p = product.args;
+      p.batch = args.batch;
+      p.x = product.of_context ? context.data : args.values + net_.input_offset(product.layer);
+      p.x_ld = product.of_context ? context.ld : args.values_ld;
+      p.dy = args.deltas + net_.layers[product.layer].offset;
+      p.dy_ld = args.deltas_ld;
+      p.finish.accumulate = begun_;
+    }
+    auto some = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (const Task& task : shares_[i]) run(task, args);
+    };
+    if (shares_.size() > 1)
+      torch::stable::parallel_for(0, static_cast<int64_t>(shares_.size()), 1, some);
+    else
+      some(0, 1);
+    begun_ = true;
+  }
+
+  void append_to(Tensors& out) const {
+    for (const Tensors* list : {&weights_, &biases_, &context_weights_}) out.insert(out.end(), list->begin(), list->end());
+  }
+
+ private:
+  struct Product {
+    MaskedLinearArgs<T> args;
+    size_t layer;
+    bool of_context;
+  };
+  // rows [k0, k1) of a product's dweight; or of a bias, whose layer is `product`, where k1 is 0
+  struct Task {
+    size_t product;
+    int64_t k0, k1;
+    double cost;
+  };
+
+  const TrainingNetwork<T>& net_;
+  Tensors weights_, biases_, context_weights_;
+  std::vector<Product> products_;
+  std::vector<std::vector<Task>> shares_;  // of each thread
+  int64_t largest_ = 0;                    // rows of a task
+  bool begun_ = false;
+
+  Tensor add_product(MaskedLinearArgs<T> args, size_t layer, bool of_context, const Tensor& like) {
+    Tensor dweight = empty(like, {args.inputs, args.outputs});
+    args.out = static_cast<T*>(dweight.mutable_data_ptr());
+    args.out_ld = args.outputs;
+    products_.push_back({args, layer, of_context});
+    return dweight;
+  }
+
+  // Spreads the tasks over the threads by cost: the dearest first, each to the thread with the least
+  void share_out() {
+    const int64_t threads = static_cast<int64_t>(shares_.size());
+    std::vector<Task> tasks;
+    for (size_t i = 0; i < products_.size(); ++i) {
+      const MaskedLinearArgs<T>& p = products_[i].args;
+      const int64_t block = FK_DISPATCH(dweight_rows<T>(p.inputs, threads));
+      largest_ = std::max(largest_, block);
+      for (int64_t k0 = 0; k0 < p.inputs; k0 += block) {
+        const int64_t k1 = std::min(k0 + block, p.inputs);
+        double cost = 0;
+        for (int64_t j = 0; j < p.outputs; ++j) cost += static_cast<double>(std::clamp<int64_t>(p.visible[j] - k0, 0, k1 - k0));
+        tasks.push_back({i, k0, k1, cost});
+      }
+    }
+    for (size_t l = 0; l < net_.layers.size(); ++l)  // bound by memory: a row is worth some multiply-adds
+      tasks.push_back({l, 0, 0, 4.0 * static_cast<double>(net_.layers[l].outputs)});
+    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
+    std::vector<double> load(threads, 0);
+    for (const Task& task : tasks) {
+      const size_t least = std::min_element(load.begin(), load.end()) - load.begin();
+      shares_[least].push_back(task);
+      load[least] += task.cost;
+    }
+  }
+
+  void run(const Task& task, const TrainingArgs<T>& args) {
+    if (task.k1 == 0) {
+      const TrainingLayer<T>& layer = net_.layers[task.product];
+      T* out = static_cast<T*>(biases_[task.product].mutable_data_ptr());
+      return FK_DISPATCH(sum_rows<T>(args.deltas + layer.offset, args.deltas_ld, args.batch, layer.outputs, begun_, out));
+    }
+    T* scratch = static_cast<T*>(thread_scratch(FK_DISPATCH(dweight_scratch_bytes<T>(largest_))));
+    FK_DISPATCH(masked_linear_dweight<T>(products_[task.product].args, task.k0, task.k1, scratch));
+  }
+};
+
+}  // namespace flowkernels
