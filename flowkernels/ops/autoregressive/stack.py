@@ -13,13 +13,13 @@ from ... import _extension
 from ..._backend import wants_reference
 from ..._library import library
 from .._autocast import any_autocast
-from .._differentiation import needs_autograd, transformed
+from .._differentiation import apply_function, needs_autograd, transformed
 from ..masked_linear import masked_linear
 from ..scale_map import Form, ScaleMap
 from .conditioner import Conditioner
 from .map import autoregressive, autoregressive_op, check_input
 from .reference import autoregressive_reference
-from .training import inverse_backward, serves
+from .training import inverse_backward, serves, training_backward, training_forward
 
 library.define(
     "autoregressive_stack(Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] context_biases, "
@@ -127,9 +127,9 @@ def _(x: Tensor, context, weights, biases, context_weights, context_biases, visi
 def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Several autoregressive maps, the first one first: y = map_n(... map_1(x)), and the sum of their log|det|s.
 
-    The result is that of calling `autoregressive` map by map; so are its gradients. It is one call of the op where a compiled kernel
-    serves, the tensors are float32 or float64, and there is no gradient to record or all maps are inverses of plain networks; it is
-    made map by map elsewhere.
+    The result is that of calling `autoregressive` map by map; so are its gradients. Where a compiled kernel serves, and the tensors
+    are float32 or float64, it is one call of the op, and with a gradient one node of autograd's graph, unless the gradient meets a
+    wired network or an affine map between; elsewhere it is made map by map.
 
     Args:
         x: [batch, features].
@@ -156,8 +156,8 @@ def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None 
         if not needs_autograd((x, context, *lists.weights, *lists.biases, *lists.context_weights, *lists.context_biases, *lists.affines)):
             y, logabsdet, _ = _stack(x, context, *lists, False)
             return y, logabsdet
-        if all(m.inverse and m.affine is None and serves(m.conditioner, x) for m in maps):
-            return _Inverses.apply(x, context, lists, *lists.weights, *lists.biases, *lists.context_weights)
+        if all(m.affine is None and serves(m.conditioner, x) for m in maps):
+            return apply_function(_Plain, x, context, maps, lists, *lists.weights, *lists.biases, *lists.context_weights)
     total = None
     for conditioner, scale, form, inverse, affine in maps:
         own = context if conditioner.context_weights else None
@@ -174,31 +174,50 @@ def _moved(x: Tensor, affine: Tensor | None) -> Tensor:
     return x if affine is None or not affine.numel() else (x + affine[0]) * affine[1] + affine[2]
 
 
-class _Inverses(torch.autograd.Function):
-    """Inverses of plain networks, one after another. The gradient of each needs what it returned, and nothing else of the forward pass."""
+class _Plain(torch.autograd.Function):
+    """Maps of plain networks, one after another. The gradient of an inverse needs what it returned, that of a forward map the values
+    of its layers (see training.py)."""
 
     @staticmethod
-    def forward(ctx, z, context, lists, *parameters) -> tuple[Tensor, Tensor]:
-        x, logabsdet, kept = _stack(z, context, *lists, True)
-        ctx.save_for_backward(z, context, x, kept, *lists.visible, *lists.orders, *parameters)
+    def forward(ctx, x, context, maps, lists, *parameters) -> tuple[Tensor, Tensor]:
+        if all(m.inverse for m in maps):
+            y, total, between = _stack(x, context, *lists, True)
+            kept = [*between.unbind(), y]
+        else:
+            y, total, kept = x, None, []
+            for conditioner, scale, form, inverse, _ in maps:
+                own = context if conditioner.context_weights else None
+                if inverse:
+                    y, logabsdet = autoregressive_op(y, own, conditioner, scale, form, True)
+                    kept.append(y)
+                else:
+                    y, logabsdet, values = training_forward(y, own, conditioner, scale, form)
+                    kept.append(values)
+                total = logabsdet if total is None else total + logabsdet
+        ctx.save_for_backward(x, context, *kept, *lists.orders, *lists.visible, *parameters)
         ctx.numbers = lists.activations, lists.wiring, lists.stages, lists.scales
-        return x, logabsdet
+        return y, total
 
     @staticmethod
-    def backward(ctx, dx: Tensor, dlogabsdet: Tensor):
-        z, context, x, kept, *tensors = ctx.saved_tensors
-        layers, n = len(ctx.numbers[0]), len(kept) + 1
-        visible, orders, weights, biases, context_weights = _split(tensors, (layers, n, layers, layers))
-        lists = _Lists(weights, biases, context_weights, [], visible, orders, [z.new_empty(0)] * n, *ctx.numbers)
+    def backward(ctx, dy: Tensor, dlogabsdet: Tensor):
+        x, context, *tensors = ctx.saved_tensors
+        layers, n = len(ctx.numbers[0]), len(ctx.numbers[2]) // _NUMBERS
+        kept, orders, visible, weights, biases, context_weights = _split(tensors, (n, n, layers, layers, layers))
+        lists = _Lists(weights, biases, context_weights, [], visible, orders, [x.new_empty(0)] * n, *ctx.numbers)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_gradient(ctx, z, context, lists, dx, dlogabsdet)
-        dcontext, gradients = None, []
-        for m, output in zip(reversed(lists.maps()), (x, *kept.flip(0)), strict=True):
-            own = context if m.conditioner.context_weights else None
-            dx, dterm, *parameters = inverse_backward(dx, dlogabsdet, output, own, m.conditioner, m.scale, m.form)
+            return _differentiable_gradient(ctx, x, context, lists, dy, dlogabsdet)
+        need_dx, dcontext, gradients = ctx.needs_input_grad[0], None, []
+        for i, (conditioner, scale, form, inverse, _) in reversed(list(enumerate(lists.maps()))):
+            own = context if conditioner.context_weights else None
+            if inverse:
+                dy, dterm, *parameters = inverse_backward(dy, dlogabsdet, kept[i], own, conditioner, scale, form)
+            else:
+                wanted = need_dx or i > 0
+                dy, dterm, *parameters = training_backward(dy, dlogabsdet, kept[i], own, conditioner, scale, form, wanted)
             dcontext = dcontext if own is None else dterm if dcontext is None else dcontext + dterm
-            gradients.insert(0, _split(parameters, (len(m.conditioner.weights),) * 2))
-        return dx, dcontext, None, *(g for field in zip(*gradients, strict=True) for own in field for g in own)
+            gradients.insert(0, _split(parameters, (len(conditioner.weights),) * 2))
+        by_list = (g for field in zip(*gradients, strict=True) for own in field for g in own)
+        return dy if need_dx else None, dcontext, None, None, *by_list
 
 
 def _split(items: Sequence, sizes: Sequence[int]) -> list[list]:
@@ -214,7 +233,7 @@ def _differentiable_gradient(ctx, z: Tensor, context: Tensor | None, lists: _Lis
         own = context if conditioner.context_weights else None
         x, logabsdet = autoregressive_reference(x, conditioner, own, scale, form, inverse, linear=masked_linear)
         total = logabsdet if total is None else total + logabsdet
-    inputs = (z, context, None, *lists.weights, *lists.biases, *lists.context_weights)
+    inputs = (z, context, None, None, *lists.weights, *lists.biases, *lists.context_weights)
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
     gradients = iter(torch.autograd.grad((x, total), wanted, (dx, dlogabsdet), create_graph=True, allow_unused=True))
     return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)

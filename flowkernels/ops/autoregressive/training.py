@@ -16,7 +16,7 @@ from torch import Tensor
 from ... import _extension
 from ..._backend import wants_reference
 from ..._library import library
-from .._differentiation import transformed
+from .._differentiation import apply_function, transformed
 from ..activation import Activation
 from ..masked_linear import masked_linear
 from ..scale_map import Form, ScaleMap
@@ -75,9 +75,35 @@ def with_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The map or its inverse, for autograd. The conditioner must be one that `serves`."""
     weights, biases, visible, activations, context_weights, order, *_ = conditioner
-    p0, p1 = scale.packed
-    return (_Inverse if inverse else _Training).apply(
-        x, context, visible, order, activations, (int(scale.kind), p0, p1, int(form)), *weights, *biases, *context_weights
+    function, scale_and_form = _Inverse if inverse else _Training, (int(scale.kind), *scale.packed, int(form))
+    return apply_function(function, x, context, visible, order, activations, scale_and_form, *weights, *biases, *context_weights)
+
+
+def training_forward(
+    x: Tensor, context: Tensor | None, conditioner: Conditioner, scale: ScaleMap, form: Form
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward map: y, logabsdet, and the values that `training_backward` needs."""
+    weights, biases, visible, activations, context_weights, order, *_ = conditioner
+    kind = int(scale.kind)
+    return _training(x, context, weights, biases, context_weights, visible, order, activations, kind, *scale.packed, int(form))
+
+
+def training_backward(
+    dy: Tensor,
+    dlogabsdet: Tensor,
+    values: Tensor,
+    context: Tensor | None,
+    conditioner: Conditioner,
+    scale: ScaleMap,
+    form: Form,
+    need_dx: bool,
+) -> list[Tensor]:
+    """The gradient of the forward map: by x (empty unless asked for), by the context (empty without one), then by weights, biases,
+    context weights."""
+    weights, _, visible, activations, context_weights, order, *_ = conditioner
+    kind = int(scale.kind)
+    return _backward(
+        dy, dlogabsdet, values, context, weights, context_weights, visible, order, activations, kind, *scale.packed, int(form), need_dx
     )
 
 
