@@ -164,7 +164,7 @@ def train_vae(
     """
     torch.manual_seed(settings.seed)
     vae = VAE(train.shape[1], levels, settings)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs)
     best, kept = -math.inf, vae.state_dict()
     for epoch in range(1, settings.epochs + 1):

@@ -174,6 +174,17 @@ def _moved(x: Tensor, affine: Tensor | None) -> Tensor:
     return x if affine is None or not affine.numel() else (x + affine[0]) * affine[1] + affine[2]
 
 
+class _Numbers(NamedTuple):
+    """What is no tensor of a map, and where its layers and its context weights stand in the lists of the stack."""
+
+    layers: slice
+    contexts: slice
+    activations: list[int]
+    scale: ScaleMap
+    form: Form
+    inverse: bool
+
+
 class _Plain(torch.autograd.Function):
     """Maps of plain networks, one after another. The gradient of an inverse needs what it returned, that of a forward map the values
     of its layers (see training.py)."""
@@ -195,29 +206,37 @@ class _Plain(torch.autograd.Function):
                     kept.append(values)
                 total = logabsdet if total is None else total + logabsdet
         ctx.save_for_backward(x, context, *kept, *lists.orders, *lists.visible, *parameters)
-        ctx.numbers = lists.activations, lists.wiring, lists.stages, lists.scales
+        ctx.numbers, layer, contexts = [], 0, 0
+        for conditioner, scale, form, inverse, _ in maps:
+            next_layer, next_context = layer + len(conditioner.weights), contexts + len(conditioner.context_weights)
+            where = slice(layer, next_layer), slice(contexts, next_context)
+            ctx.numbers.append(_Numbers(*where, conditioner.activations, scale, form, inverse))
+            layer, contexts = next_layer, next_context
         return y, total
 
     @staticmethod
     def backward(ctx, dy: Tensor, dlogabsdet: Tensor):
         x, context, *tensors = ctx.saved_tensors
-        layers, n = len(ctx.numbers[0]), len(ctx.numbers[2]) // _NUMBERS
+        n, layers = len(ctx.numbers), ctx.numbers[-1].layers.stop
         kept, orders, visible, weights, biases, context_weights = _split(tensors, (n, n, layers, layers, layers))
-        lists = _Lists(weights, biases, context_weights, [], visible, orders, [x.new_empty(0)] * n, *ctx.numbers)
+        maps = []
+        for order, (own, contexts, activations, scale, form, inverse) in zip(orders, ctx.numbers, strict=True):
+            network = Conditioner(weights[own], biases[own], visible[own], activations, context_weights[contexts], order)
+            maps.append(Map(network, scale, form, inverse))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_gradient(ctx, x, context, lists, dy, dlogabsdet)
-        need_dx, dcontext, gradients = ctx.needs_input_grad[0], None, []
-        for i, (conditioner, scale, form, inverse, _) in reversed(list(enumerate(lists.maps()))):
-            own = context if conditioner.context_weights else None
+            return _differentiable_gradient(ctx, x, context, maps, (*weights, *biases, *context_weights), dy, dlogabsdet)
+        need_dx, dcontext = ctx.needs_input_grad[0], None
+        dweights, dbiases, dcontext_weights = [None] * layers, [None] * layers, [None] * len(context_weights)
+        for i in reversed(range(n)):
+            (network, scale, form, inverse, _), (own, contexts, *_) = maps[i], ctx.numbers[i]
+            c = context if network.context_weights else None
             if inverse:
-                dy, dterm, *parameters = inverse_backward(dy, dlogabsdet, kept[i], own, conditioner, scale, form)
+                dy, dterm, *parameters = inverse_backward(dy, dlogabsdet, kept[i], c, network, scale, form)
             else:
-                wanted = need_dx or i > 0
-                dy, dterm, *parameters = training_backward(dy, dlogabsdet, kept[i], own, conditioner, scale, form, wanted)
-            dcontext = dcontext if own is None else dterm if dcontext is None else dcontext + dterm
-            gradients.insert(0, _split(parameters, (len(conditioner.weights),) * 2))
-        by_list = (g for field in zip(*gradients, strict=True) for own in field for g in own)
-        return dy if need_dx else None, dcontext, None, None, *by_list
+                dy, dterm, *parameters = training_backward(dy, dlogabsdet, kept[i], c, network, scale, form, need_dx or i > 0)
+            dcontext = dcontext if c is None else dterm if dcontext is None else dcontext + dterm
+            dweights[own], dbiases[own], dcontext_weights[contexts] = _split(parameters, (len(network.weights),) * 2)
+        return dy if need_dx else None, dcontext, None, None, *dweights, *dbiases, *dcontext_weights
 
 
 def _split(items: Sequence, sizes: Sequence[int]) -> list[list]:
@@ -226,14 +245,16 @@ def _split(items: Sequence, sizes: Sequence[int]) -> list[list]:
     return [list(items[a:b]) for a, b in itertools.pairwise(ends)] + [list(items[ends[-1] :])]
 
 
-def _differentiable_gradient(ctx, z: Tensor, context: Tensor | None, lists: _Lists, dx: Tensor, dlogabsdet: Tensor) -> tuple:
+def _differentiable_gradient(
+    ctx, x: Tensor, context: Tensor | None, maps: Sequence[Map], parameters: Sequence[Tensor], dy: Tensor, dlogabsdet: Tensor
+) -> tuple:
     """The same gradient as a graph of its own, for create_graph=True."""
-    x, total = z, None
-    for conditioner, scale, form, inverse, _ in lists.maps():
+    y, total = x, None
+    for conditioner, scale, form, inverse, _ in maps:
         own = context if conditioner.context_weights else None
-        x, logabsdet = autoregressive_reference(x, conditioner, own, scale, form, inverse, linear=masked_linear)
+        y, logabsdet = autoregressive_reference(y, conditioner, own, scale, form, inverse, linear=masked_linear)
         total = logabsdet if total is None else total + logabsdet
-    inputs = (z, context, None, None, *lists.weights, *lists.biases, *lists.context_weights)
+    inputs = (x, context, None, None, *parameters)
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-    gradients = iter(torch.autograd.grad((x, total), wanted, (dx, dlogabsdet), create_graph=True, allow_unused=True))
+    gradients = iter(torch.autograd.grad((y, total), wanted, (dy, dlogabsdet), create_graph=True, allow_unused=True))
     return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)
