@@ -90,7 +90,7 @@ def train_reverse_kl(
             raise ValueError(f"{name} must be at least 1; got {value}")
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate must be positive; got {learning_rate}")
-    optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
     for step in range(1, steps + 1):
