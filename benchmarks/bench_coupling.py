@@ -97,7 +97,7 @@ class Problem:
     def case(self, direction: str, others: list[str], targets: list[Target], seconds: float) -> Case:
         builders = {name: partial(self._call, f, direction) for name, f in FUNCTIONS.items()}
         builders |= {
-            OURS: partial(self._call, partial(coupling, **self.options, inverse=direction == "inverse"), direction),
+            OURS: partial(self._call, self._ours(inverse=direction == "inverse"), direction),
             REFERENCE: partial(self._call, partial(_reference, **self.options, inverse=direction == "inverse"), direction),
             COMPILED: partial(self._compiled, direction),
             COPY: partial(self._copy, direction),
@@ -108,6 +108,11 @@ class Problem:
         what = ", ".join(str(self.options[key]) for key in ("part", "scale") if key in self.options)
         name = f"{direction}, {list(self.shape)} {str(self.dtype).removeprefix('torch.')}{layout}, {what}"
         return Case(name, competitors, bytes=self.moved(direction), targets=targets, seconds=seconds, device=self.device)
+
+    def _ours(self, inverse: bool) -> Callable[..., Any]:
+        """The op as a user calls it: a partial with keywords would merge two dictionaries in every call."""
+        part, scale, form = self.options.get("part", "second_half"), self.options.get("scale"), self.options.get("form", "scale_shift")
+        return lambda x, shift, s: coupling(x, shift, s, part=part, scale=scale, form=form, inverse=inverse)
 
     def _call(self, function: Callable[..., Any], direction: str) -> Call:
         x, *net = self.tensors

@@ -27,15 +27,16 @@ class _Coupling(nn.Module):
         self.part = parse_part(part)
 
     def _condition(self, x: Tensor, context: Tensor | None) -> Tensor:
-        part = self.part
-        if x.dim() < 2 or (x.shape[1] < 2 and not part.is_checkerboard):
-            raise ValueError(f"x must have at least 2 channels, [batch, channels, *sites], to split; got {list(x.shape)}")
-        if part.is_checkerboard and x.dim() == 4 and not torch.compiler.is_compiling():
-            untouched = torch.where(_mask(part, *x.shape[2:], x.device), 0, x)
+        part, shape = self.part, x.shape
+        checkerboard = part >= Part.CHECKERBOARD_EVEN
+        if len(shape) < 2 or (shape[1] < 2 and not checkerboard):
+            raise ValueError(f"x must have at least 2 channels, [batch, channels, *sites], to split; got {list(shape)}")
+        if checkerboard and len(shape) == 4 and not torch.compiler.is_compiling():
+            untouched = torch.where(_mask(part, *shape[2:], x.device), 0, x)
         else:
             untouched = part.untouched(x)
         out = self.conditioner(untouched) if context is None else self.conditioner(untouched, context)
-        expected = (x.shape[0], len(self._outputs) * part.count(x.shape[1]), *x.shape[2:])
+        expected = (shape[0], len(self._outputs) * part.count(shape[1]), *shape[2:])
         if out.shape != expected:
             raise ValueError(
                 f"conditioner must return {' and '.join(self._outputs)} of the {self._part_name()} part of x, {list(expected)}; "

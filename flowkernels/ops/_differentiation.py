@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
 
@@ -14,14 +15,18 @@ def forward_mode() -> bool:
 
 def transformed() -> bool:
     """Whether a torch.func transform or forward mode looks on: then the call has to be made of parts that know all derivatives."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_mode()
+    return maybe_current_level() is not None or forward_mode()
 
 
 def needs_autograd(tensors: Iterable[Tensor | None]) -> bool:
     """True where a gradient, a torch.func transform or forward mode has to see the call; the bare op is several times cheaper."""
     if transformed():
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # a loop, as any() of a generator takes 0.8 us longer
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def apply_function(function: type[torch.autograd.Function], *args):

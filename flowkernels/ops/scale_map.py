@@ -5,7 +5,7 @@ csrc/scale_map.h is the same mathematics for the compiled kernels; the integer c
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,11 @@ class ScaleMap:
 
     kind: ScaleKind
     params: tuple[float, ...] = ()
+    packed: tuple[float, float] = field(init=False, compare=False)
+    """Two numbers that, with ``kind``, say everything: what an op's schema carries."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "packed", (*self.params, 0.0, 0.0)[:2])
 
     @classmethod
     def exp(cls) -> "ScaleMap":
@@ -113,12 +118,6 @@ class ScaleMap:
         """The map whose ``kind`` and ``packed`` these are."""
         kind = ScaleKind(kind)
         return cls(kind, (p0, p1)[: len(_ARGUMENTS[kind])])
-
-    @property
-    def packed(self) -> tuple[float, float]:
-        """Two numbers that, with ``kind``, say everything: what an op's schema carries."""
-        p0, p1 = (*self.params, 0.0, 0.0)[:2]
-        return p0, p1
 
     def __repr__(self) -> str:
         named = zip(_ARGUMENTS[self.kind], self.params, strict=True)

@@ -93,11 +93,11 @@ class _ChannelAffine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor, dlogabsdet: Tensor):
-        arguments = (dy, dlogabsdet, *ctx.saved_tensors, ctx.inverse, ctx.keeps_output)
+        kept, shift, log_scale, bias = ctx.saved_tensors
         # double backward differentiates the reference once more
         by_reference = torch.is_grad_enabled() or wants_reference("channel_affine_backward", dy.device)
-        dx, dshift, dlog_scale, dbias = (channel_affine_backward_reference if by_reference else _channel_affine_backward)(*arguments)
-        _, shift, _, bias = ctx.saved_tensors
+        backward = channel_affine_backward_reference if by_reference else _channel_affine_backward
+        dx, dshift, dlog_scale, dbias = backward(dy, dlogabsdet, kept, shift, log_scale, bias, ctx.inverse, ctx.keeps_output)
         return dx, None if shift is None else dshift, dlog_scale, None if bias is None else dbias, None, None
 
 
@@ -130,13 +130,20 @@ def channel_affine(
     Raises:
         ValueError: a shape, dtype or device does not fit, or keep is unknown.
     """
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {x.dtype}")
-    if x.dim() < 2 or 0 in x.shape[1:]:
-        raise ValueError(f"x must have shape [batch, channels, *sites] with at least one channel and site; got {list(x.shape)}")
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if dtype not in _DTYPES:
+        raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {dtype}")
+    if len(shape) < 2 or 0 in shape[1:]:
+        raise ValueError(f"x must have shape [batch, channels, *sites] with at least one channel and site; got {list(shape)}")
     if keep not in ("input", "output"):
         raise ValueError(f"keep must be 'input' or 'output'; got {keep!r}")
-    shift, log_scale, bias = _checked("shift", shift, x), _checked("log_scale", log_scale, x), _checked("bias", bias, x)
+    expected, compute = shape[1:2], torch.float64 if dtype == torch.float64 else torch.float32
+    if log_scale.shape != expected or log_scale.dtype != compute or log_scale.device != device:
+        log_scale = _fitted("log_scale", log_scale, x, compute)
+    if shift is not None and (shift.shape != expected or shift.dtype != compute or shift.device != device):
+        shift = _fitted("shift", shift, x, compute)
+    if bias is not None and (bias.shape != expected or bias.dtype != compute or bias.device != device):
+        bias = _fitted("bias", bias, x, compute)
     if needs_autograd((x, shift, log_scale, bias)):
         return apply_function(_ChannelAffine, x, shift, log_scale, bias, inverse, keep == "output")
     return _forward(x, shift, log_scale, bias, inverse)
@@ -145,12 +152,10 @@ def channel_affine(
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
-def _checked(name: str, value: Tensor | None, x: Tensor) -> Tensor | None:
-    if value is None:
-        return None
+def _fitted(name: str, value: Tensor, x: Tensor, compute: torch.dtype) -> Tensor:
+    """`value` in the dtype that is computed in, where it has that of x; an error where anything else does not fit."""
     if value.shape != x.shape[1:2]:
         raise ValueError(f"{name} must have shape {list(x.shape[1:2])}, one value per channel; got {list(value.shape)}")
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     if value.device != x.device or value.dtype not in (x.dtype, compute):
         raise ValueError(f"{name} must be {compute} on {x.device}; got {value.dtype} on {value.device}")
-    return value if value.dtype == compute else value.to(compute)
+    return value.to(compute)

@@ -106,13 +106,12 @@ class _Coupling(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, shift, raw_scale, scale_parameter, keeps_output: bool, *options) -> tuple[Tensor, Tensor]:
+    def forward(x, shift, raw_scale, scale_parameter, keeps_output: bool, options: Packed) -> tuple[Tensor, Tensor]:
         return _forward(x, shift, raw_scale, scale_parameter, options)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, shift, raw_scale, scale_parameter, ctx.keeps_output, *options = inputs
-        ctx.options = tuple(options)
+        x, shift, raw_scale, scale_parameter, ctx.keeps_output, ctx.options = inputs
         if raw_scale is None:
             ctx.mark_non_differentiable(output[1])
         else:
@@ -120,11 +119,10 @@ class _Coupling(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor, dlogabsdet: Tensor):
-        if not ctx.saved_tensors:
-            gradients = (*_additive_backward(dy, ctx.options), None, None)
-        else:
-            gradients = _backward(dy, dlogabsdet, *ctx.saved_tensors, ctx.options, ctx.keeps_output)
-        return (*gradients, *(None for _ in range(1 + len(ctx.options))))
+        saved = ctx.saved_tensors
+        if saved:
+            return *_backward(dy, dlogabsdet, *saved, ctx.options, ctx.keeps_output), None, None
+        return *_additive_backward(dy, ctx.options), None, None, None, None
 
 
 def _backward(dy, dlogabsdet, kept, shift, raw_scale, scale_parameter, options: Packed, from_output: bool) -> tuple[Tensor | None, ...]:
@@ -140,7 +138,9 @@ def _additive_backward(dy: Tensor, options: Packed) -> tuple[Tensor, Tensor]:
     part, *_, form, inverse = options
     part = Part(part)
     dshift = torch.where(part.mask(dy), dy, 0) if part.is_checkerboard else part.transformed(dy)
-    return dy, -dshift if (form == Form.DIVIDE) != inverse else dshift
+    if (form == Form.DIVIDE) != inverse:
+        return dy, -dshift
+    return dy, dshift.contiguous() if part in (Part.EVEN, Part.ODD) else dshift  # else each matmul of a network's backward copies it
 
 
 def coupling(
@@ -186,8 +186,12 @@ def coupling(
     """
     part = parse_part(part)
     form = parse_form(form)
-    expected = _expected_shape(x, part)
-    shift = _checked("shift", shift, x, expected)
+    shape, dtype, device = x.shape, x.dtype, x.device
+    expected = _expected_shape(shape, part)
+    if dtype not in _DTYPES:
+        raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {dtype}")
+    if shift.shape != expected or shift.dtype != dtype or shift.device != device:
+        shift = _fitted("shift", shift, x, expected)
     if raw_scale is None:
         if scale_parameter is not None or scale is not None:
             raise ValueError("raw_scale is missing: without it the coupling is additive, and takes neither scale nor scale_parameter")
@@ -195,17 +199,17 @@ def coupling(
             raise ValueError("raw_scale is missing: form 'gate' needs one")
         scale = _SOFTCLIP
     else:
-        raw_scale = _checked("raw_scale", raw_scale, x, expected)
+        if raw_scale.shape != expected or raw_scale.dtype != dtype or raw_scale.device != device:
+            raw_scale = _fitted("raw_scale", raw_scale, x, expected)
+        if scale is None:
+            scale = _SOFTCLIP if scale_parameter is None else _TANH
         if scale_parameter is not None:
-            scale = _TANH if scale is None else scale
             scale_parameter = _checked_parameter(scale_parameter, scale, x, expected)
-        elif scale is None:
-            scale = _SOFTCLIP
     if keep not in ("input", "output"):
         raise ValueError(f"keep must be 'input' or 'output'; got {keep!r}")
     options = (int(part), int(scale.kind), *scale.packed, int(form), inverse)
     if needs_autograd((x, shift, raw_scale, scale_parameter)):
-        return apply_function(_Coupling, x, shift, raw_scale, scale_parameter, keep == "output", *options)
+        return apply_function(_Coupling, x, shift, raw_scale, scale_parameter, keep == "output", options)
     return _forward(x, shift, raw_scale, scale_parameter, options)
 
 
@@ -213,30 +217,27 @@ _SOFTCLIP, _TANH = ScaleMap.softclip(), ScaleMap.exp_tanh(1.0)
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
-def _expected_shape(x: Tensor, part: Part) -> tuple[int, ...]:
-    """The shape of shift and raw scale."""
-    shape = x.shape
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {x.dtype}")
-    if len(shape) < 2 or 0 in shape[2:]:
+def _expected_shape(shape: torch.Size, part: Part) -> tuple[int, ...]:
+    """The shape of shift and raw scale, of x with this shape."""
+    batch, channels, *sites = shape if len(shape) > 1 else (0, 0, 0)
+    if 0 in sites:
         raise ValueError(f"x must have shape [batch, channels, *sites] with at least one site; got {list(shape)}")
     if part >= Part.CHECKERBOARD_EVEN:
-        if len(shape) != 4 or shape[1] < 1:
+        if len(shape) != 4 or channels < 1:
             raise ValueError(f"x must have shape [batch, channels, height, width] for a checkerboard; got {list(shape)}")
         return shape
-    if shape[1] < 2:
+    if channels < 2:
         raise ValueError(f"x must have at least 2 channels, [batch, channels, *sites], to split; got {list(shape)}")
-    return (shape[0], part.count(shape[1]), *shape[2:])
+    return (batch, part.count(channels), *sites)
 
 
-def _checked(name: str, value: Tensor, x: Tensor, expected: tuple[int, ...]) -> Tensor:
+def _fitted(name: str, value: Tensor, x: Tensor, expected: tuple[int, ...]) -> Tensor:
+    """`value` in the dtype of x, where autocast is why it is not; an error where there is another reason."""
     if value.shape != expected:
         raise ValueError(f"{name} must have shape {list(expected)}, like the transformed part of x; got {list(value.shape)}")
-    if value.dtype != x.dtype and value.device == x.device and torch.is_autocast_enabled(x.device.type) and value.is_floating_point():
+    if value.device == x.device and torch.is_autocast_enabled(x.device.type) and value.is_floating_point():
         return value.to(x.dtype)  # a conditioner under autocast returns half precision
-    if value.dtype != x.dtype or value.device != x.device:
-        raise ValueError(f"{name} must be {x.dtype} on {x.device}, like x; got {value.dtype} on {value.device}")
-    return value
+    raise ValueError(f"{name} must be {x.dtype} on {x.device}, like x; got {value.dtype} on {value.device}")
 
 
 def _checked_parameter(a: Tensor, scale: ScaleMap, x: Tensor, expected: tuple[int, ...]) -> Tensor:

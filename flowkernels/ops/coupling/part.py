@@ -36,7 +36,7 @@ class Part(enum.IntEnum):
 
     def count(self, total: int) -> int:
         """How many of `total` channels are transformed; all of them, at half of the sites, for a checkerboard."""
-        if self.is_checkerboard:
+        if self >= Part.CHECKERBOARD_EVEN:
             return total
         return total // 2 if self == Part.ODD else total - total // 2
 
