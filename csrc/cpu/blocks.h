@@ -10,7 +10,8 @@ struct Place {
 };
 
 // `rows` rows of `n` elements, the rows row_step apart. A checkered block is made of whole rows, each of which gives every other
-// element, in turn from the first and from the second on.
+// element, in turn from the first and from the second on. A listed block's rows are samples, their elements those of the lists.
+// Where rows are samples of several sites, a row goes through all channels.
 struct Block {
   Place at;
   int row_axis;
@@ -19,6 +20,9 @@ struct Block {
   int64_t n;
   bool checkered = false;
   int64_t phase = 0;
+  bool listed = false;
+
+  bool of_samples() const { return row_axis == batch_axis && axis == inner_axis; }
 
   int64_t phase_of(int64_t r) const { return (phase + r) & 1; }
   int64_t count(int64_t r) const { return checkered ? (n - phase_of(r) + 1) / 2 : n; }
@@ -63,7 +67,11 @@ class Blocks {
  public:
   const Elementwise<E>& args;
 
-  Blocks(const Elementwise<E>& a, const Map& map) : args(a), map_(map) {}
+  Blocks(const Elementwise<E>& a, const Map& map) : args(a), map_(map) {
+    if (a.together != Together::lists) return;
+    for (int i = 0; i < a.n_inputs; ++i) list_sites(a.in[i].stride, in_list_[i]);
+    for (int i = 0; i < a.n_outputs; ++i) list_sites(a.out[i].stride, out_list_[i]);
+  }
 
   // Transforms a block of at most kTile elements; `terms` get what is to be summed, packed. with_rest: copies the block of the same
   // place and size of the channels that pass, too, which costs little beside the arithmetic where both lie packed.
@@ -79,7 +87,7 @@ class Blocks {
         s.in_row[i] = view.stride[k.row_axis] * k.row_step;
         flat = flat && (k.rows == 1 || s.in_row[i] == k.n);
       } else {
-        s.in[i] = packed(view, k, in_[i]);
+        s.in[i] = packed(i, k, in_[i]);
         s.in_row[i] = k.n;
       }
     }
@@ -104,6 +112,8 @@ class Blocks {
       if (in_place[i]) continue;
       if (between && i == 0) {
         store_between_channels(out_[i], k);
+      } else if (k.listed) {
+        store_listed(i, k);
       } else if (k.checkered) {
         store_checkered(out_[i], to, k, i == 0 ? &args.in[0] : nullptr);
       } else {
@@ -148,15 +158,20 @@ class Blocks {
   // whether rows can be worked on where they lie; short ones are packed first, so that vectors are full
   template <class AnyView>
   static bool lies_in_rows(const AnyView& view, const Block& k) {
-    if (sizeof(E) != sizeof(T) || k.checkered || (k.n > 1 && view.stride[k.axis] != 1)) return false;
+    if (sizeof(E) != sizeof(T) || k.checkered || k.listed || (k.n > 1 && view.stride[k.axis] != 1)) return false;
     return k.rows == 1 || view.stride[k.row_axis] * k.row_step == k.n || k.n >= lanes<T>;
   }
 
-  const T* packed(const View<const E>& view, const Block& k, T* buffer) {
+  const T* packed(int input, const Block& k, T* buffer) {
+    const View<const E>& view = args.in[input];
     const E* p = view.data + offset(view.stride, k.at);
     const int64_t row = view.stride[k.row_axis] * k.row_step, stride = view.stride[k.axis];
     E* to = sizeof(E) == sizeof(T) ? reinterpret_cast<E*>(buffer) : raw_;
-    if (!k.checkered) {
+    if (k.listed) {
+      for (int64_t r = 0; r < k.rows; ++r) {
+        for (int64_t i = 0; i < k.n; ++i) to[r * k.n + i] = p[r * row + in_list_[input].transformed[i]];
+      }
+    } else if (!k.checkered) {
       pack(p, row, stride, k.rows, k.n, to);
     } else {
       for (int64_t r = 0, done = 0; r < k.rows; done += k.count(r), ++r) {
@@ -200,6 +215,38 @@ class Blocks {
     }
   }
 
+  // as many other elements of the first output pass unchanged, of others they are 0
+  void store_listed(int output, const Block& k) {
+    const E* packed = narrowed(out_[output], k.total());
+    const View<E>& to = args.out[output];
+    const List &list = out_list_[output], &from_list = in_list_[0];
+    for (int64_t r = 0; r < k.rows; ++r) {
+      E* q = to.data + (k.at.b + r) * to.stride[batch_axis];
+      const E* p = args.in[0].data + (k.at.b + r) * args.in[0].stride[batch_axis];
+      for (int64_t i = 0; i < k.n; ++i) q[list.transformed[i]] = packed[r * k.n + i];
+      for (int64_t i = 0; i < k.n; ++i) q[list.rest[i]] = output == 0 ? p[from_list.rest[i]] : E{};
+    }
+  }
+
+  // offsets within a sample of a checkerboard's two colours, in the order of channels, heights and widths
+  struct List {
+    int64_t transformed[kTile / 2], rest[kTile / 2];
+  };
+
+  void list_sites(const int64_t* stride, List& list) const {
+    int64_t n = 0;
+    for (int64_t c = 0; c < args.transformed; ++c) {
+      for (int64_t h = 0; h < args.outer[0]; ++h) {
+        for (int64_t w = 0; w < args.inner; w += 2, ++n) {
+          const int64_t first = c * stride[channel_axis] + h * stride[outer_axis] + w * stride[inner_axis];
+          const bool second = ((h + args.phase) & 1) != 0;
+          list.transformed[n] = first + (second ? stride[inner_axis] : 0);
+          list.rest[n] = first + (second ? 0 : stride[inner_axis]);
+        }
+      }
+    }
+  }
+
   // rows of channels of which every other one is transformed: stores those with the ones between, which pass unchanged
   void store_between_channels(const T* buffer, const Block& k) {
     const int64_t begin = 2 * k.at.c, end = k.at.c + k.n == args.transformed ? args.channels : 2 * (k.at.c + k.n);
@@ -215,15 +262,19 @@ class Blocks {
   }
 
   void load_parameters(const Block& k) {
-    const bool constant = k.axis != channel_axis && k.row_axis != channel_axis;  // one channel
-    if (constant && k.at.c == parameters_of_) return;
-    parameters_of_ = constant ? k.at.c : -1;
+    const bool constant = k.axis != channel_axis && k.row_axis != channel_axis && !k.of_samples();  // one channel
+    const int64_t same = constant ? k.at.c : k.of_samples() ? kAllChannels : kNone;  // no later block has more samples than the first
+    if (same != kNone && same == parameters_of_) return;
+    parameters_of_ = same;
     for (int i = 0; i < args.n_parameters; ++i) {
       const int64_t stride = args.parameter_stride[i];
       const T* p = args.parameter[i] + k.at.c * stride;
       T* to = parameter_[i];
       if (constant) {
         fill(to, kTile, *p);
+      } else if (k.of_samples()) {
+        const int64_t each = k.n / args.transformed;
+        for (int64_t c = 0; c < k.rows * args.transformed; ++c) fill(to + c * each, each, p[c % args.transformed * stride]);
       } else if (k.axis != channel_axis) {
         for (int64_t r = 0; r < k.rows; ++r) fill(to + r * k.n, k.n, p[r * stride]);
       } else {
@@ -245,7 +296,9 @@ class Blocks {
   }
 
   const Map map_;
-  int64_t sample_ = -1, parameters_of_ = -1;  // what stands in the buffers
+  static constexpr int64_t kNone = -1, kAllChannels = -2;
+  int64_t sample_ = -1, parameters_of_ = kNone;  // what stands in the buffers
+  List in_list_[4], out_list_[3];
   alignas(64) T in_[4][kTile + kPad], out_[3][kTile + kPad], per_sample_[kTile + kPad], parameter_[3][kTile + kPad];
   alignas(64) E raw_[kTile + kPad];
 };

@@ -29,6 +29,10 @@ struct View {
 
 enum class Along { channels, alternate_channels, checkerboard };
 
+// How samples too small to fill a block share one: not at all; where the sites of a sample's channels lie evenly, as rows; by lists of
+// the offsets of a checkerboard's sites.
+enum class Together { no, rows, lists };
+
 // A map of a part of the elements of [batch, channels, *sites] tensors, element by element, the others passing unchanged; and sums.
 template <class E>
 struct Elementwise {
@@ -63,18 +67,38 @@ struct Elementwise {
   // what `plan` fills in
   int64_t segments;  // lines of one height
   int64_t lines;     // of a sample
+  Together together;
+  int64_t of_sample;  // transformed elements
   int64_t samples_of_unit, units;
   bool sums_columns;
 };
+
+// whether channels follow each other as sites do, in a view of n channels
+template <class E, class Element>
+bool channels_follow(const Elementwise<E>& args, const View<Element>& view, int64_t n) {
+  return n <= 1 || view.stride[channel_axis] == args.sites * view.stride[inner_axis];
+}
+
+template <class E>
+Together small_samples_of(const Elementwise<E>& args) {
+  if (args.one_site || args.channel_rows || args.of_sample > kTile / 2) return Together::no;
+  // wider rows are taken apart by vectors
+  if (args.along == Along::checkerboard) return args.inner < 16 && args.inner % 2 == 0 ? Together::lists : Together::no;
+  bool rows = args.n_outer == 0 && channels_follow(args, args.rest_in, args.channels - args.transformed);
+  for (int i = 0; i < args.n_inputs; ++i) rows = rows && channels_follow(args, args.in[i], args.transformed);
+  return rows ? Together::rows : Together::no;  // results are contiguous
+}
 
 // How the work is divided, once all else is known. Sums never depend on it: where they go across samples, a unit is a fixed number.
 template <class E>
 void plan(Elementwise<E>& args, bool sums) {
   args.segments = (args.inner + 2 * kLine - 1) / (2 * kLine);
   args.lines = args.along == Along::checkerboard ? args.outer[0] * args.segments : (args.sites + kLine - 1) / kLine;
+  args.of_sample = args.transformed * args.sites / (args.along == Along::checkerboard ? 2 : 1);
+  args.together = small_samples_of(args);
   args.samples_of_unit = sums ? kLine : std::max<int64_t>(1, kTile / args.transformed);
-  args.units = args.one_site ? (args.batch + args.samples_of_unit - 1) / args.samples_of_unit
-                             : args.batch * args.lines * (args.channel_rows ? 1 : args.transformed);
+  const int64_t units_of_sample = args.together != Together::no ? 1 : args.lines * (args.channel_rows ? 1 : args.transformed);
+  args.units = args.one_site ? (args.batch + args.samples_of_unit - 1) / args.samples_of_unit : args.batch * units_of_sample;
   args.sums_columns = sums && (args.one_site || args.channel_rows);
 }
 

@@ -28,6 +28,7 @@ class Walk {
       }
       return;
     }
+    if (args.together != Together::no) return small_samples(first, last);
     const int64_t n_lines = args.lines;
     while (first < last) {
       const int64_t sample = n_lines * (args.channel_rows ? 1 : args.transformed), b = first / sample;
@@ -77,6 +78,32 @@ class Walk {
   // rows of channels: copies the half that passes
   void pass_channels(const Place& at, int row_axis, int64_t rows, int64_t row_step) {
     if (args.along == Along::channels) blocks_.pass(&args.rest_in, args.rest_out, {at, row_axis, rows, row_step, channel_axis, passing()});
+  }
+
+  // ---- few sites and channels: several samples in a block
+
+  void small_samples(int64_t first, int64_t last) {
+    const int64_t n = args.of_sample, most = kTile / n, sites = n / args.transformed, n_lines = args.lines;
+    const bool listed = args.together == Together::lists;
+    for (int64_t b = first, rows; b < last; b += rows) {
+      rows = smaller(most, last - b);
+      if (!listed) blocks_.pass(&args.rest_in, args.rest_out, {{b, 0, 0}, batch_axis, rows, 1, inner_axis, passing() * sites});
+      transform({{b, 0, 0}, batch_axis, rows, 1, inner_axis, n, false, 0, listed}, 0);
+      if (args.sums[0] == nullptr) continue;
+      const int64_t of_line = sites / n_lines, at = b * n_lines * args.transformed;
+      for (int i = 0; i < args.n_terms; ++i) {
+        if (n_lines == 1 || args.transformed == 1) {
+          sum_rows(terms_[i], rows * n_lines * args.transformed, of_line, args.sums[i] + at);
+          continue;
+        }
+        for (int64_t r = 0; r < rows * args.transformed; ++r) {  // lines of each channel to channels of each line
+          const int64_t sample = r / args.transformed, c = r - sample * args.transformed;
+          for (int64_t l = 0; l < n_lines; ++l) {
+            sum_rows(terms_[i] + (r * n_lines + l) * of_line, 1, of_line, args.sums[i] + at + (sample * n_lines + l) * args.transformed + c);
+          }
+        }
+      }
+    }
   }
 
   // ---- channels lie closer together than sites: rows are sites

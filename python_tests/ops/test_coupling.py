@@ -108,9 +108,12 @@ def test_every_part_form_and_map(part, form, inverse):
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("shape", [(3, 1300), (2, 2600), (700, 3), (2, 3, 33, 33), (1, 2, 3, 2100), (2, 5, 2, 3, 4), (1, 3, 8, 129)])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 1300), (2, 2600), (700, 3), (2, 3, 33, 33), (1, 2, 3, 2100), (2, 5, 2, 3, 4), (1, 3, 8, 129), (90, 3, 2, 4), (70, 2, 6)],
+)
 def test_sizes_beyond_one_block(shape, part):
-    """Rows, lines and groups of samples that are cut, in every layout, with the same bits; both directions and the backward."""
+    """Rows, lines and groups of samples that are cut, and small samples that share a block, in every layout, with the same bits; both directions and the backward."""
     if part.startswith("checkerboard") and len(shape) != 4:
         pytest.skip("a checkerboard is of images")
     learned = 1 if shape[1] % 2 else net_shape(shape, part)[1]
@@ -321,7 +324,7 @@ def before_a_wall():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("part", PARTS)
 def test_nothing_beyond_the_inputs_is_read(before_a_wall, part, dtype):
-    for shape in [(3, 2), (5, 7), (2, 19), (2, 3, 3, 5), (2, 4, 2, 18), (1, 2, 5, 33)]:
+    for shape in [(3, 2), (5, 7), (2, 19), (2, 3, 3, 5), (3, 2, 4, 6), (2, 4, 2, 18), (1, 2, 5, 33)]:
         if part.startswith("checkerboard") and len(shape) != 4:
             continue
         for layout in (lambda t: t, *IMAGE_LAYOUTS.values()):
