@@ -152,16 +152,18 @@ class EagerAffine(AffineCoupling):
 
 class EagerBatchNorm(FlowBatchNorm):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        each, mean, variance = (-1, *[1] * (x.dim() - 2)), self.running_mean, self.running_var
         if self.training:
-            variance, mean = self._statistics(x)
+            rows_and_sites = [0, *range(2, x.dim())]
+            mean = x.mean(rows_and_sites)
+        centred = x - mean.view(each)
+        if self.training:
+            variance = centred.square().mean(rows_and_sites)
             with torch.no_grad():
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance, self.momentum)
-        else:
-            mean, variance = self.running_mean, self.running_var
         log_scale = self._log_scale(variance)
-        each = (-1, *[1] * (x.dim() - 2))
-        z = (x - mean.view(each)) * torch.exp(log_scale).view(each)
+        z = centred * torch.exp(log_scale).view(each)
         z = z if self.bias is None else z + self.bias.view(each)
         return z, (x[0, 0].numel() * log_scale.sum()).expand(len(x))
 
@@ -170,6 +172,10 @@ class EagerBatchNorm(FlowBatchNorm):
         each = (-1, *[1] * (z.dim() - 2))
         x = z if self.bias is None else z - self.bias.view(each)
         return x * torch.exp(-log_scale).view(each) + self.running_mean.view(each), (-z[0, 0].numel() * log_scale.sum()).expand(len(z))
+
+    def _log_scale(self, variance: Tensor) -> Tensor:
+        log_scale = -0.5 * torch.log(variance + self.eps)
+        return log_scale if self.log_gain is None else self.log_gain + log_scale
 
 
 class EagerDiagonal(DiagonalScale):

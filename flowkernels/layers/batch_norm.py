@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import channel_affine
+from ..ops.channel_affine.normalize import log_scale_of, normalize_channels, statistics
 
 
 class FlowBatchNorm(nn.Module):
@@ -40,7 +41,7 @@ class FlowBatchNorm(nn.Module):
     @torch.no_grad()
     def set_statistics(self, x: Tensor) -> None:
         """Take mean and variance of x, [samples, features, *sites], as the statistics of evaluation."""
-        variance, mean = self._statistics(x)
+        variance, mean = statistics(x)
         self.running_mean.copy_(mean)
         self.running_var.copy_(variance)
 
@@ -49,34 +50,27 @@ class FlowBatchNorm(nn.Module):
         if self.training:
             if x.numel() < 2 * self.features:
                 raise ValueError(f"x must have at least 2 rows for batch statistics in training; got {x.shape[0]}")
-            variance, mean = self._statistics(x)
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
-        else:
-            mean, variance = self.running_mean, self.running_var
-        return channel_affine(x, -mean, self._log_scale(variance), bias=self.bias)
+            z, logabsdet, variance, mean = normalize_channels(x, self.log_gain, self.bias, self.eps)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+            return z, logabsdet
+        return channel_affine(x, -self.running_mean, self._log_scale(), bias=self.bias)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check("z", z)
-        return channel_affine(z, -self.running_mean, self._log_scale(self.running_var), bias=self.bias, inverse=True)
+        return channel_affine(z, -self.running_mean, self._log_scale(), bias=self.bias, inverse=True)
 
     def evaluation_affine(self, *, inverse: bool) -> tuple[Tensor, Tensor]:
         """Evaluation as numbers a feature: rows a of [3, features] such that y = (x + a[0]) * exp(log_scale) + a[2], a[1] being
         exp(log_scale); and log_scale, which is log|dy/dx|."""
-        mean, log_scale = self.running_mean, self._log_scale(self.running_var)
+        mean, log_scale = self.running_mean, self._log_scale()
         bias = torch.zeros_like(mean) if self.bias is None else self.bias
         if inverse:
             return torch.stack([-bias, (-log_scale).exp(), mean]), -log_scale
         return torch.stack([-mean, log_scale.exp(), bias]), log_scale
 
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=0)
-
-    def _log_scale(self, variance: Tensor) -> Tensor:
-        log_scale = -0.5 * torch.log(variance + self.eps)
-        return log_scale if self.log_gain is None else self.log_gain + log_scale
+    def _log_scale(self) -> Tensor:
+        return log_scale_of(self.running_var, self.log_gain, self.eps)
 
     def _check(self, name: str, x: Tensor) -> None:
         if x.dim() < 2 or x.shape[1] != self.features:

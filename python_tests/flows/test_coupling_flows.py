@@ -149,6 +149,19 @@ def test_compiles_without_graph_breaks(name):
         torch.testing.assert_close(f(x), flow.log_prob(x))
 
 
+@pytest.mark.parametrize("name", ["NICE on images", "RealNVP on images"])
+def test_trains_in_one_graph(name):
+    build, shape = CASES[name]
+    torch.manual_seed(0)
+    flow, x = shaken(build(0)).train(), torch.randn(3, *shape)
+    twin = copy.deepcopy(flow)
+    torch._dynamo.reset()
+    torch.compile(lambda v: -flow.log_prob(v).mean(), fullgraph=True, backend="aot_eager")(x).backward()
+    (-twin.log_prob(x).mean()).backward()
+    torch.testing.assert_close([p.grad for p in flow.parameters()], [p.grad for p in twin.parameters()], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(flow.state_dict(), twin.state_dict())
+
+
 def test_nice_is_the_papers():
     flow = NICE((1, 28, 28))
     assert [layer.part.name for layer in flow.layers[1:5]] == ["ODD", "EVEN", "ODD", "EVEN"] and isinstance(flow.layers[5], DiagonalScale)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from flowkernels.layers import Chain, Dequantize, DiagonalScale, FactorOut, FlowBatchNorm, Logit, Permute, Reshape, Squeeze
+from flowkernels.ops.channel_affine.normalize import normalize_channels
 
 
 def jacobian_logabsdet(function, row):
@@ -137,7 +138,15 @@ class TestFlowBatchNorm:
     def test_gradients_flow_through_the_batch_statistics(self, affine, shape):
         layer = self.layer(affine)
         x = torch.randn(3, *shape, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda v: layer(v), x, fast_mode=True)
+        inputs = (x, *layer.parameters())
+        assert torch.autograd.gradcheck(lambda v, *_: layer(v), inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(lambda v, *_: layer(v), inputs, fast_mode=True)
+
+    def test_batches_are_apart_under_vmap(self, affine, shape):
+        layer, x = self.layer(affine), torch.randn(2, 3, *shape, dtype=torch.float64)
+        loss = lambda v: sum(o.sin().sum() for o in normalize_channels(v, layer.log_gain, layer.bias, 1e-4)[:2])
+        got = torch.func.vmap(torch.func.grad(loss))(x)
+        torch.testing.assert_close(got, torch.stack([torch.func.grad(loss)(v) for v in x]))
 
 
 @pytest.mark.parametrize(

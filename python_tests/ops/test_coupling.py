@@ -113,7 +113,7 @@ def test_every_part_form_and_map(part, form, inverse):
     [(3, 1300), (2, 2600), (700, 3), (2, 3, 33, 33), (1, 2, 3, 2100), (2, 5, 2, 3, 4), (1, 3, 8, 129), (90, 3, 2, 4), (70, 2, 6)],
 )
 def test_sizes_beyond_one_block(shape, part):
-    """Rows, lines and groups of samples that are cut, and small samples that share a block, in every layout, with the same bits; both directions and the backward."""
+    """Rows, lines and groups of samples that are cut, and small samples in one block: the same bits in every layout, both ways."""
     if part.startswith("checkerboard") and len(shape) != 4:
         pytest.skip("a checkerboard is of images")
     learned = 1 if shape[1] % 2 else net_shape(shape, part)[1]

@@ -79,6 +79,14 @@ def _forward(x: Tensor, shift: Tensor | None, log_scale: Tensor, bias: Tensor | 
     return _channel_affine(x, shift, log_scale, bias, inverse)
 
 
+def channel_affine_backward(dy: Tensor, *others) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to x, shift, log_scale and bias; see `channel_affine_backward_reference`."""
+    # double backward differentiates the reference once more
+    if torch.is_grad_enabled() or wants_reference("channel_affine_backward", dy.device):
+        return channel_affine_backward_reference(dy, *others)
+    return _channel_affine_backward(dy, *others)
+
+
 class _ChannelAffine(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -94,10 +102,8 @@ class _ChannelAffine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor, dlogabsdet: Tensor):
         kept, shift, log_scale, bias = ctx.saved_tensors
-        # double backward differentiates the reference once more
-        by_reference = torch.is_grad_enabled() or wants_reference("channel_affine_backward", dy.device)
-        backward = channel_affine_backward_reference if by_reference else _channel_affine_backward
-        dx, dshift, dlog_scale, dbias = backward(dy, dlogabsdet, kept, shift, log_scale, bias, ctx.inverse, ctx.keeps_output)
+        arguments = (dy, dlogabsdet, kept, shift, log_scale, bias, ctx.inverse, ctx.keeps_output)
+        dx, dshift, dlog_scale, dbias = channel_affine_backward(*arguments)
         return dx, None if shift is None else dshift, dlog_scale, None if bias is None else dbias, None, None
 
 
