@@ -63,6 +63,14 @@ def test_sizes_beyond_a_tile(shape):
     assert_equals_reference(inputs(shape), inverse=True, keep="output")
 
 
+def test_many_tiles_are_added_up_by_torch(monkeypatch):
+    from flowkernels.ops.channel_affine import kernels
+
+    monkeypatch.setattr(kernels, "_MOST_PARTS", 2)
+    assert_equals_reference(inputs((2, 3, 33, 65)))
+    assert_equals_reference(inputs((600, 8)), inverse=True, keep="output")
+
+
 @pytest.mark.parametrize("without", [(1,), (3,), (1, 3)])
 def test_without_a_shift_or_bias(without):
     tensors = [None if i in without else t for i, t in enumerate(inputs((3, 4, 2)))]

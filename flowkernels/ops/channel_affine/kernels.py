@@ -16,6 +16,7 @@ from ..tiles_triton import FLOATS, OPTIONS, Tiling, four_dimensional, offsets, s
 
 _BLOCK = tl.constexpr(1024)
 _ROWS = tl.constexpr(32)
+_MOST_PARTS = 1024
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def _channel_affine_kernel(
     BB: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     # BB samples, one segment of their channels and sites
-    b = tl.program_id(0) * BB + tl.arange(0, BB)
+    b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
     tiles_s = tl.cdiv(sites, BS)
     first = tl.program_id(1) * per_segment
     for tile in range(first, tl.minimum(first + per_segment, tl.cdiv(C, BC) * tiles_s)):
@@ -71,7 +72,7 @@ def _channel_affine_backward_kernel(
     LAYOUT: tl.constexpr, FLOAT: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     # parts [2, batch tiles * site tiles, C]: sums of dy, and of dy * (y - after) or dy * (x + before)
-    b = tl.program_id(0) * BB + tl.arange(0, BB)
+    b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
     tiles_s = tl.cdiv(sites, BS)
     first = tl.program_id(1) * per_segment
     for tile in range(first, tl.minimum(first + per_segment, tl.cdiv(C, BC) * tiles_s)):
@@ -154,6 +155,8 @@ def channel_affine_backward_triton(
         _channel_affine_backward_kernel[tiling.grid(len(dy))](
             *tensors[:2], before, log_scale, after, tensors[2], parts, *all_strides, *sizes, rows, FROM_OUTPUT=from_output, **meta
         )
+    if rows > _MOST_PARTS:  # one program adds up a channel's, which would take longer than the map
+        parts, rows = parts.sum(1, keepdim=True), 1
     block = min(32, triton.next_power_of_2(channels))
     _parameters_kernel[(triton.cdiv(channels, block),)](
         parts, dlogabsdet, log_scale, dshift, dlog_scale, dbias, len(dy), sizes[1], dlogabsdet.stride(0), rows,

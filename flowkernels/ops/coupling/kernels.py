@@ -63,7 +63,7 @@ def _coupling_kernel(
     BB: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, LOG2_TILE: tl.constexpr,
 ):  # fmt: skip
     # BB samples, one segment of their T transformed and U untouched channels; log-determinants go to [batch, segments]
-    b = tl.program_id(0) * BB + tl.arange(0, BB)
+    b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
     tiles_s = tl.cdiv(sites, BS)
     tiles = tl.cdiv(tl.maximum(T, U), BC) * tiles_s
     first = tl.program_id(1) * per_segment
@@ -78,7 +78,7 @@ def _coupling_kernel(
         shift = -shift if DIVIDES else shift
         if AFFINE:
             raw = tl.load(raw_ptr + offsets(raw_strides, b, c, s, W, LAYOUT), mask=inside, other=0.0).to(FLOAT)
-            a = tl.load(a_ptr + c * a_stride, mask=c < T, other=0.0)[None, :, None] if HAS_A else 0.0
+            a = tl.load(a_ptr + c.to(tl.int64) * a_stride, mask=c < T, other=0.0)[None, :, None] if HAS_A else 0.0
             v, log = _factor(raw, a, MAP, DIVIDES, HAS_A)
             counts = inside & _is_transformed(s, W, CHECKERBOARD) if CHECKERBOARD >= 0 else inside
             total += tl.where(counts, log, 0.0)
@@ -101,7 +101,7 @@ def _coupling_kernel(
             tl.store(y_ptr + offsets(y_strides, b, c * STEP + U_FIRST, s, W, LAYOUT), x, mask=inside)
     if AFFINE:
         logabsdet = tree_sum(tl.reshape(total, (BB, BC * BS)), BB, BC * BS, LOG2_TILE)
-        tl.store(log_ptr + b.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), logabsdet, mask=b < B)
+        tl.store(log_ptr + b * tl.num_programs(1) + tl.program_id(1), logabsdet, mask=b < B)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -115,11 +115,11 @@ def _coupling_backward_kernel(
     BB: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     # the same tiles; gradients to a learned a go to [batch tiles, site tiles, T], each summed over one tile
-    b = tl.program_id(0) * BB + tl.arange(0, BB)
+    b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
     tiles_s = tl.cdiv(sites, BS)
     tiles = tl.cdiv(tl.maximum(T, U), BC) * tiles_s
     first = tl.program_id(1) * per_segment
-    dlogabsdet = tl.load(dlog_ptr + b.to(tl.int64) * dlog_stride, mask=b < B, other=0.0)[:, None, None]
+    dlogabsdet = tl.load(dlog_ptr + b * dlog_stride, mask=b < B, other=0.0)[:, None, None]
     for tile in range(first, tl.minimum(first + per_segment, tiles)):
         c = tile // tiles_s * BC + tl.arange(0, BC)
         s = tile % tiles_s * BS + tl.arange(0, BS)
@@ -128,7 +128,7 @@ def _coupling_backward_kernel(
         kept = tl.load(kept_ptr + offsets(kept_strides, b, c * STEP + T_FIRST, s, W, LAYOUT), mask=inside, other=0.0).to(FLOAT)
         shift = tl.load(shift_ptr + offsets(shift_strides, b, c, s, W, LAYOUT), mask=inside, other=0.0).to(FLOAT)
         raw = tl.load(raw_ptr + offsets(raw_strides, b, c, s, W, LAYOUT), mask=inside, other=0.0).to(FLOAT)
-        a = tl.load(a_ptr + c * a_stride, mask=c < T, other=0.0)[None, :, None] if HAS_A else 1.0
+        a = tl.load(a_ptr + c.to(tl.int64) * a_stride, mask=c < T, other=0.0)[None, :, None] if HAS_A else 1.0
         shift = -shift if DIVIDES else shift
         v, _ = _factor(raw, a, MAP, DIVIDES, HAS_A)
         dold = dnew * v
