@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..layers import ActNormConv1x1, AdditiveCoupling, AffineCoupling, FactorOut, Reshape, Squeeze
 from ..layers.invertible_conv1x1 import Folded, fold
-from ..ops import ScaleMap
+from ..ops import ScaleMap, glow_step
 from .flow import Flow
 from .networks import ConvNet, ZeroConv2d
 
@@ -77,7 +77,11 @@ class Glow(Flow):
 
 
 class _Steps(nn.Module):
-    """The steps of one level. Their matrices, all of one size, are computed in one go before the first."""
+    """The steps of one level. Their matrices, all of one size, are computed in one go before the first.
+
+    On a CPU each coupling is joined with the actnorm and the convolution that come next, and channels lie last all the way: there
+    torch's convolutions take 0.7 of the time.
+    """
 
     def __init__(self, steps) -> None:
         super().__init__()
@@ -85,25 +89,69 @@ class _Steps(nn.Module):
         self.mixings, self.couplings = nn.ModuleList(mixings), nn.ModuleList(couplings)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = None
-        for mixing, coupling, folded in zip(self.mixings, self.couplings, self._fold(), strict=True):
-            x, a = mixing(x, folded=folded)
+        folded = self._fold()
+        if folded[0] is not None and self._joins(x):
+            return self._joined(x, context, folded)
+        logabsdets = []
+        for mixing, coupling, each in zip(self.mixings, self.couplings, folded, strict=True):
+            x, a = mixing(x, folded=each)
             x, b = coupling(x, context)
-            total = a + b if total is None else total + a + b
-        return x, total
+            logabsdets += [a, b]
+        return x, _total(logabsdets)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = None
-        for mixing, coupling, folded in list(zip(self.mixings, self.couplings, self._fold(inverse=True), strict=True))[::-1]:
+        folded = self._fold(inverse=True)
+        if folded[0] is not None and self._joins(z):
+            return self._joined_inverse(z, context, folded)
+        logabsdets = []
+        for mixing, coupling, each in list(zip(self.mixings, self.couplings, folded, strict=True))[::-1]:
             z, a = coupling.inverse(z, context)
-            z, b = mixing.inverse(z, folded=folded)
-            total = a + b if total is None else total + a + b
-        return z, total
+            z, b = mixing.inverse(z, folded=each)
+            logabsdets += [a, b]
+        return z, _total(logabsdets)
 
     def _fold(self, *, inverse: bool = False) -> list[Folded | None]:
         if not all(mixing.actnorm.ready for mixing in self.mixings):
             return [None] * len(self.mixings)  # the first batch changes the matrices
         return fold(self.mixings, inverse=inverse)
+
+    def _joins(self, x: Tensor) -> bool:
+        affine = isinstance(self.couplings[0], AffineCoupling)
+        return affine and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+
+    def _joined(self, x: Tensor, context: Tensor | None, folded: list[Folded]) -> tuple[Tensor, Tensor]:
+        rows = (x.movedim(1, -1) + self.mixings[0].actnorm.bias) @ folded[0].weight.mT
+        passing = rows[..., : rows.shape[-1] // 2]
+        logabsdets = [_sites(x) * torch.stack([each.logabsdet for each in folded]).sum().expand(x.shape[0])]
+        for i, coupling in enumerate(self.couplings[:-1]):
+            raw = coupling.conditioner(passing.movedim(-1, 1), *_given(context)).movedim(1, -1)
+            rows, logabsdet, passing = glow_step(rows, raw, folded[i + 1].weight, self.mixings[i + 1].actnorm.bias)
+            logabsdets.append(logabsdet)
+        y, logabsdet = self.couplings[-1](rows.movedim(-1, 1), context)
+        return y, _total([*logabsdets, logabsdet])
+
+    def _joined_inverse(self, z: Tensor, context: Tensor | None, folded: list[Folded]) -> tuple[Tensor, Tensor]:
+        rows = z.movedim(1, -1).contiguous()
+        passing = rows[..., : rows.shape[-1] // 2]
+        logabsdets = [_sites(z) * torch.stack([each.logabsdet for each in folded]).sum().expand(z.shape[0])]
+        for i in reversed(range(len(folded))):
+            raw = self.couplings[i].conditioner(passing.movedim(-1, 1), *_given(context)).movedim(1, -1)
+            rows, logabsdet, passing = glow_step(rows, raw, folded[i].weight, self.mixings[i].actnorm.bias, inverse=True)
+            logabsdets.append(logabsdet)
+        return rows.movedim(-1, 1), _total(logabsdets)
+
+
+def _given(context: Tensor | None) -> tuple[Tensor, ...]:
+    return () if context is None else (context,)
+
+
+def _sites(x: Tensor) -> int:
+    return x.shape[2:].numel()
+
+
+def _total(logabsdets: list[Tensor]) -> Tensor:
+    """The sum of tensors [batch]: one op for many."""
+    return torch.stack(logabsdets).sum(0)
 
 
 class _Prior(nn.Module):

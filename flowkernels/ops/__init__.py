@@ -4,6 +4,7 @@ from .activation import Activation
 from .autoregressive import Conditioner, Map, MaskedLayer, autoregressive, autoregressive_stack, check_conditioner
 from .channel_affine import channel_affine
 from .coupling import Part, coupling, parse_part
+from .glow_step import glow_step
 from .lu import slogdet, slogdet_inverse
 from .masked_linear import masked_linear
 from .scale_map import Form, ScaleMap
@@ -21,6 +22,7 @@ __all__ = [
     "channel_affine",
     "check_conditioner",
     "coupling",
+    "glow_step",
     "masked_linear",
     "parse_part",
     "slogdet",

@@ -1,0 +1,113 @@
+"""The end of one Glow step and the beginning of the next in one pass (Kingma & Dhariwal 2018): coupling, actnorm, 1x1 convolution.
+
+    h = coupling of x                       the first half of the channels passes, the second is (x + shift) * sigmoid(s + 2)
+    y = W (h + bias)                        actnorm and convolution of the next step, actnorm's scale being part of W
+    inverse: y = W h - bias                 the whole inverse of one step: the coupling undone, then the convolution and actnorm
+
+Between the two there is no trip through memory, and backward needs neither h nor what the coupling's slices and sums would make.
+"""
+
+import torch
+from torch import Tensor
+
+from ..._backend import wants_reference
+from ..._library import library
+from .._differentiation import apply_function, needs_autograd, transformed
+from .reference import glow_step_backward_reference, glow_step_reference
+
+library.define("glow_step(Tensor x, Tensor raw, Tensor weight, Tensor bias, bool inverse) -> (Tensor, Tensor, Tensor)")
+library.define(
+    "glow_step_backward(Tensor dy, Tensor dlogabsdet, Tensor? dpassing, Tensor x, Tensor raw, Tensor weight, Tensor bias, bool inverse) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _composite(*arguments) -> tuple[Tensor, ...]:
+    return tuple(t.contiguous() for t in glow_step_reference(*arguments))
+
+
+def _composite_backward(*arguments) -> tuple[Tensor, ...]:
+    return tuple(t.contiguous() for t in glow_step_backward_reference(*arguments))
+
+
+library.impl("glow_step", _composite, "CompositeExplicitAutograd")
+library.impl("glow_step_backward", _composite_backward, "CompositeExplicitAutograd")
+_glow_step = torch.ops.flowkernels.glow_step.default
+_glow_step_backward = torch.ops.flowkernels.glow_step_backward.default
+
+
+@torch.library.register_fake("flowkernels::glow_step", lib=library)
+def _(x: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1]), x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+@torch.library.register_fake("flowkernels::glow_step_backward", lib=library)
+def _(dy: Tensor, dlogabsdet: Tensor, dpassing: Tensor | None, x: Tensor, raw: Tensor, weight: Tensor, bias: Tensor, inverse: bool):
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(weight.shape), x.new_empty(bias.shape)
+
+
+class _GlowStep(torch.autograd.Function):
+    @staticmethod
+    def forward(x, raw, weight, bias, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return _glow_step(x, raw, weight, bias, inverse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs) -> None:
+        *tensors, ctx.inverse = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor | None, dlogabsdet: Tensor | None, dpassing: Tensor | None):
+        tensors = ctx.saved_tensors
+        x = tensors[0]
+        dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+        dlogabsdet = x.new_zeros(x.shape[:1]) if dlogabsdet is None else dlogabsdet.contiguous()
+        dpassing = None if dpassing is None else dpassing.contiguous()
+        # double backward differentiates the reference once more
+        backward = glow_step_backward_reference if torch.is_grad_enabled() else _glow_step_backward
+        return (*backward(dy, dlogabsdet, dpassing, *tensors, ctx.inverse), None)
+
+
+def glow_step(x: Tensor, raw: Tensor, weight: Tensor, bias: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Glow's affine coupling, and the actnorm and 1x1 convolution that follow it (Kingma & Dhariwal 2018, section 3).
+
+            h = [x1, (x2 + shift) * sigmoid(s + 2)]    y = weight (h + bias)
+        h = [x1, x2 / sigmoid(s + 2) - shift]      y = weight h - bias      inverse
+
+    x1 and x2 are the halves of the channels; channel 2i of raw is the shift and 2i + 1 the raw scale s. The gradient is one kernel too.
+
+    Args:
+        x: [batch, *sites, channels], an even number of channels, float32 or float64.
+        raw: what the conditioner made of x1, like x.
+        weight: [channels, channels]. bias: [channels].
+        inverse: the coupling undone, and the bias taken away last.
+
+    Returns:
+        y, like x; log|det| of the coupling alone (nats), [batch], with the dtype of x; and the first half of y's channels, contiguous:
+        what the next conditioner is called with.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or the channels are odd.
+    """
+    _check(x, raw, weight, bias)
+    if transformed() or wants_reference("glow_step", x.device):
+        return glow_step_reference(x, raw, weight, bias, inverse)
+    tensors = (x.contiguous(), raw.contiguous(), weight.contiguous(), bias.contiguous())
+    if needs_autograd(tensors):
+        return apply_function(_GlowStep, *tensors, inverse)
+    return _glow_step(*tensors, inverse)
+
+
+def _check(x: Tensor, raw: Tensor, weight: Tensor, bias: Tensor) -> None:
+    shape = x.shape
+    if len(shape) < 2 or shape[-1] % 2 or 0 in shape[1:] or x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"x must be float32 or float64, [batch, *sites, channels] with an even number of channels; got {x.dtype}, {list(shape)}"
+        )
+    c = shape[-1]
+    for name, t, expected in (("raw", raw, shape), ("weight", weight, (c, c)), ("bias", bias, (c,))):
+        if t.shape != expected or t.dtype != x.dtype or t.device != x.device:
+            raise ValueError(
+                f"{name} must be {list(expected)}, {x.dtype} on {x.device}, to fit x; got {list(t.shape)}, {t.dtype} on {t.device}"
+            )
