@@ -140,7 +140,7 @@ def _conditioners(steps: int, rows: Tensor, grad: bool) -> Competitor:
             nets.extend(_moved(ConvNet(channels // 2, HIDDEN, channels)) for _ in range(steps))
             inputs += [torch.randn(BATCH, channels // 2, side, side, device=rows.device, requires_grad=grad)] * steps
         nets.to(rows.device)
-        optimizer = torch.optim.Adam(nets.parameters(), lr=0.0)
+        optimizer = torch.optim.Adam(nets.parameters(), lr=0.0, fused=True)
 
         def run() -> list[Tensor]:
             outputs = [net(x) for net, x in zip(nets, inputs, strict=True)]

@@ -136,10 +136,11 @@ class ConvNet(nn.Module):
         if x.device.type == "cpu":  # torch's convolutions are quickest there with channels last, and a 1 x 1 one is a matrix product
             x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
             h = F.relu(self.conv_in(x), inplace=True).permute(0, 2, 3, 1)
-            h = F.linear(h, self.conv_mid.weight.flatten(1), self.conv_mid.bias).permute(0, 3, 1, 2)
+            rows = F.linear(h.flatten(0, 2), self.conv_mid.weight.flatten(1), self.conv_mid.bias)
+            h = F.relu(rows, inplace=True).view(h.shape).permute(0, 3, 1, 2)
         else:
-            h = self.conv_mid(F.relu(self.conv_in(x), inplace=True))
-        return self.conv_out(F.relu(h, inplace=True))
+            h = F.relu(self.conv_mid(F.relu(self.conv_in(x), inplace=True)), inplace=True)
+        return self.conv_out(h)
 
 
 def _joined(x: Tensor, context: Tensor | None) -> Tensor:

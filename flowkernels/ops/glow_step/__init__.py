@@ -72,7 +72,7 @@ class _GlowStep(torch.autograd.Function):
 def glow_step(x: Tensor, raw: Tensor, weight: Tensor, bias: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Glow's affine coupling, and the actnorm and 1x1 convolution that follow it (Kingma & Dhariwal 2018, section 3).
 
-            h = [x1, (x2 + shift) * sigmoid(s + 2)]    y = weight (h + bias)
+        h = [x1, (x2 + shift) * sigmoid(s + 2)]    y = weight (h + bias)
         h = [x1, x2 / sigmoid(s + 2) - shift]      y = weight h - bias      inverse
 
     x1 and x2 are the halves of the channels; channel 2i of raw is the shift and 2i + 1 the raw scale s. The gradient is one kernel too.
