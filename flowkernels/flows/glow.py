@@ -90,53 +90,53 @@ class _Steps(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         folded = self._fold()
-        if folded[0] is not None and self._joins(x):
+        if folded is not None and self._joins(x):
             return self._joined(x, context, folded)
         logabsdets = []
-        for mixing, coupling, each in zip(self.mixings, self.couplings, folded, strict=True):
-            x, a = mixing(x, folded=each)
+        for i, (mixing, coupling) in enumerate(zip(self.mixings, self.couplings, strict=True)):
+            x, a = mixing(x) if folded is None else mixing(x, folded=folded, at=i)
             x, b = coupling(x, context)
             logabsdets += [a, b]
         return x, _total(logabsdets)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         folded = self._fold(inverse=True)
-        if folded[0] is not None and self._joins(z):
+        if folded is not None and self._joins(z):
             return self._joined_inverse(z, context, folded)
         logabsdets = []
-        for mixing, coupling, each in list(zip(self.mixings, self.couplings, folded, strict=True))[::-1]:
-            z, a = coupling.inverse(z, context)
-            z, b = mixing.inverse(z, folded=each)
+        for i in reversed(range(len(self.mixings))):
+            z, a = self.couplings[i].inverse(z, context)
+            z, b = self.mixings[i].inverse(z) if folded is None else self.mixings[i].inverse(z, folded=folded, at=i)
             logabsdets += [a, b]
         return z, _total(logabsdets)
 
-    def _fold(self, *, inverse: bool = False) -> list[Folded | None]:
+    def _fold(self, *, inverse: bool = False) -> Folded | None:
         if not all(mixing.actnorm.ready for mixing in self.mixings):
-            return [None] * len(self.mixings)  # the first batch changes the matrices
+            return None  # the first batch changes the matrices
         return fold(self.mixings, inverse=inverse)
 
     def _joins(self, x: Tensor) -> bool:
         affine = isinstance(self.couplings[0], AffineCoupling)
         return affine and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
 
-    def _joined(self, x: Tensor, context: Tensor | None, folded: list[Folded]) -> tuple[Tensor, Tensor]:
-        rows = (x.movedim(1, -1) + self.mixings[0].actnorm.bias) @ folded[0].weight.mT
+    def _joined(self, x: Tensor, context: Tensor | None, folded: Folded) -> tuple[Tensor, Tensor]:
+        rows = (x.movedim(1, -1) + self.mixings[0].actnorm.bias) @ folded.weights[0].mT
         passing = rows[..., : rows.shape[-1] // 2]
-        logabsdets = [_sites(x) * torch.stack([each.logabsdet for each in folded]).sum().expand(x.shape[0])]
+        logabsdets = [_sites(x) * folded.logabsdets.sum().expand(x.shape[0])]
         for i, coupling in enumerate(self.couplings[:-1]):
             raw = coupling.conditioner(passing.movedim(-1, 1), *_given(context)).movedim(1, -1)
-            rows, logabsdet, passing = glow_step(rows, raw, folded[i + 1].weight, self.mixings[i + 1].actnorm.bias)
+            rows, logabsdet, passing = glow_step(rows, raw, folded.weights[i + 1], self.mixings[i + 1].actnorm.bias)
             logabsdets.append(logabsdet)
         y, logabsdet = self.couplings[-1](rows.movedim(-1, 1), context)
         return y, _total([*logabsdets, logabsdet])
 
-    def _joined_inverse(self, z: Tensor, context: Tensor | None, folded: list[Folded]) -> tuple[Tensor, Tensor]:
+    def _joined_inverse(self, z: Tensor, context: Tensor | None, folded: Folded) -> tuple[Tensor, Tensor]:
         rows = z.movedim(1, -1).contiguous()
         passing = rows[..., : rows.shape[-1] // 2]
-        logabsdets = [_sites(z) * torch.stack([each.logabsdet for each in folded]).sum().expand(z.shape[0])]
-        for i in reversed(range(len(folded))):
+        logabsdets = [_sites(z) * folded.logabsdets.sum().expand(z.shape[0])]
+        for i in reversed(range(len(self.couplings))):
             raw = self.couplings[i].conditioner(passing.movedim(-1, 1), *_given(context)).movedim(1, -1)
-            rows, logabsdet, passing = glow_step(rows, raw, folded[i].weight, self.mixings[i].actnorm.bias, inverse=True)
+            rows, logabsdet, passing = glow_step(rows, raw, folded.weights[i], self.mixings[i].actnorm.bias, inverse=True)
             logabsdets.append(logabsdet)
         return rows.movedim(-1, 1), _total(logabsdets)
 

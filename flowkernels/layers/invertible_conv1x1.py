@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops import slogdet, slogdet_inverse
+from ..ops import lu_fold, slogdet, slogdet_inverse
 from .actnorm import ActNorm
 
 
@@ -19,10 +19,10 @@ class Frozen(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """What `fold` makes of an actnorm and a convolution: one matrix, in the direction asked for, and log|det| of it."""
+    """What `fold` makes of actnorms and convolutions: a matrix for each, in the direction asked for, and log|det| of each, [layers]."""
 
-    weight: Tensor
-    logabsdet: Tensor
+    weights: Sequence[Tensor]
+    logabsdets: Tensor
 
 
 class InvertibleConv1x1(nn.Module):
@@ -77,7 +77,7 @@ class InvertibleConv1x1(nn.Module):
     def weight(self) -> Tensor:
         """W, [channels, channels]."""
         kept = self.kept()
-        return _weights([self])[0] if kept is None else kept.weight
+        return _compose([self]).weights[0] if kept is None else kept.weight
 
     def weight_logabsdet(self) -> Tensor:
         """log|det W|, in float32, or float64 for a float64 weight."""
@@ -89,8 +89,8 @@ class InvertibleConv1x1(nn.Module):
         kept = self.kept()
         if kept is not None:
             return kept.logabsdet, kept.inverse
-        logabsdets, inverses = _logabsdets_and_inverses([self])
-        return logabsdets[0], inverses[0]
+        inverses, logabsdets = _compose([self], inverse=True)
+        return -logabsdets[0], inverses[0]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _check_channels(x, self.channels)
@@ -144,45 +144,42 @@ class ActNormConv1x1(nn.Module):
         self.actnorm = ActNorm(channels)
         self.conv = InvertibleConv1x1(channels, parametrization=parametrization)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, *, folded: Folded | None = None) -> tuple[Tensor, Tensor]:
-        """folded: this layer's `fold`, where it is known already."""
+    def forward(self, x: Tensor, context: Tensor | None = None, *, folded: Folded | None = None, at: int = 0) -> tuple[Tensor, Tensor]:
+        """folded: what `fold` made of several layers, of which this is number `at`, where it is known already."""
         self.actnorm.prepare(x)
-        weight, logabsdet = fold([self])[0] if folded is None else folded
+        weight, logabsdet = _number(at, fold([self]) if folded is None else folded)
         return conv1x1(x, weight, before=self.actnorm.bias), _over_sites(logabsdet, x)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None, *, folded: Folded | None = None) -> tuple[Tensor, Tensor]:
-        """folded: this layer's `fold(..., inverse=True)`, where it is known already."""
+    def inverse(self, z: Tensor, context: Tensor | None = None, *, folded: Folded | None = None, at: int = 0) -> tuple[Tensor, Tensor]:
+        """folded: what `fold(..., inverse=True)` made of several layers, of which this is number `at`, where it is known already."""
         self.actnorm.prepare_inverse(z)
-        weight, logabsdet = fold([self], inverse=True)[0] if folded is None else folded
+        weight, logabsdet = _number(at, fold([self], inverse=True) if folded is None else folded)
         return conv1x1(z, weight, after=-self.actnorm.bias), _over_sites(logabsdet, z)
 
 
-def fold(layers: Sequence[ActNormConv1x1], *, inverse: bool = False) -> list[Folded]:
+def fold(layers: Sequence[ActNormConv1x1], *, inverse: bool = False) -> Folded:
     """The matrix of each layer, W diag(exp(log_scale)) or its inverse, and log|det| of it.
 
-    What all layers of one size need is computed in one go: a deep Glow has as many factorisations, and as many chains of small ops, as
-    it has distinct sizes. An actnorm that is not initialised yet changes what its layer's matrix is.
+    What all layers of one size need is computed in one go: a deep Glow has as many factorisations, and as many calls, as it has distinct
+    sizes. An actnorm that is not initialised yet changes what its layer's matrix is.
     """
-    results: list[Folded | None] = [None] * len(layers)
     groups: dict[tuple, list[int]] = {}
     for i, layer in enumerate(layers):
         groups.setdefault((_kind(layer.conv), layer.conv.kept() is None), []).append(i)
+    parts = []
     for (_, anew), members in groups.items():
-        convs = [layers[i].conv for i in members]
-        log_scale = _stack([layers[i].actnorm.log_scale for i in members])
-        if not anew:
-            kept = [conv.kept() for conv in convs]
-            weight = _stack([k.inverse if inverse else k.weight for k in kept])
-            logabsdet = _stack([k.logabsdet for k in kept])
-        elif inverse:
-            logabsdet, weight = _logabsdets_and_inverses(convs)
-        else:
-            weight, logabsdet = _weights(convs), _logabsdets(convs)
-        weight = weight * (log_scale.neg().exp()[:, :, None] if inverse else log_scale.exp()[:, None])
-        logabsdet = logabsdet + log_scale.to(logabsdet.dtype).sum(1)
-        for i, *each in zip(members, weight.unbind(), (logabsdet.neg() if inverse else logabsdet).unbind(), strict=True):
-            results[i] = Folded(*each)
-    return results
+        compose = _compose if anew else _recall
+        scales = [layers[i].actnorm.log_scale for i in members]
+        parts.append(compose([layers[i].conv for i in members], scales, inverse=inverse))
+    if len(parts) == 1:
+        return parts[0]
+    order = [i for members in groups.values() for i in members]
+    weights, logabsdets = (dict(zip(order, [t for part in parts for t in part[k]], strict=True)) for k in (0, 1))
+    return Folded([weights[i] for i in range(len(layers))], torch.stack([logabsdets[i] for i in range(len(layers))]))
+
+
+def _number(at: int, folded: Folded) -> tuple[Tensor, Tensor]:
+    return folded.weights[at], folded.logabsdets[at]
 
 
 def conv1x1(x: Tensor, weight: Tensor, *, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
@@ -250,37 +247,41 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
-def _weights(layers: Sequence[InvertibleConv1x1]) -> Tensor:
-    """W of each of some layers of one kind, [layers, C, C]."""
-    if layers[0].parametrization == "plain":
-        return _stack([layer.plain_weight for layer in layers])
-    names = ("factors", "log_diagonal", "sign", "row")
-    factors, log_diagonal, sign, row = (_stack([getattr(layer, name) for layer in layers]) for name in names)
-    dtype = factors.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        factors, log_diagonal = factors.float(), log_diagonal.float()
-    upper = factors.triu(1) + torch.diag_embed(sign * log_diagonal.exp())
-    multiply = lambda: torch.baddbmm(upper, factors.tril(-1), upper)  # L U = U + (L - 1) U
-    if torch.is_autocast_enabled(factors.device.type):
-        with torch.autocast(factors.device.type, enabled=False):
-            product = multiply()
+def _compose(layers: Sequence[InvertibleConv1x1], log_scales: Sequence[Tensor] = (), *, inverse: bool = False) -> Folded:
+    """W diag(exp(log_scale)) of some layers of one kind, or its inverse, which is computed in float64, in one call."""
+    if layers[0].parametrization == "lu":
+        names = ("factors", "log_diagonal", "sign", "row")
+        weights, logabsdets = lu_fold(*([getattr(layer, name) for layer in layers] for name in names), log_scales, inverse=inverse)
+        return Folded(weights.unbind(), logabsdets)
+    weights = _stack([layer.plain_weight for layer in layers])
+    if inverse:
+        _, logabsdets, weights = slogdet_inverse(weights, in_float64=True)
     else:
-        product = multiply()
-    return product.gather(1, row[:, :, None].expand_as(product)).to(dtype)
+        _, logabsdets = slogdet(weights)
+    return _scaled(weights, logabsdets, log_scales, inverse)
+
+
+def _recall(layers: Sequence[InvertibleConv1x1], log_scales: Sequence[Tensor], *, inverse: bool = False) -> Folded:
+    """The same from what `freeze` keeps."""
+    kept = [layer.kept() for layer in layers]
+    return _scaled(_stack([k.inverse if inverse else k.weight for k in kept]), _stack([k.logabsdet for k in kept]), log_scales, inverse)
+
+
+def _scaled(weights: Tensor, logabsdets: Tensor, log_scales: Sequence[Tensor], inverse: bool) -> Folded:
+    """weights: of the convolutions, or their inverses. logabsdets: of the convolutions."""
+    if log_scales:
+        scales = _stack(log_scales)
+        weights = weights * (scales.neg().exp()[:, :, None] if inverse else scales.exp()[:, None])
+        logabsdets = logabsdets + scales.to(logabsdets.dtype).sum(1)
+    return Folded(weights.unbind(), logabsdets.neg() if inverse else logabsdets)
 
 
 def _logabsdets(layers: Sequence[InvertibleConv1x1]) -> Tensor:
     """log|det W| of each of some layers of one kind, [layers]: one call of `ops.slogdet` for all plain weights."""
     if layers[0].parametrization == "plain":
-        return slogdet(_weights(layers))[1]
+        return slogdet(_stack([layer.plain_weight for layer in layers]))[1]
     log_diagonal = _stack([layer.log_diagonal for layer in layers])
     return log_diagonal.to(torch.promote_types(log_diagonal.dtype, torch.float32)).sum(1)
-
-
-def _logabsdets_and_inverses(layers: Sequence[InvertibleConv1x1]) -> tuple[Tensor, Tensor]:
-    """log|det W| and W^-1 of each of some layers of one kind, from one call of `ops.slogdet_inverse`, in float64."""
-    _, logabsdets, inverses = slogdet_inverse(_weights(layers), in_float64=True)
-    return (logabsdets if layers[0].parametrization == "plain" else _logabsdets(layers)), inverses
 
 
 def _random_rotation(channels: int) -> Tensor:

@@ -5,7 +5,7 @@ from .autoregressive import Conditioner, Map, MaskedLayer, autoregressive, autor
 from .channel_affine import channel_affine
 from .coupling import Part, coupling, parse_part
 from .glow_step import glow_step
-from .lu import slogdet, slogdet_inverse
+from .lu import lu_fold, slogdet, slogdet_inverse
 from .masked_linear import masked_linear
 from .scale_map import Form, ScaleMap
 
@@ -23,6 +23,7 @@ __all__ = [
     "check_conditioner",
     "coupling",
     "glow_step",
+    "lu_fold",
     "masked_linear",
     "parse_part",
     "slogdet",

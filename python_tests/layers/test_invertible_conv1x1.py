@@ -126,8 +126,11 @@ def test_many_layers_are_folded_in_one_call_for_each_size(monkeypatch, inverse):
     name, sizes = "slogdet_inverse" if inverse else "slogdet", []
     computed = getattr(module, name)
     monkeypatch.setattr(module, name, lambda w, **options: sizes.append(tuple(w.shape)) or computed(w, **options))
-    together = [way(*each, folded=folded) for *each, folded in zip(layers, x, fold(layers, inverse=inverse), strict=True)]
-    assert sizes == [(2, 4, 4), (2, 6, 6)] + [(2, 4, 4)] * inverse
+    of_factors, counts = module.lu_fold, []
+    monkeypatch.setattr(module, "lu_fold", lambda factors, *a, **options: counts.append(len(factors)) or of_factors(factors, *a, **options))
+    folded = fold(layers, inverse=inverse)
+    together = [way(layer, rows, folded=folded, at=i) for i, (layer, rows) in enumerate(zip(layers, x, strict=True))]
+    assert sizes == [(2, 4, 4), (2, 6, 6)] and counts == [2]
     torch.testing.assert_close(together, alone)
     torch.testing.assert_close(torch.autograd.grad(loss(together), parameters), torch.autograd.grad(loss(alone), parameters))
 

@@ -12,7 +12,10 @@ from torch import Tensor
 from ..._backend import wants_reference
 from ..._library import library
 from .._differentiation import needs_autograd
+from .fold import lu_fold
 from .reference import slogdet_inverse_reference, slogdet_reference
+
+__all__ = ["lu_fold", "slogdet", "slogdet_inverse"]
 
 library.define("slogdet(Tensor w, bool in_float64) -> (Tensor, Tensor)")
 library.define("slogdet_inverse(Tensor w, bool in_float64) -> (Tensor, Tensor, Tensor)")

@@ -1,0 +1,138 @@
+"""Weights that are parametrised by LU factors, with a scale for each of their columns: composed or inverted, all of one size in one call.
+
+    weight = P L (U + diag(sign * exp(log_diagonal))) diag(exp(log_scale)),   logabsdet = sum log_diagonal + sum log_scale
+
+(Glow, Kingma & Dhariwal 2018, section 3.2, with actnorm's scale.) L is unit lower triangular and U strictly upper triangular; `factors`
+holds both. Row i of P A is row row[i] of A. The inverse is computed in float64, from the factors: there is nothing to pivot.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..._backend import wants_reference
+from ..._library import library
+from .._differentiation import apply_function, needs_autograd, transformed
+from .reference import lu_fold_backward_reference, lu_fold_reference
+
+_LISTS = "Tensor[] factors, Tensor[] log_diagonal, Tensor[] log_scale, Tensor[] sign, Tensor[] row, bool inverse"
+library.define(f"lu_fold({_LISTS}) -> (Tensor, Tensor)")
+library.define(f"lu_fold_backward(Tensor dweight, Tensor dlogabsdet, Tensor weight, {_LISTS}) -> (Tensor, Tensor, Tensor)")
+
+
+def _stacked(factors, log_diagonal, log_scale, sign, row, inverse: bool) -> tuple:
+    stack = lambda tensors: torch.stack(list(tensors))
+    return stack(factors), stack(log_diagonal), stack(log_scale) if log_scale else None, stack(sign), stack(row), inverse
+
+
+def _composite(*lists) -> tuple[Tensor, Tensor]:
+    return lu_fold_reference(*_stacked(*lists))
+
+
+def _composite_backward(dweight: Tensor, dlogabsdet: Tensor, weight: Tensor, *lists) -> tuple[Tensor, Tensor, Tensor]:
+    dfactors, dlog_diagonal, dlog_scale = lu_fold_backward_reference(dweight, dlogabsdet, *_stacked(*lists))
+    return dfactors, dlog_diagonal, dlog_diagonal.new_empty(0, dlog_diagonal.shape[1]) if dlog_scale is None else dlog_scale
+
+
+library.impl("lu_fold", _composite, "CompositeExplicitAutograd")
+library.impl("lu_fold_backward", _composite_backward, "CompositeExplicitAutograd")
+_lu_fold = torch.ops.flowkernels.lu_fold.default
+_lu_fold_backward = torch.ops.flowkernels.lu_fold_backward.default
+
+
+@torch.library.register_fake("flowkernels::lu_fold", lib=library)
+def _(factors: Sequence[Tensor], *_) -> tuple[Tensor, Tensor]:
+    like = factors[0]
+    return like.new_empty(len(factors), *like.shape), like.new_empty(len(factors))
+
+
+@torch.library.register_fake("flowkernels::lu_fold_backward", lib=library)
+def _(dweight: Tensor, dlogabsdet: Tensor, weight: Tensor, factors, log_diagonal, log_scale, *_):
+    diagonal = weight.shape[1:]
+    return weight.new_empty(weight.shape), weight.new_empty(len(factors), *diagonal[:1]), weight.new_empty(len(log_scale), *diagonal[:1])
+
+
+class _LuFold(torch.autograd.Function):
+    @staticmethod
+    def forward(count: int, inverse: bool, *tensors) -> tuple[Tensor, Tensor]:
+        return _lu_fold(*_lists(count, tensors), inverse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs) -> None:
+        ctx.count, ctx.inverse, *tensors = inputs
+        ctx.save_for_backward(outputs[0], *tensors)
+
+    @staticmethod
+    def backward(ctx, dweight: Tensor, dlogabsdet: Tensor):
+        weight, *tensors = ctx.saved_tensors
+        lists = (*_lists(ctx.count, tensors), ctx.inverse)
+        if torch.is_grad_enabled():  # double backward differentiates the reference once more
+            gradients = lu_fold_backward_reference(dweight, dlogabsdet, *_stacked(*lists))
+        else:
+            gradients = _lu_fold_backward(dweight.contiguous(), dlogabsdet.contiguous(), weight, *lists)
+        scaled = len(tensors) > 4 * ctx.count
+        each = [d for stacked in gradients[: 3 if scaled else 2] for d in stacked.unbind()]
+        return (None, None, *each[: 2 * ctx.count], *(None for _ in range(2 * ctx.count)), *each[2 * ctx.count :])
+
+
+def _lists(count: int, tensors: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+    """factors, log_diagonal, log_scale, sign and row; they come with log_scale, which may be missing, last."""
+    factors, log_diagonal, sign, row, log_scale = (list(tensors[i * count : (i + 1) * count]) for i in range(5))
+    return factors, log_diagonal, log_scale, sign, row
+
+
+def lu_fold(
+    factors: Sequence[Tensor],
+    log_diagonal: Sequence[Tensor],
+    sign: Sequence[Tensor],
+    row: Sequence[Tensor],
+    log_scale: Sequence[Tensor] = (),
+    *,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """weight = P L (U + diag(sign * exp(log_diagonal))) diag(exp(log_scale)) of several layers, or its inverse, and log|det| of it.
+
+    Args:
+        factors: of each layer, [n, n]: L below the diagonal and U above it; what is on it is ignored. Floating, contiguous.
+        log_diagonal: of each layer, [n]. sign: [n], 1 or -1. row: [n], int64: row i of the weight is row row[i] of L U.
+        log_scale: of each layer, [n], or none.
+        inverse: the inverse of the weight, computed in float64.
+
+    Returns:
+        weight, [layers, n, n], with the dtype of the factors, and logabsdet (nats), [layers], in float32 where that is half precision.
+
+    Raises:
+        ValueError: there is no layer, a shape differs, or there are not as many tensors of each kind.
+    """
+    _check(factors, log_diagonal, sign, row, log_scale)
+    dtype = factors[0].dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        weight, logabsdet = lu_fold(
+            *([t.float() for t in each] for each in (factors, log_diagonal, sign)), row, [t.float() for t in log_scale], inverse=inverse
+        )
+        return weight.to(dtype), logabsdet
+    lists = (factors, log_diagonal, log_scale, sign, row)
+    if transformed() or wants_reference("lu_fold", factors[0].device):
+        return lu_fold_reference(*_stacked(*lists, inverse))
+    if needs_autograd((*factors, *log_diagonal, *log_scale)):
+        return apply_function(_LuFold, len(factors), inverse, *factors, *log_diagonal, *sign, *row, *log_scale)
+    return _lu_fold(*map(list, lists), inverse)
+
+
+def _check(factors, log_diagonal, sign, row, log_scale) -> None:
+    if not factors:
+        raise ValueError("factors must hold at least one layer; got none")
+    n = factors[0].shape[0]
+    for name, tensors, shape in (
+        ("factors", factors, (n, n)),
+        ("log_diagonal", log_diagonal, (n,)),
+        ("sign", sign, (n,)),
+        ("row", row, (n,)),
+        ("log_scale", log_scale, (n,)),
+    ):
+        if len(tensors) != len(factors) and (tensors or name != "log_scale"):
+            raise ValueError(f"{name} must hold a tensor for each of {len(factors)} layers; got {len(tensors)}")
+        for t in tensors:
+            if t.shape != shape:
+                raise ValueError(f"{name} must have shape {list(shape)}; got {list(t.shape)}")
