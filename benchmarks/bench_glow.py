@@ -1,4 +1,5 @@
-"""Glow on 32 x 32 colour images: density, sampling and a training step, against normflows' GlowBlocks with the same conditioners.
+"""Glow on 32 x 32 colour images: density, sampling and a training step, against normflows' GlowBlocks with the same conditioners; and
+steps whose conditioners cost nothing.
 
 normflows' model has no learned priors; ours has, and they are in our times.
 """
@@ -6,28 +7,35 @@ normflows' model has no learned priors; ours has, and they are in our times.
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 
 from flowkernels import backend
 from flowkernels.flows import Glow
+from flowkernels.flows.glow import _Steps
 from flowkernels.flows.networks import ConvNet
 
 from .bench_flows import sampling, training
 from .case import Call, Case, Competitor, Target
 from .flow_models import OURS, Model, _import, ours
 
-NORMFLOWS, REFERENCE, CONDITIONERS = "normflows", "reference", "conditioners alone"
+NORMFLOWS, REFERENCE, COMPILED, CONDITIONERS = "normflows", "reference", "torch.compile", "conditioners alone"
 IMAGE, LEVELS, HIDDEN, BATCH = (3, 32, 32), 3, 64, 16
 
 
 def cases(quick: bool, device: torch.device) -> list[Case]:
     """All cases; `quick` has fewer, and fewer turns."""
-    return [case for steps in ((8,) if quick else (2, 8, 32)) for case in _cases(steps, 0.3 if quick else 2.0, device)]
+    seconds = 0.3 if quick else 2.0
+    models = [
+        case for steps in ((8,) if quick else (2, 8, 32)) for case in _cases(steps, seconds, device, compiled=not quick and steps < 32)
+    ]
+    return [*_bare_steps(seconds, device), *models]
 
 
-def _cases(steps: int, seconds: float, device: torch.device) -> Iterator[Case]:
+def _cases(steps: int, seconds: float, device: torch.device, *, compiled: bool = False) -> Iterator[Case]:
+    """compiled: the reference under torch.compile too, which takes a minute or so for each case."""
     x = (torch.rand(BATCH, *IMAGE, generator=torch.Generator().manual_seed(1)) - 0.5).to(device)
     z = torch.randn(BATCH, x[0].numel(), generator=torch.Generator().manual_seed(2)).to(device)
     models: dict[str, Callable[[], Model]] = {OURS: lambda: _ours(steps, x), NORMFLOWS: lambda: _normflows(steps, x)}
@@ -39,6 +47,8 @@ def _cases(steps: int, seconds: float, device: torch.device) -> Iterator[Case]:
     ):
         competitors = [make(n, build, rows) for n, build in models.items()]
         competitors.append(_by_reference(competitors[0]))
+        if compiled:
+            competitors.append(_compiled(make, models[OURS], rows))
         competitors.append(_conditioners(steps, rows, grad=work == "training step"))
         targets = [Target("speedup", must, aim, NORMFLOWS)] if steps == 8 else []
         yield Case(f"{work}, {name}", competitors, targets=targets, seconds=seconds, device=device)
@@ -127,6 +137,79 @@ def _by_reference(competitor: Competitor) -> Competitor:
         return replace(call, run=run)
 
     return Competitor(REFERENCE, build, package="torch")
+
+
+def _compiled(make: Callable[..., Competitor], build: Callable[[], Model], rows: Tensor) -> Competitor:
+    """torch.compile of the reference."""
+
+    def built() -> Call:
+        model = build()
+        exact = make(COMPILED, build, rows).build().exact  # of the model as it is: compiling it for float64 too would take as long again
+        compiled = replace(model, to_noise=torch.compile(model.to_noise), to_data=torch.compile(model.to_data))
+        reference = _by_reference(make(COMPILED, lambda: compiled, rows)).build()
+        started = perf_counter()
+        with torch.inference_mode(not reference.grad):
+            reference.run()
+        return replace(reference, exact=exact, note=f"compiled in {perf_counter() - started:.0f} s")
+
+    return Competitor(COMPILED, built, package="torch")
+
+
+class _Constant(nn.Module):
+    """A conditioner that costs nothing."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("output", output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output
+
+
+def _bare_steps(seconds: float, device: torch.device) -> Iterator[Case]:
+    """Steps without their conditioners: actnorm, 1x1 convolution and coupling. Each side gets what its conditioner would return, in the
+    memory format in which it works.
+    """
+    count, shape = 4, (32, 48, 16, 16)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    raw = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def build_ours() -> Model:
+        torch.manual_seed(0)
+        level = Glow((12, 32, 32), levels=1, steps=count, hidden_channels=1).to(device)
+        level(torch.randn(8, 12, 32, 32, device=device))
+        steps = next(module for module in level.modules() if isinstance(module, _Steps))
+        for coupling in steps.couplings:
+            coupling.conditioner = _Constant(raw.contiguous(memory_format=torch.channels_last))
+        return ours(steps)
+
+    def build_normflows() -> Model:
+        flows = _import("normflows").flows
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it calls the deprecated torch.lu
+            blocks = nn.ModuleList(flows.GlowBlock(shape[1], 1, split_mode="channel", scale_map="sigmoid") for _ in range(count)).to(device)
+        for block in blocks:
+            _, coupling, _ = block.flows[0].flows
+            coupling.param_map = _Constant(raw)
+
+        def through(blocks: nn.Module, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+            total = 0.0
+            for block in blocks if inverse else reversed(blocks):
+                x, logabsdet = block.inverse(x) if inverse else block(x)
+                total = total + logabsdet
+            return x, total
+
+        with torch.no_grad():
+            through(blocks, x, inverse=True)  # initialises actnorm
+        to_noise, to_data = (lambda module, x, i=i: through(module, x, inverse=i) for i in (True, False))
+        return Model(blocks, to_noise, lambda module, z: to_data(module, z)[0])
+
+    for direction, make in (("forward", _density), ("inverse", sampling)):
+        competitors = [make(name, build, x) for name, build in ((OURS, build_ours), (NORMFLOWS, build_normflows))]
+        competitors.append(_by_reference(competitors[0]))
+        name = f"{count} steps without their conditioners, {direction}, {list(shape)}"
+        yield Case(name, competitors, targets=[Target("speedup", 3.0, 6.0, NORMFLOWS)], seconds=seconds, device=device)
 
 
 def _conditioners(steps: int, rows: Tensor, grad: bool) -> Competitor:

@@ -161,6 +161,6 @@ FLOWS: dict[str, FlowEntry] = {
             Setting("parametrization", str, "lu", "of the 1x1 convolutions' weights", choices=("lu", "plain")),
         ),
         _build_glow,
-        {"levels": 2, "steps": 6, "hidden_channels": 64, "epochs": 30, "learning_rate": 3e-3},
+        {"levels": 2, "steps": 12, "hidden_channels": 32, "epochs": 45, "learning_rate": 1e-2, "weight_decay": 2.0},
     ),
 }

@@ -197,7 +197,7 @@ QUICK = {
     "iaf": {"epochs": 50},
     "nice": {"epochs": 60},
     "realnvp": {"epochs": 9},
-    "glow": {},
+    "glow": {"steps": 6, "epochs": 14, "weight_decay": 1.0},
 }
 
 
