@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         malloc = machine.raise_malloc_thresholds()
         print(malloc)
         for name in chosen:
-            wrong |= _run(name, out, malloc, options.quick, torch.device(options.device))
+            wrong |= _run(name, out, malloc, options, torch.device(options.device))
     kept = [row for row in rows.read(out) if row["benchmark"] in chosen]
     if not kept:
         print(f"no rows of {', '.join(chosen)} in {out}", file=sys.stderr)
@@ -47,13 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
     return int(wrong)
 
 
-def _run(name: str, out: Path, malloc: str, quick: bool, device: torch.device) -> bool:
-    started = time.perf_counter()
+def _run(name: str, out: Path, malloc: str, options: argparse.Namespace, device: torch.device) -> bool:
+    started, quick = time.perf_counter(), options.quick
     who = {**machine.describe(device), "malloc": malloc, "quick": quick}
     if who["load_before"] > 0.5:
         print(f"others keep the machine busy (load {who['load_before']} before we began): ratios suffer too, mind the quartiles")
     limits = machine.measure_limits(device)
     cases = import_module(f"benchmarks.bench_{name}").cases(quick, device)
+    if options.seconds is not None:
+        cases = [replace(case, seconds=min(case.seconds, options.seconds)) for case in cases]
     print(f"\n{name}: {len(cases)} cases on {who['device']}; {table.limits(limits)}\n")
     done: list[rows.Row] = []
     unfinished = out.with_name(f"{out.name}.unfinished")  # an interrupted run leaves its rows there, and the results as they were
@@ -81,6 +84,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=description)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"benchmarks to run; all without one: {', '.join(names())}")
     parser.add_argument("--quick", action="store_true", help="fewer cases and fewer turns: a look, not a result")
+    parser.add_argument("--seconds", type=float, metavar="S", help="measure each competitor of a case for about so long at most")
     parser.add_argument("--out", type=Path, metavar="FILE", help="data file, one JSON object a line (benchmarks/results/measured.jsonl)")
     parser.add_argument("--plot", action="store_true", help="draw the figures, from the data file, beside it")
     parser.add_argument("--show", action="store_true", help="measure nothing; show what the data file holds")

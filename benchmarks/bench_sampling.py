@@ -12,6 +12,7 @@ from flowkernels.flows import MAF
 
 from .autoregressive_problem import OURS
 from .case import Call, Case, Competitor, Target, Unavailable
+from .timing import waiter
 
 FEATURES, HIDDEN, TRANSFORMS, CONTEXT_FEATURES = 6, (50, 50), 5, 8
 LAYERS = "layer by layer"
@@ -70,9 +71,13 @@ def _competitor(name: str, make: Callable[[int], tuple], n: int, contexts: int, 
         if divisor == 1:
             return Call(lambda: sample(n, context))
 
+        wait = waiter(device)
+
         def run() -> float:
+            wait()
             started = time.perf_counter()
             sample(n // divisor, context)
+            wait()
             return divisor * (time.perf_counter() - started)
 
         return Call(run, self_timed=True, note=f"timed on a {divisor}th of the samples, and scaled")

@@ -1,24 +1,48 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA GPU: build, test, check memory accesses, benchmark. Needs torch with CUDA, pytest and nvcc; installs nothing.
-# usage: benchmarks/gpu.sh [ARGUMENTS OF python -m benchmarks]
-# Results go to $OUT, or to benchmarks/results.
+# On a machine with a CUDA GPU: build, test, check memory accesses, benchmark, in under ten minutes. Needs torch with CUDA, pytest and
+# nvcc; installs nothing, and leaves out peers that are not installed.
+# usage: benchmarks/gpu.sh [--quick] [BENCHMARK...]      --quick: two minutes, fewer cases
+# Results go to $OUT, or to benchmarks/results: gpu.jsonl, and what each step printed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 py="${PYTHON:-python3}"
 out="${OUT:-benchmarks/results}"
+quick=""
+total=590
+if [ "${1:-}" = --quick ]; then
+  quick=--quick
+  total=120
+  shift
+fi
+
+"$py" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || {
+  echo "gpu.sh: torch sees no CUDA GPU here ($("$py" -c 'import torch; print("torch", torch.__version__)' 2>/dev/null || echo "$py has no torch")); nothing was run"
+  exit 1
+}
+
 mkdir -p "$out"
 table="$out/gpu_steps.txt"
 : >"$table"
 failed=0
 
-# step NAME COMMAND...: runs it, keeps its output in $out/NAME.txt, and adds a line to the table.
+# step NAME SECONDS COMMAND...: runs it for so long at most, keeps its output in $out/NAME.txt, and adds a line to the table.
 step() {
-  local name="$1" start=$SECONDS rc=0
-  shift
+  local name="$1" limit="$2" left=$((total - SECONDS)) start=$SECONDS rc=0
+  shift 2
+  if [ "$left" -lt 5 ]; then
+    note "$name" 0 "left out: the $total seconds are over"
+    return
+  fi
+  if [ "$limit" -gt "$left" ]; then limit="$left"; fi
   echo "== $name: $*"
-  "$@" 2>&1 | tee "$out/$name.txt" || rc=$?
-  note "$name" "$rc" "$((SECONDS - start)) s, $(tail -n 1 "$out/$name.txt" | cut -c 1-100)"
+  timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$out/$name.txt" || rc=$?
+  if [ "$rc" -eq 5 ] && [ "$name" != build ]; then rc=0; fi  # pytest: no test with the marker
+  if [ "$rc" -eq 124 ]; then
+    note "$name" "$rc" "stopped after $limit s"
+  else
+    note "$name" "$rc" "$((SECONDS - start)) s, $(tail -n 1 "$out/$name.txt" | cut -c 1-90)"
+  fi
 }
 
 note() {
@@ -27,32 +51,36 @@ note() {
     outcome="FAILED ($2)"
     failed=1
   fi
-  printf '%-12s %-12s %s\n' "$1" "$outcome" "$3" >>"$table"
+  printf '%-26s %-13s %s\n' "$1" "$outcome" "$3" >>"$table"
 }
-
-tests() {  # no test with the marker is not a failure
-  "$py" -m pytest -q -m gpu python_tests "$@" || [ $? -eq 5 ]
-}
-
-sanitizer() {  # every allocation of its own, or an access beyond a tensor stays inside torch's block
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 99 \
-    "$py" -m pytest -q -m "gpu and not slow" -k "sanitizer or beyond_a_tile or equals_float64" python_tests || [ $? -eq 5 ]
-}
-
-"$py" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "torch sees no CUDA GPU here"; exit 1; }
 
 arch="$("$py" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')"
-if compgen -G "csrc/cuda/*.cu" >/dev/null; then export FORCE_CUDA=1; fi
-step build env TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$arch}" "$py" setup.py -q build_ext --inplace
-step info "$py" -m flowkernels info
-step tests tests
+step build 240 env FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$arch}" "$py" setup.py -q build_ext --inplace
+step info 30 "$py" -m flowkernels info
+step tests 150 "$py" -m pytest -q -m gpu -k "$([ -n "$quick" ] && echo sanitizer || echo gpu)" python_tests
+
+# Small cases. Every allocation of its own, or an access beyond a tensor stays inside torch's block
 if command -v compute-sanitizer >/dev/null; then
-  step sanitizer sanitizer
+  for tool in memcheck racecheck synccheck; do
+    step "$tool" 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 99 \
+      "$py" -m pytest -q -m "gpu and not slow" -k "$([ -n "$quick" ] && echo "sanitizer and plain" || echo sanitizer)" python_tests
+  done
 else
   note sanitizer 0 "left out: compute-sanitizer is not installed"
 fi
-step benchmarks "$py" -m benchmarks --device cuda --out "$out/gpu.jsonl" "$@"
 
+# the most wanted first, as the clock may stop the last
+benchmarks=("$@")
+if [ "${#benchmarks[@]}" -eq 0 ]; then
+  benchmarks=(limits autoregressive sampling gradient training masked_linear coupling lu flows conv1x1 glow tasks)
+  if [ -n "$quick" ]; then benchmarks=(limits autoregressive sampling); fi
+fi
+for name in "${benchmarks[@]}"; do
+  step "bench_$name" 90 "$py" -m benchmarks "$name" --device cuda ${quick:+"$quick"} --seconds 0.25 --out "$out/gpu.jsonl"
+done
+
+echo
+if [ -s "$out/gpu.jsonl" ]; then "$py" -m benchmarks --show --out "$out/gpu.jsonl" | grep -E '^==|^targets|^  .*(must|aim|MISSED|wrong|not measured)$' | grep -v -- '->'; fi
 echo
 cat "$table"
 exit "$failed"

@@ -62,8 +62,9 @@ def measure_limits(device: torch.device, seconds: float = 1.0) -> dict[str, floa
 
 def describe(device: torch.device) -> dict[str, str | float]:
     """What every row records: device, how busy others kept it, versions, commit, date."""
+    on_gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "cpu": _cpu_model(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -71,6 +72,7 @@ def describe(device: torch.device) -> dict[str, str | float]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "flowkernels": version("flowkernels") or "",
+        **({"cuda": torch.version.cuda or "", "triton": version("triton") or ""} if on_gpu else {}),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -7,7 +7,7 @@ from statistics import median
 from .accuracy import Accuracy, check
 from .case import Call, Case, Competitor, Target, Unavailable
 from .machine import MATMUL_SIZE, matmul, version
-from .memory import measure_in_process
+from .memory import measure_in_process, peak_bytes
 from .rows import Row
 from .timing import Timing, measure, quartiles
 
@@ -47,7 +47,9 @@ def measure_case(
     rows = []
     for i, (competitor, call) in enumerate(ready):
         memory = None
-        if competitor.memory:
+        if competitor.memory and case.device.type == "cuda":  # the allocator counts: no fresh process is needed
+            memory = peak_bytes(call, case.device)
+        elif competitor.memory:
             memory = measure_in_process(benchmark, case.name, competitor.name, quick=quick, device=case.device)
         row = _row(case, competitor, call, accuracies[i], timings[i], memory, limits)
         if ours is not None and trusted[i] and trusted[ours]:

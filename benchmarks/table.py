@@ -64,7 +64,7 @@ def limits(row: Row) -> str:
 
 
 def _machine(row: Row) -> str:
-    versions = ", ".join(f"{name} {row[name]}" for name in ("python", "torch", "flowkernels"))
+    versions = ", ".join(f"{name} {row[name]}" for name in ("python", "torch", "flowkernels", "cuda", "triton") if name in row)
     return (
         f"{row['cpu']}, {row['threads']} threads, {row['capability']}; {limits(row)}; load before {row['load_before']}\n"
         f"{versions}; commit {row['commit']}, {row['date']}; {row['malloc']}\n"

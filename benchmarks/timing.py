@@ -81,7 +81,7 @@ def _timed(call: Call, repeats: int, device: torch.device) -> float:
     with torch.inference_mode(not call.grad):
         if call.self_timed:
             return sum(call.run() for _ in range(repeats)) / repeats
-        run, wait = call.run, _waiter(device)
+        run, wait = call.run, waiter(device)
         wait()
         start = time.perf_counter()
         for _ in range(repeats):
@@ -90,7 +90,8 @@ def _timed(call: Call, repeats: int, device: torch.device) -> float:
         return (time.perf_counter() - start) / repeats
 
 
-def _waiter(device: torch.device) -> Callable[[], None]:
+def waiter(device: torch.device) -> Callable[[], None]:
+    """Waits for what a device has been given to do."""
     return torch.cuda.synchronize if device.type == "cuda" else _nothing
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import flowkernels
 from benchmarks import __main__ as command_line
-from benchmarks import accuracy, bench_masked_linear, bench_training, machine, peers, plots, rows, table
+from benchmarks import accuracy, bench_limits, bench_masked_linear, bench_training, machine, peers, plots, rows, table
 from benchmarks.autoregressive_problem import OURS, Problem, dense_forward, ours, peer
 from benchmarks.case import Call, Case, Competitor, Sweep, Target, Unavailable
 from benchmarks.measure import measure_case
@@ -191,6 +192,23 @@ def test_command_line_measures_keeps_shows_and_draws(tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit):
         command_line.main(["nothing"])
     assert "no benchmark named nothing; there are toy" in capsys.readouterr().err
+
+
+def test_limits_are_measured_and_rates_shown(monkeypatch):
+    cases = bench_limits.cases(True, CPU)
+    assert [case.name.split()[0] for case in cases] == ["matmul", "copy,", "copy,"]
+    (row,) = rows_of(replace(cases[1], seconds=0.01, most_rounds=2)).values()
+    assert f"{8e6 / row['seconds'] / 1e9:,.1f} GB/s" in bench_limits.summary([row])
+
+
+def test_the_time_of_a_competitor_is_limited(tmp_path, monkeypatch, capsys):
+    cases = [Case("toy", [timed("us", [1.0] * 9, ours=True)], seconds=9.0)]
+    monkeypatch.setitem(sys.modules, "benchmarks.bench_toy", SimpleNamespace(cases=lambda quick, device: cases))
+    monkeypatch.setattr(command_line, "names", lambda: ["toy"])
+    monkeypatch.setattr(machine, "measure_limits", lambda device: LIMITS)
+    for seconds, turns in (("3", 3), ("100", 9)):
+        assert command_line.main(["toy", "--seconds", seconds, "--out", str(tmp_path / "rows.jsonl")]) == 0
+        assert [row["turns"] for row in rows.read(tmp_path / "rows.jsonl")] == [turns]
 
 
 def test_an_interrupted_run_leaves_the_results_as_they_were(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Every CUDA source compiles for sm_80 and sm_90 without a warning, spills nothing, and takes what is on record."""
 
 import json
+import subprocess
 
 import pytest
 
@@ -23,6 +24,25 @@ def test_compiles_and_takes_what_is_on_record(source):
             assert taken["spilled_bytes"] == 0, (architecture, name)
     if resources.nvcc_version(NVCC) == RECORDED["nvcc"]:  # another compiler takes other registers
         assert found == RECORDED["sources"][source.name], "if this is meant: python -m python_tests.cuda.resources"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="nvcc was not found: install a CUDA toolkit or set CUDA_HOME to it")
+def test_the_benchmark_of_the_limits_compiles(tmp_path):
+    source = resources.ROOT / "benchmarks" / "limits.cu"
+    for architecture in resources.ARCHITECTURES:
+        command = [
+            NVCC,
+            "-arch",
+            f"sm_{architecture}",
+            "-Werror=all-warnings",
+            "-shared",
+            "-Xcompiler=-fPIC",
+            source,
+            "-o",
+            tmp_path / "limits.so",
+        ]
+        subprocess.run(command, check=True)
 
 
 def test_every_source_is_on_record_without_spills():
