@@ -12,7 +12,9 @@ from . import _extension
 _extension.load()
 
 from . import flows, layers, ops  # noqa: E402
-from ._backend import backend  # noqa: E402
+from ._backend import backend, look_at_gpus_later  # noqa: E402
 from .ops import ScaleMap  # noqa: E402
+
+look_at_gpus_later()
 
 __all__ = ["ScaleMap", "__version__", "backend", "flows", "layers", "ops"]

@@ -68,6 +68,7 @@ def wants_reference(op: str, device: torch.device) -> bool:
         why_not = f"{op} has no CUDA C++ kernel: on CUDA it is a Triton kernel"
     else:
         why_not = _extension.status().why_not(op, name.replace("cpp", "cpu").upper())
+        why_not = why_not or (_extension.unserved_gpus.get(device.index) if name == "cuda" else None)
     if why_not is not None:
         raise RuntimeError(f"backend {name!r} was chosen, but {why_not}")
     return False
@@ -92,6 +93,37 @@ def register_triton(op: str, module: str, reference: Callable) -> None:
 
     library.impl(op, serve, "CUDA")
     _route_cpu_to_triton()
+
+
+def look_at_gpus_later() -> None:
+    """When CUDA is first used, say once why the compiled library cannot serve, and let the reference do so on such GPUs."""
+    status = _extension.status()
+    if status.cuda_library or isinstance(status.cuda_error, _extension.CannotLoadError):
+        torch.cuda._lazy_call(_look_at_gpus)  # as torch checks its own binaries
+
+
+def _look_at_gpus() -> None:
+    reasons = list(_extension.find_unserved_gpus().values())
+    if isinstance(_extension.status().cuda_error, _extension.CannotLoadError):
+        reasons.append(str(_extension.status().cuda_error))
+    for reason in reasons:
+        warnings.warn(f"flowkernels: {reason}. Until then the reference serves in the place of CUDA C++ kernels", stacklevel=2)
+    if _extension.unserved_gpus:
+        for op in _extension.cuda_ops():
+            if op not in _triton.ops():
+                _route_unserved_gpus(op)
+
+
+def _route_unserved_gpus(op: str) -> None:
+    # what other devices run is the reference
+    kernel, reference = (torch.library.get_kernel(f"flowkernels::{op}", key) for key in ("CUDA", "MPS"))
+
+    def serve(keys, *args):
+        return (reference if args[0].device.index in _extension.unserved_gpus else kernel).call_boxed(keys, *args)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a kernel is overridden
+        library.impl(op, serve, "CUDA", with_keyset=True, allow_override=True)
 
 
 def _route_cpu_to_triton() -> None:

@@ -75,6 +75,41 @@ def has_kernel(op: str, device: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"flowkernels::{op}", device)
 
 
+def cuda_ops() -> list[str]:
+    """The ops with a CUDA kernel and a reference for all other devices."""
+    names = (name.removeprefix("flowkernels::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("flowkernels::"))
+    return [op for op in names if has_kernel(op, "CUDA") and has_kernel(op, "CompositeExplicitAutograd")]
+
+
+def find_unserved_gpus() -> dict[int, str]:
+    """GPUs that the CUDA library holds no code for, and why, from now on in `unserved_gpus`. Asks CUDA, which it starts."""
+    archs = build_record().get("arch_list", "")
+    for index in range(torch.cuda.device_count() if archs and status().cuda_library else 0):
+        major, minor = torch.cuda.get_device_capability(index)
+        if not _runs_on(archs, (major, minor)):
+            unserved_gpus[index] = (
+                f"the CUDA library was built for {archs} and cuda:{index}, {torch.cuda.get_device_name(index)}, is {major}.{minor}; "
+                f"build it again: TORCH_CUDA_ARCH_LIST={major}.{minor} {_REBUILD}"
+            )
+    return unserved_gpus
+
+
+unserved_gpus: dict[int, str] = {}
+
+
+def _runs_on(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether code for TORCH_CUDA_ARCH_LIST runs: machine code within its major version, PTX on all that came later."""
+    for arch in re.split(r"[;\s]+", archs.strip()):
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if found is None:
+            return True  # a name, such as Hopper: left to the driver
+        built = (int(found[1]), int(found[2]))
+        later = built <= capability and found[3] != "a" and (found[4] or built[0] == capability[0])
+        if later or built == capability:
+            return True
+    return False
+
+
 def build_record() -> dict[str, Any]:
     """What the build wrote down: the versions it saw, and why a library was left out. Empty where nothing was built."""
     try:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import flowkernels
-from flowkernels import _extension, info
+from flowkernels import _backend, _extension, info
 
 PACKAGE = Path(flowkernels.__file__).parent
 
@@ -140,6 +140,66 @@ def test_says_when_torch_is_too_old(folder, monkeypatch):
     (folder / "_C_cpu.so").write_bytes(b"not a library")
     monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
     assert str(status_of_folder().cpu_error) == "the CPU library needs torch 2.11 or newer; this is 2.10.1+cpu"
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("8.0;9.0+PTX", (8, 0), True),
+        ("8.0;9.0+PTX", (8, 9), True),
+        ("8.0;9.0+PTX", (12, 0), True),
+        ("8.0;9.0+PTX", (7, 5), False),
+        ("8.0 9.0", (10, 0), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a+PTX", (10, 0), False),
+        ("8.6", (8, 0), False),
+        ("Hopper", (7, 0), True),
+    ],
+)
+def test_which_gpus_a_build_runs_on(archs, capability, runs):
+    assert _extension._runs_on(archs, capability) is runs
+
+
+@pytest.fixture
+def other_gpu(monkeypatch):
+    """A second GPU, too old for the library; nothing of it is real but the questions that are asked."""
+    monkeypatch.setattr(_extension, "unserved_gpus", {})
+    monkeypatch.setattr(_extension, "build_record", lambda: {"arch_list": "8.0;9.0+PTX"})
+    monkeypatch.setattr(_extension, "status", lambda: _extension.Status(None, Path("_C_cuda.so"), None, None))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+
+
+def test_a_gpu_that_the_library_was_not_built_for_gets_the_reference(other_gpu, monkeypatch):
+    probe = torch.library.Library("flowkernels", "FRAGMENT")
+    probe.define("_gpu_probe(Tensor x) -> Tensor")
+    probe.impl("_gpu_probe", lambda x: x + 1, "CompositeExplicitAutograd")
+    probe.impl("_gpu_probe", lambda x: x + 2, "CUDA")
+    monkeypatch.setattr(_extension, "cuda_ops", lambda: ["_gpu_probe"])
+    with pytest.warns(UserWarning) as said:
+        _backend._look_at_gpus()
+    (warning,) = said
+    assert "built for 8.0;9.0+PTX and cuda:1, card 1, is 7.5; build it again: TORCH_CUDA_ARCH_LIST=7.5" in str(warning.message)
+    assert list(_extension.unserved_gpus) == [1]
+    kernel, x = torch.library.get_kernel("flowkernels::_gpu_probe", "CUDA"), torch.zeros(1)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    assert kernel.call_boxed(keys, x).item() == 2  # as on cuda:0
+    _extension.unserved_gpus[x.device.index] = "too old"
+    assert kernel.call_boxed(keys, x).item() == 1
+    with flowkernels.backend("cuda"), pytest.raises(RuntimeError, match="'cuda' was chosen, but .*cuda:1, card 1, is 7.5"):
+        monkeypatch.setattr(_extension.Status, "why_not", lambda *_: None)
+        _backend.wants_reference("_gpu_probe", torch.device("cuda", 1))
+
+
+def test_a_library_that_does_not_load_says_so_when_cuda_is_used(monkeypatch):
+    error = _extension.CannotLoadError("the CUDA library does not load: libcudart.so.99; build it again")
+    monkeypatch.setattr(_extension, "status", lambda: _extension.Status(None, None, None, error))
+    waiting = []
+    monkeypatch.setattr(torch.cuda, "_lazy_call", waiting.append)
+    _backend.look_at_gpus_later()
+    with pytest.warns(UserWarning, match=r"flowkernels: the CUDA library does not load: libcudart.so.99; .* the reference serves"):
+        waiting.pop()()
 
 
 def test_import_is_quick_and_touches_nothing():

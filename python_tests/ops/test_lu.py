@@ -207,14 +207,14 @@ def test_backends_can_be_chosen():
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_gpu_sanitizer_is_as_exact_as_lapack(kind, dtype):
+def test_gpu_is_as_exact_as_lapack(kind, dtype):
     test_is_as_exact_as_lapack(kind, dtype, "cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [1, 2, 12, 31, 33, 48, 96, 145, 205, LARGEST])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_gpu_sanitizer_gives_the_cpus_pivots_and_factors(n, dtype):
+def test_gpu_gives_the_cpus_pivots_and_factors(n, dtype):
     """The same operations in the same order on both: log-determinants differ by the logarithm and its sum alone."""
     w = torch.randn(5, n, n, generator=torch.Generator().manual_seed(n), dtype=dtype)
     w[3, n // 2] = 0
