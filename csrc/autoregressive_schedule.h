@@ -12,6 +12,10 @@
 // The order of a sum: bias (or context), then products as the blocks come, each cut at absolute multiples of kRun inputs; a run is one
 // chain of multiply-adds that begins at zero. Steps and panels depend on the network alone, so neither the batch nor the layout of a
 // launch changes the order.
+//
+// The gradient of the inverse is the loop of a mirrored network (args.mirrored): the same layers from the last to the first, weights
+// transposed, units and features from the last to the first. Its features are pairs, the deltas of a raw scale and a shift, and its
+// last layer gives one sum for each feature, what is pushed back onto x (cuda/autoregressive_phases.h has the mathematics).
 #pragma once
 
 #include <cstdint>
@@ -25,6 +29,7 @@ constexpr int kRun = 32;        // inputs in one chain of multiply-adds
 constexpr int kSlots = 3;       // stages in shared memory: one is used, one has landed or is landing, one is asked for
 constexpr int kSlotUnits = 512;  // units of one stage whose `visible` is in its slot
 constexpr int kBlockUnits = 256;  // units of one block of weights
+constexpr int kMirroredBlockUnits = 252;  // 4 less than a multiple of the banks: a transposed copy meets each bank once
 template <class T>
 constexpr int kMostRows = sizeof(T) == 8 ? 4 : 16;  // of a tile; and of each whose state is not in shared memory
 
@@ -46,6 +51,7 @@ struct LoopLayer {
   int activation, context_activation;
   int source, residual;  // residual -1 for none
   int first, gates;      // first unit of its values, and of its gates, in the state of a tile; gates -1 for none
+  int column;            // mirrored: first column of its values in args.made
   bool unitwise, gate;
 
   // whether the context term is finished before it meets the sum
@@ -67,12 +73,25 @@ struct LoopArgs {
   int form;
   ScaleMapParams scale;
   T *y, *logabsdet;   // contiguous
+  // of a mirrored network alone: x is the gradient by x, the context is x itself with one more unit for dlogabsdet, y is dz
+  bool mirrored;
+  const T* made;  // [batch, columns], row stride made_row: what the layers of the network itself gave, first layer first
+  int64_t made_row, dlogabsdet_step;
+  const T* dlogabsdet;
+  T* deltas;  // [batch, columns], contiguous
+  int columns;
+  const int32_t* visible_above[kMaxLayers];  // the staircase that layer l is the mirror of
   int32_t* schedule;  // ScheduleSpace
   T* workspace;       // [blocks][units][rows] where the state is not in shared memory
 
   FK_INLINE const LoopLayer<T>& layer(int l) const { return layers[l - 1]; }
   FK_INLINE int first_unit(int l) const { return l == 0 ? 0 : layer(l).first; }
-  FK_INLINE int width(int l) const { return l == 0 ? features : layer(l).outputs; }
+  FK_INLINE int per_feature() const { return mirrored ? 2 : 1; }     // values 0
+  FK_INLINE int sums_per_feature() const { return mirrored ? 1 : 2; }  // of the last layer
+  FK_INLINE int width(int l) const { return l == 0 ? per_feature() * features : layer(l).outputs; }
+  // steps of the inverse, at most; after the last feature, a mirrored network has units that only its deltas reach
+  FK_INLINE int most_steps() const { return inverse ? features + (mirrored ? 1 : 0) : 1; }
+  FK_INLINE int column(int l) const { return l == 0 ? columns - 2 * features : layer(l).column; }
 };
 
 // ---- steps, made on the device from `visible`: there is no way to the host that would not stop the stream
@@ -80,21 +99,57 @@ struct LoopArgs {
 // Where the schedule lies in a workspace of integers. ends[(s + 1) * (n_layers + 1) + l]: units of values l known after step s,
 // and row 0 is zeros; for the features, those known before the step.
 struct ScheduleSpace {
-  int64_t ends, ready, next, chain, seen, size;  // offsets; the first integer is the number of steps
+  int64_t ends, ready, next, chain, seen, visible, size;  // offsets; the first integer is the number of steps
 };
 
 template <class T>
 FK_INLINE ScheduleSpace schedule_space(const LoopArgs<T>& args) {
   ScheduleSpace space{};
   space.ends = 4;
-  const int64_t table = static_cast<int64_t>(args.features + 1) * (args.n_layers + 1);
+  const int64_t table = static_cast<int64_t>(args.features + 2) * (args.n_layers + 1);
   space.ready = space.ends + table;
   space.next = space.ready + table;
   space.chain = space.next + args.features + 1;
   space.seen = space.chain + args.features + 1;
   space.size = space.seen;
   for (int l = 1; l <= args.n_layers; ++l) space.size += args.layer(l).inputs + 1;
+  space.visible = space.size;
+  if (args.mirrored)
+    for (int l = 1; l <= args.n_layers; ++l) space.size += args.layer(l).outputs;
   return space;
+}
+
+// The staircases of a mirrored network lie in its schedule's workspace
+template <class T>
+inline void place_visible(LoopArgs<T>& args) {
+  if (!args.mirrored) return;
+  const int32_t* visible = args.schedule + schedule_space(args).visible;
+  for (int l = 0; l < args.n_layers; ++l) {
+    args.layers[l].visible = visible;
+    visible += args.layers[l].outputs;
+  }
+}
+
+// Unit k of the last-to-first order sees the units of the layer above that see it: all but the first so many.
+template <class T>
+FK_INLINE void mirror_visible(const LoopArgs<T>& args, int32_t* visible, int thread, int threads) {
+  for (int l = 1; l <= args.n_layers; ++l) {
+    const LoopLayer<T>& layer = args.layer(l);
+    const int32_t* above = args.visible_above[l - 1];
+    for (int i = thread; i < layer.outputs; i += threads) {
+      const int k = layer.outputs - 1 - i;
+      int low = 0, high = layer.inputs;  // how many of the layer above see no more than k units
+      while (low < high) {
+        const int middle = (low + high) / 2;
+        if (above[middle] <= k)
+          low = middle + 1;
+        else
+          high = middle;
+      }
+      visible[i] = layer.inputs - low;
+    }
+    visible += layer.outputs;
+  }
 }
 
 // seen[l][v]: how many units of layer l see no more than v inputs
@@ -121,7 +176,7 @@ FK_INLINE void find_ready(const LoopArgs<T>& args, const int32_t* seen, int32_t*
   for (int d = thread; d <= args.features; d += threads) {
     int32_t* row = ready + static_cast<int64_t>(d) * columns;
     const int32_t* counts = seen;
-    row[0] = d;
+    row[0] = args.per_feature() * d;
     for (int l = 1; l <= args.n_layers; ++l) {
       const LoopLayer<T>& layer = args.layer(l);
       const int known = row[layer.source];
@@ -130,15 +185,17 @@ FK_INLINE void find_ready(const LoopArgs<T>& args, const int32_t* seen, int32_t*
       row[l] = smaller(larger(end, 0), layer.outputs);  // whatever `visible` holds, nothing reads beyond a layer
       counts += layer.inputs + 1;
     }
-    row[args.n_layers] -= row[args.n_layers] % 2;  // a feature is known when both its shift and its raw scale are
-    next[d] = row[args.n_layers] / 2;
+    row[args.n_layers] -= row[args.n_layers] % args.sums_per_feature();  // a feature is known when both its shift and its raw scale are
+    next[d] = row[args.n_layers] / args.sums_per_feature();
   }
 }
 
 // chain[s]: features known before step s; returns the number of steps. Ends early where the network is not autoregressive.
-FK_INLINE int follow_chain(const int32_t* next, int features, int32_t* chain) {
-  int steps = 0;
-  for (int d = 0; d < features && next[d] > d; d = next[d]) chain[steps++] = d;
+template <class T>
+FK_INLINE int follow_chain(const LoopArgs<T>& args, const int32_t* next, int32_t* chain) {
+  int steps = 0, d = 0;
+  for (; d < args.features && next[d] > d; d = next[d]) chain[steps++] = d;
+  if (args.mirrored && d == args.features) chain[steps++] = d;
   return steps;
 }
 
@@ -202,7 +259,8 @@ struct Cursor {
  private:
   FK_INLINE Stage cut() {
     Stage piece = block;
-    piece.units = smaller(block.units, smaller(kBlockUnits, args.capacity / kRun / 4 * 4));
+    const int widest = args.mirrored ? kMirroredBlockUnits : kBlockUnits;
+    piece.units = smaller(block.units, smaller(widest, args.capacity / kRun / 4 * 4));
     const int most = args.capacity / block_ld(piece.units), end = block.k0 + block.inputs;
     piece.k0 = k;
     k = end - k <= most ? end : (k + most) / kRun * kRun;  // runs are whole: most >= kRun
@@ -300,7 +358,7 @@ struct LoopPlan {
 
 constexpr int64_t kEndsInShared = 16 * 1024;  // bytes; a longer table is read through the cache
 
-FK_INLINE int64_t ends_bytes(int features, int n_layers) { return int64_t(features + 1) * (n_layers + 1) * int64_t(sizeof(int32_t)); }
+FK_INLINE int64_t ends_bytes(int steps, int n_layers) { return int64_t(steps + 1) * (n_layers + 1) * int64_t(sizeof(int32_t)); }
 
 // A slot: its stage, the rows of `ends` that a panel reads, `visible` of its units, weights
 struct SlotLayout {
@@ -344,8 +402,8 @@ template <class T>
 inline LoopPlan plan_loop(const LoopArgs<T>& args, const Device& device) {
   const int64_t item = sizeof(T);
   LoopPlan plan{};
-  plan.ends_in_shared = ends_bytes(args.inverse ? args.features : 1, args.n_layers) <= kEndsInShared;
-  const int64_t ends = plan.ends_in_shared ? (ends_bytes(args.inverse ? args.features : 1, args.n_layers) + 15) / 16 * 16 : 0;
+  plan.ends_in_shared = ends_bytes(args.most_steps(), args.n_layers) <= kEndsInShared;
+  const int64_t ends = plan.ends_in_shared ? (ends_bytes(args.most_steps(), args.n_layers) + 15) / 16 * 16 : 0;
 
   int64_t largest = 1024;
   int widest = args.features;

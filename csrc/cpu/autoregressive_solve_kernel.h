@@ -83,10 +83,7 @@ struct Solve {
         T *at = deltas + p * rows + r, *outputs = deltas + (offsets[n_layers] + 2 * p) * rows + r;
         const T* made = values + (offsets[n_layers] + 2 * p) * rows + r;
         const Vec<T> x = load(values + p * rows + r), shift = load(made), raw = load(made + rows);
-        const Vec<T> inverse = with_scale_map<Vec<T>>(args.scale, [&](const auto& map) {
-          return args.form == Form::divide ? map.sigma(raw) : map.reciprocal_and_log(raw).value;
-        });
-        const Vec<T> u = -load(at) * inverse;
+        const Vec<T> u = -load(at) * inverse_slope(args.form, args.scale, raw);
         const FormGradient<Vec<T>> gradient = form_gradient(args.form, args.scale, x, shift, raw, u, -load(c + r));
         store(at, -u);  // dz
         store(outputs, gradient.dshift);

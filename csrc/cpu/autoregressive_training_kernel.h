@@ -58,27 +58,6 @@ void training_forward(const TrainingArgs<T>& args, int64_t r0, int64_t r1, T* sc
   }
 }
 
-template <class V>
-struct FormGradient {
-  V dx, dshift, draw;
-};
-
-// The gradient of g * y + c * log|dy/dx| for y = form(x; shift, sigma(raw))
-template <class V>
-FK_CALL FormGradient<V> form_gradient(Form form, const ScaleMapParams& p, V x, V shift, V raw, V g, V c) {
-  return with_scale_map<V>(p, [&](const auto& map) -> FormGradient<V> {
-    const V dlog = map.dlog_sigma(raw);
-    if (form == Form::divide) {
-      const V dx = g * map.reciprocal_and_log(raw).value;
-      return {dx, -dx, -fma(dx, x - shift, c) * dlog};
-    }
-    const V dx = g * map.sigma(raw);
-    const V by_sigma = form == Form::scale_shift ? x : form == Form::gate ? x - shift : x + shift;
-    const V dshift = form == Form::scale_shift ? g : form == Form::gate ? g * map.complement(raw) : dx;
-    return {dx, dshift, fma(g * by_sigma, map.dsigma(raw), c * dlog)};
-  });
-}
-
 // The deltas of rows [r0, r1), and dx. need_dx: whether anybody asks for the gradient by x
 template <class T>
 void training_backward(const TrainingArgs<T>& args, bool need_dx, int64_t r0, int64_t r1, T* scratch) {

@@ -4,6 +4,7 @@
 //   flowkernels::_autoregressive_steps(<arguments of autoregressive>) -> Tensor       `ends`, [steps + 1, layers + 1]
 //   flowkernels::_autoregressive_plan(<arguments of autoregressive>, int[] device) -> int[]
 //     device: multiprocessors, shared memory of a block and of a multiprocessor, batch. The plan's members, panel_steps, units
+//   flowkernels::_autoregressive_solve_twin(<arguments of _autoregressive_solve>, int[] layout) -> (Tensor, Tensor)
 // Each phase runs for all threads of a block in turn, forwards or backwards; a copy into a slot lands at the last moment that the kernel's
 // waits allow, and slots begin full of NaN. What is left to a GPU: the barriers themselves, memory, speed.
 
@@ -64,11 +65,13 @@ template <class T>
 std::vector<int32_t> find_steps(LoopArgs<T>& args, int threads, bool backwards) {
   const ScheduleSpace space = schedule_space(args);
   std::vector<int32_t> schedule(space.size, -1);
-  int32_t* s = schedule.data();
+  int32_t* s = args.schedule = schedule.data();
+  place_visible(args);
+  if (args.mirrored) all_threads(threads, backwards, [&](int t) { mirror_visible(args, s + space.visible, t, threads); });
   if (args.inverse) {
     all_threads(threads, backwards, [&](int t) { count_seen(args, s + space.seen, t, threads); });
     all_threads(threads, backwards, [&](int t) { find_ready(args, s + space.seen, s + space.ready, s + space.next, t, threads); });
-    s[0] = follow_chain(s + space.next, args.features, s + space.chain);
+    s[0] = follow_chain(args, s + space.next, s + space.chain);
     all_threads(threads, backwards, [&](int t) { write_ends(args, s + space.ready, s + space.chain, s[0], s + space.ends, t, threads); });
   } else {
     s[0] = 1;
@@ -83,7 +86,7 @@ struct Layout {
 };
 
 // autoregressive_loop of the kernel for one tile
-template <class T, int ROWS>
+template <class T, int ROWS, bool MIRRORED>
 void run_tile(const LoopArgs<T>& args, const Layout& layout, const int32_t* ends, int steps, int64_t first_row) {
   const int threads = 32 * (layout.consumers + layout.producers), copiers = 32 * layout.producers;
   const bool backwards = layout.backwards;
@@ -94,7 +97,7 @@ void run_tile(const LoopArgs<T>& args, const Layout& layout, const int32_t* ends
   std::memset(memory.data(), 0xff, memory.size() * 16);
   auto slot = [&](int i) { return Slot<T>(reinterpret_cast<unsigned char*>(memory.data()) + (i % kSlots) * slot_bytes.size, slot_bytes); };
 
-  const Tile<T, ROWS> tile{args, state[0].at, ends, steps, first_row};
+  const Tile<T, ROWS, MIRRORED> tile{args, state[0].at, ends, steps, first_row};
   std::vector<Cursor<T>> cursors(copiers, Cursor<T>(args, ends, steps));
   std::vector<LateCopies> copies(copiers);
   const SerialLanes lanes{backwards};
@@ -112,27 +115,43 @@ void run_tile(const LoopArgs<T>& args, const Layout& layout, const int32_t* ends
       for (int w = 0; w < layout.consumers; ++w) tile.consume(slot(i), backwards ? layout.consumers - 1 - w : w, layout.consumers, lanes);
     if (backwards) produce();
   }
-  all_threads(threads, backwards, [&](int t) { tile.sum_logs(t, threads); });
+  if constexpr (!MIRRORED) all_threads(threads, backwards, [&](int t) { tile.sum_logs(t, threads); });
   all_threads(threads, backwards, [&](int t) { tile.write(t, threads); });
 }
 
-template <class T>
-std::tuple<Tensor, Tensor> run(const LoopTensors& tensors, const std::vector<int64_t>& numbers) {
-  LoopNetwork<T> network(tensors);
-  LoopArgs<T>& args = network.args;
+template <class T, bool MIRRORED>
+void run_loop(LoopArgs<T>& args, const std::vector<int64_t>& numbers) {
   const Layout layout{static_cast<int>(numbers[0]), static_cast<int>(numbers[1]), static_cast<int>(numbers[2]), static_cast<int>(numbers[3]), numbers[5] != 0};
   args.capacity = layout.capacity;
   if (numbers[4] > 0) args.panel_steps = static_cast<int>(numbers[4]);
-  Tensor y = empty(tensors.x, {args.batch, args.features}), logabsdet = empty(tensors.x, {args.batch});
-  args.y = static_cast<T*>(y.mutable_data_ptr());
-  args.logabsdet = static_cast<T*>(logabsdet.mutable_data_ptr());
   const std::vector<int32_t> schedule = find_steps(args, 96, layout.backwards);
   const int32_t* ends = schedule.data() + schedule_space(args).ends;
   for (int64_t row = 0; row < args.batch; row += layout.rows) {
-    auto tile = layout.rows == 4 ? run_tile<T, 4> : layout.rows == 8 ? run_tile<T, 8> : run_tile<T, 16>;
+    auto tile = layout.rows == 4 ? run_tile<T, 4, MIRRORED> : layout.rows == 8 ? run_tile<T, 8, MIRRORED> : run_tile<T, 16, MIRRORED>;
     tile(args, layout, ends, schedule[0], row);
   }
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> run(const LoopTensors& tensors, const std::vector<int64_t>& layout) {
+  LoopNetwork<T> network(tensors);
+  LoopArgs<T>& args = network.args;
+  Tensor y = empty(tensors.x, {args.batch, args.features}), logabsdet = empty(tensors.x, {args.batch});
+  args.y = static_cast<T*>(y.mutable_data_ptr());
+  args.logabsdet = static_cast<T*>(logabsdet.mutable_data_ptr());
+  run_loop<T, false>(args, layout);
   return {y, logabsdet};
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> run(const SolveTensors& tensors, const std::vector<int64_t>& layout) {
+  LoopNetwork<T> network(tensors);
+  LoopArgs<T>& args = network.args;
+  Tensor dz = empty(tensors.x, {args.batch, args.features}), deltas = empty(tensors.x, {args.batch, args.columns});
+  args.y = static_cast<T*>(dz.mutable_data_ptr());
+  args.deltas = static_cast<T*>(deltas.mutable_data_ptr());
+  run_loop<T, true>(args, layout);
+  return {dz, deltas};
 }
 
 template <class T>
@@ -167,6 +186,13 @@ std::vector<int64_t> plan(const LoopTensors& tensors, const std::vector<int64_t>
 std::tuple<Tensor, Tensor> twin(FK_ARGUMENTS, std::vector<int64_t> layout) {
   return x.scalar_type() == ScalarType::Float ? run<float>(FK_TENSORS, layout) : run<double>(FK_TENSORS, layout);
 }
+std::tuple<Tensor, Tensor> solve_twin(Tensor dx, Tensor dlogabsdet, Tensor x, Tensor made, std::vector<Tensor> weights,
+                                      std::vector<Tensor> visible, std::optional<Tensor> order, std::vector<int64_t> activations,
+                                      int64_t scale_kind, double scale_p0, double scale_p1, int64_t form, std::vector<int64_t> layout) {
+  const SolveTensors tensors{dx,          dlogabsdet, x, made, weights, visible, order, activations, {static_cast<int>(scale_kind), scale_p0, scale_p1},
+                             static_cast<int>(form)};
+  return x.scalar_type() == ScalarType::Float ? run<float>(tensors, layout) : run<double>(tensors, layout);
+}
 Tensor twin_steps(FK_ARGUMENTS) { return x.scalar_type() == ScalarType::Float ? steps<float>(FK_TENSORS) : steps<double>(FK_TENSORS); }
 std::vector<int64_t> twin_plan(FK_ARGUMENTS, std::vector<int64_t> device) {
   return x.scalar_type() == ScalarType::Float ? plan<float>(FK_TENSORS, device) : plan<double>(FK_TENSORS, device);
@@ -181,12 +207,16 @@ std::vector<int64_t> twin_plan(FK_ARGUMENTS, std::vector<int64_t> device) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels, m) {
   m.def("_autoregressive_twin(" FK_SCHEMA ", int[] layout) -> (Tensor, Tensor)");
+  m.def(
+      "_autoregressive_solve_twin(Tensor dx, Tensor dlogabsdet, Tensor x, Tensor made, Tensor[] weights, Tensor[] visible, Tensor? order, "
+      "int[] activations, int scale_kind, float scale_p0, float scale_p1, int form, int[] layout) -> (Tensor, Tensor)");
   m.def("_autoregressive_steps(" FK_SCHEMA ") -> Tensor");
   m.def("_autoregressive_plan(" FK_SCHEMA ", int[] device) -> int[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
   m.impl("_autoregressive_twin", TORCH_BOX(&flowkernels::twin));
+  m.impl("_autoregressive_solve_twin", TORCH_BOX(&flowkernels::solve_twin));
   m.impl("_autoregressive_steps", TORCH_BOX(&flowkernels::twin_steps));
   m.impl("_autoregressive_plan", TORCH_BOX(&flowkernels::twin_plan));
 }

@@ -4,6 +4,12 @@
 // The state of a tile is [unit][ROWS]: pending sums, which become the values themselves; z, which becomes x; the context; gates.
 // Rows of a tile never meet, so a panel is run by warps that own rows, with no barrier of the block inside. A block of weights is run
 // by all warps: a thread computes 4 rows of 2 or 4 units.
+//
+// MIRRORED, the gradient of the inverse. With x = f^-1(z), (z, l) = f(x), and cotangents g of x and c of -l, look for u such that f's
+// gradient by x, for cotangents u of z and -c of l, is -g:
+//     u_i * dz_i/dx_i + (what the deltas of later features push back onto x_i) = -g_i,      i = D..1
+// Then dz = -u, and the deltas on the way give the gradients of the parameters. A delta is the sum over what sees its unit, times the
+// activation's derivative, which is a gate here; sums of the last layer begin at g.
 #pragma once
 
 #include "autoregressive_schedule.h"
@@ -29,7 +35,7 @@ struct Slot {
         visible(reinterpret_cast<int32_t*>(memory + layout.visible)), weights(reinterpret_cast<T*>(memory + layout.weights)) {}
 };
 
-template <class T, int ROWS>
+template <class T, int ROWS, bool MIRRORED = false>
 struct Tile {
   const LoopArgs<T>& args;
   T* state;
@@ -40,25 +46,65 @@ struct Tile {
   FK_INLINE T* values(int l) const { return state + static_cast<int64_t>(args.first_unit(l)) * ROWS; }
   FK_INLINE int rows() const { return args.batch - first_row < ROWS ? static_cast<int>(args.batch - first_row) : ROWS; }
 
+  // where the p-th feature of the loop is in a row
+  FK_INLINE int64_t place(int p) const {
+    const int made = MIRRORED ? args.features - 1 - p : p;
+    return args.order ? args.order[made] : made;
+  }
+
   // ---- before the stages, by all threads
 
-  FK_INLINE void read(const T* from, int64_t row, int64_t column, int columns, const int64_t* order, T* to, int thread, int threads) const {
+  // to[c] = get(row, c), and zeros where there is no row
+  template <class F>
+  FK_INLINE void read(int columns, T* to, int thread, int threads, F&& get) const {
     for (int i = thread; i < columns * ROWS; i += threads) {
       const int r = i / columns, c = i % columns;
-      to[c * ROWS + r] = r < rows() ? from[(first_row + r) * row + (order ? order[c] : c) * column] : T(0);
+      to[c * ROWS + r] = r < rows() ? get(first_row + r, c) : T(0);
     }
   }
 
   FK_INLINE void begin(int thread, int threads) const {
-    read(args.x, args.x_row, args.x_column, args.features, args.order, state, thread, threads);
+    T* context = state + static_cast<int64_t>(args.context) * ROWS;
+    auto x = [&](int64_t row, int p) { return args.x[row * args.x_row + place(p) * args.x_column]; };
+    if constexpr (MIRRORED)
+      begin_mirrored(context, x, thread, threads);
+    else
+      begin_network(context, x, thread, threads);
+  }
+
+  template <class F>
+  FK_INLINE void begin_network(T* context, F&& x, int thread, int threads) const {
+    read(args.features, state, thread, threads, x);
     if (args.context_features)
-      read(args.context_rows, args.context_row, args.context_column, args.context_features, nullptr, state + int64_t(args.context) * ROWS, thread,
-           threads);
+      read(args.context_features, context, thread, threads,
+           [&](int64_t row, int c) { return args.context_rows[row * args.context_row + c * args.context_column]; });
     for (int l = 1; l <= args.n_layers; ++l) {
       const LoopLayer<T>& layer = args.layer(l);
       if (layer.unitwise) continue;
       const T* from = layer.context_weight && layer.own_context_term() ? layer.context_bias : layer.bias;
       for (int i = thread; i < layer.outputs * ROWS; i += threads) values(l)[i] = from ? from[i / ROWS] : T(0);
+    }
+  }
+
+  // Raw scale and shift of each feature wait where their deltas will be.
+  template <class F>
+  FK_INLINE void begin_mirrored(T* context, F&& dx, int thread, int threads) const {
+    read(args.features, values(args.n_layers), thread, threads, dx);
+    read(args.features, context, thread, threads,
+         [&](int64_t row, int p) { return args.context_rows[row * args.context_row + place(p) * args.context_column]; });
+    read(1, context + args.features * ROWS, thread, threads, [&](int64_t row, int) { return args.dlogabsdet[row * args.dlogabsdet_step]; });
+    for (int l = 0; l < args.n_layers; ++l) {
+      const T* last = args.made + args.column(l) + args.width(l) - 1;
+      auto made = [&](int64_t row, int j) { return last[row * args.made_row - j]; };
+      if (l == 0) {
+        read(args.width(0), state, thread, threads, made);
+        continue;
+      }
+      const LoopLayer<T>& layer = args.layer(l);
+      const Activation activation = static_cast<Activation>(layer.context_activation);
+      read(layer.outputs, values(l), thread, threads, [](int64_t, int) { return T(0); });
+      read(layer.outputs, state + static_cast<int64_t>(layer.gates) * ROWS, thread, threads,
+           [&](int64_t row, int j) { return scalar::derivative_at(activation, made(row, j)); });
     }
   }
 
@@ -68,9 +114,17 @@ struct Tile {
   FK_INLINE void copy_block(const T* weight, int64_t ld, int k0, int inputs, int j0, int units, T* to, int to_ld, int thread, int threads,
                             Copies& copies) const {
     const int lane = thread % 32;
-    for (int k = thread / 32; k < inputs; k += threads / 32) {
-      const T* row = weight + (k0 + k) * ld + j0;
-      for (int j = lane; j < units; j += 32) copies.copy(to + k * to_ld + j, row + j);
+    if constexpr (MIRRORED) {  // `weight` is the last element. A warp copies 8 inputs of 4 units: whole sectors, and few banks twice
+      const int k_lane = lane % 8, j_lane = lane / 8, blocks = (inputs + 7) / 8;
+      for (int i = thread / 32; i < (units + 3) / 4 * blocks; i += threads / 32) {
+        const int k = i % blocks * 8 + k_lane, j = i / blocks * 4 + j_lane;
+        if (k < inputs && j < units) copies.copy(to + k * to_ld + j, weight - (j0 + j) * ld - (k0 + k));
+      }
+    } else {
+      for (int k = thread / 32; k < inputs; k += threads / 32) {
+        const T* row = weight + (k0 + k) * ld + j0;
+        for (int j = lane; j < units; j += 32) copies.copy(to + k * to_ld + j, row + j);
+      }
     }
   }
 
@@ -138,13 +192,36 @@ struct Tile {
 
   // Feature p in row r from its shift and raw scale. x takes the place of z, for later steps to read; z takes that of shift, as others
   // may still read x. The log-derivative takes the place of the raw scale, and waits for the end.
-  FK_INLINE void feature(int p, int r, T shift, T raw) const {
+  FK_INLINE void apply(int p, int r, T shift, T raw) const {
     const Form form = static_cast<Form>(args.form);
     T *at = state + p * ROWS + r, *outputs = values(args.n_layers) + 2 * p * ROWS + r;
     const scalar::ValueAndLog<T> out =
         args.inverse ? scalar::invert_form(form, args.scale, *at, shift, raw) : scalar::apply_form(form, args.scale, *at, shift, raw);
     *(args.inverse ? at : outputs) = out.value;
     outputs[ROWS] = out.log;
+  }
+
+  // dz takes the place of the sum, the deltas of raw scale and shift that of these
+  FK_INLINE void solve(int p, int r, T sum) const {
+    const Form form = static_cast<Form>(args.form);
+    const T* context = state + static_cast<int64_t>(args.context) * ROWS;
+    T *raw = state + 2 * p * ROWS + r, *shift = raw + ROWS;
+    const T u = -sum * scalar::inverse_slope(form, args.scale, *raw);
+    const scalar::FormGradient<T> gradient =
+        scalar::form_gradient(form, args.scale, context[p * ROWS + r], *shift, *raw, u, -context[args.features * ROWS + r]);
+    values(args.n_layers)[p * ROWS + r] = -u;
+    *raw = gradient.draw;
+    *shift = gradient.dshift;
+  }
+
+  // Feature p in row r; whole(i) is the i-th of its sums
+  static constexpr int kSums = MIRRORED ? 1 : 2;
+  template <class F>
+  FK_INLINE void feature(int p, int r, F&& whole) const {
+    if constexpr (MIRRORED)
+      solve(p, r, whole(0));
+    else
+      apply(p, r, whole(0), whole(1));
   }
 
   // ---- a panel, by warps that own rows
@@ -191,9 +268,9 @@ struct Tile {
           });
         else
           lanes.each([&](int lane) {
-            for (int i = lane; i < (end[l] - j0) / 2 * share; i += 32) {
-              const int p = j0 / 2 + i / share, r = r0 + i % share;
-              feature(p, r, whole(2 * p, r), whole(2 * p + 1, r));
+            for (int i = lane; i < (end[l] - j0) / kSums * share; i += 32) {
+              const int p = j0 / kSums + i / share, r = r0 + i % share;
+              feature(p, r, [&](int sum) { return whole(kSums * p + sum, r); });
             }
           });
         if (!layer.unitwise) {
@@ -256,8 +333,8 @@ struct Tile {
     if (stage.kind == StageKind::step && l == args.n_layers) {
       const T* sums = values(l);
       FK_KEEP_LOOP
-      for (int j = j0; j < j0 + n; j += 2)  // shift and raw scale of one feature are in one thread
-        for (int r = r0; r < r0 + 4; ++r) feature(j / 2, r, sums[j * ROWS + r], sums[(j + 1) * ROWS + r]);
+      for (int j = j0; j < j0 + n; j += kSums)  // shift and raw scale of one feature are in one thread
+        for (int r = r0; r < r0 + 4; ++r) feature(j / kSums, r, [&](int sum) { return sums[(j + sum) * ROWS + r]; });
       return;
     }
     FK_KEEP_LOOP  // code of one unit, not of all of them in registers: this is rare, and was most of the kernel
@@ -297,16 +374,39 @@ struct Tile {
 
   // NaN where the schedule ended early: the network was not autoregressive, and nothing else could tell without a look from the host
   FK_INLINE void write(int thread, int threads) const {
-    const int known = args.inverse ? ends[static_cast<int64_t>(steps) * (args.n_layers + 1) + args.n_layers] / 2 : args.features;
+    const int sums = args.inverse ? ends[static_cast<int64_t>(steps) * (args.n_layers + 1) + args.n_layers] : 0;
+    const int known = args.inverse ? sums / kSums : args.features;
     const T* outputs = values(args.n_layers);
+    if constexpr (MIRRORED)
+      write_mirrored(known, outputs, thread, threads);
+    else
+      write_network(known, outputs, thread, threads);
+  }
+
+  FK_INLINE void write_network(int known, const T* outputs, int thread, int threads) const {
     for (int i = thread; i < rows() * args.features; i += threads) {
       const int r = i / args.features, p = i % args.features;
-      args.y[(first_row + r) * args.features + (args.order ? args.order[p] : p)] = p < known ? (args.inverse ? state[p * ROWS + r] : outputs[2 * p * ROWS + r]) : T(NAN);
+      args.y[(first_row + r) * args.features + place(p)] = p < known ? (args.inverse ? state[p * ROWS + r] : outputs[2 * p * ROWS + r]) : T(NAN);
     }
     for (int r = thread; r < rows(); r += threads) {
       T total = T(0);
       for (int p = 0; p < args.features; p += kLogChunk) total = total + outputs[(2 * p + 1) * ROWS + r];
       args.logabsdet[first_row + r] = known == args.features ? total : T(NAN);
+    }
+  }
+
+  FK_INLINE void write_mirrored(int known, const T* dz, int thread, int threads) const {
+    for (int i = thread; i < rows() * args.features; i += threads) {
+      const int r = i / args.features, p = i % args.features;
+      args.y[(first_row + r) * args.features + place(p)] = p < known ? dz[p * ROWS + r] : T(NAN);
+    }
+    for (int l = 0; l < args.n_layers; ++l) {
+      const int width = args.width(l);
+      T* first = args.deltas + first_row * args.columns + args.column(l);
+      for (int i = thread; i < rows() * width; i += threads) {
+        const int r = i / width, j = i % width;
+        first[static_cast<int64_t>(r) * args.columns + j] = known == args.features ? values(l)[(width - 1 - j) * ROWS + r] : T(NAN);
+      }
     }
   }
 };

@@ -11,7 +11,7 @@ from ..masked_linear import masked_linear
 from ..scale_map import Form, ScaleMap, parse_form
 from .conditioner import Conditioner, context_features
 from .reference import autoregressive_reference
-from .training import serves, with_gradient
+from .training import CUDA_LAYERS, serves, with_gradient
 
 library.define(
     "autoregressive(Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] context_biases, "
@@ -64,7 +64,7 @@ def autoregressive(
 
     Forward, z_i = x_i * sigma(s_i) + shift_i for form "scale_shift", where (shift_i, s_i) depend on the features generated before
     feature i and on the context; `inverse` undoes it, in one fused loop where a kernel serves, in D passes of the network
-    elsewhere. A gradient through the inverse is right, and costs the D passes.
+    elsewhere. So is its gradient, which is one more loop.
 
     Half precision is computed in float32 and rounded once. Under autocast x and context take the dtype of the weights, so a float32
     network stays in float32, in both directions.
@@ -100,11 +100,11 @@ def autoregressive(
 
     weights, biases, _, _, context_weights, _, _, context_biases = conditioner
     if needs_autograd((x, context, *weights, *biases, *context_weights, *context_biases)):
-        if serves(conditioner, x):
+        if serves(conditioner, x, inverse):
             y, logabsdet = with_gradient(x, conditioner, context, scale, form, inverse)
         else:
             y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse, linear=masked_linear)
-    elif wants_reference("autoregressive", x.device) or (x.device.type == "cuda" and len(weights) > _CUDA_LAYERS):
+    elif wants_reference("autoregressive", x.device) or (x.device.type == "cuda" and len(weights) > CUDA_LAYERS):
         y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse)
     else:
         y, logabsdet = autoregressive_op(x, context, conditioner, scale, form, inverse)
@@ -112,7 +112,6 @@ def autoregressive(
 
 
 _SOFTCLIP = ScaleMap.softclip()
-_CUDA_LAYERS = 32  # kMaxLayers of the CUDA kernel, which takes all layers as one argument
 # the loop computes in float64 for float64, in float32 for everything narrower
 _COMPUTE = {torch.float64: torch.float64} | dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float32)
 

@@ -156,7 +156,7 @@ def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None 
         if not needs_autograd((x, context, *lists.weights, *lists.biases, *lists.context_weights, *lists.context_biases, *lists.affines)):
             y, logabsdet, _ = _stack(x, context, *lists, False)
             return y, logabsdet
-        if all(m.affine is None and serves(m.conditioner, x) for m in maps):
+        if all(m.affine is None and serves(m.conditioner, x, m.inverse) for m in maps):
             return apply_function(_Plain, x, context, maps, lists, *lists.weights, *lists.biases, *lists.context_weights)
     total = None
     for conditioner, scale, form, inverse, affine in maps:

@@ -22,6 +22,7 @@ from ..masked_linear import masked_linear
 from ..scale_map import Form, ScaleMap
 from .conditioner import Conditioner
 from .reference import autoregressive_reference
+from .solve import backward_by_solve
 
 _NETWORK = "Tensor[] weights, {}Tensor[] context_weights, Tensor[] visible, Tensor? order, int[] activations"
 _SCALE = "int scale_kind, float scale_p0, float scale_p1, int form"
@@ -39,7 +40,12 @@ library.define(
 _training = torch.ops.flowkernels.autoregressive_training.default
 _backward = torch.ops.flowkernels.autoregressive_backward.default
 _inverse_backward = torch.ops.flowkernels.autoregressive_inverse_backward.default
-_COMPILED = _extension.has_kernel("autoregressive_training", "CPU")  # torch.compile cannot ask
+# torch.compile cannot ask
+_COMPILED = _extension.has_kernel("autoregressive_training", "CPU")
+_SOLVES_ON_CUDA = _extension.has_kernel("_autoregressive_solve", "CUDA")
+if _SOLVES_ON_CUDA:
+    library.impl("autoregressive_inverse_backward", backward_by_solve, "CUDA")
+CUDA_LAYERS = 32  # kMaxLayers of the CUDA kernels, which take all layers as one argument
 
 
 @torch.library.register_fake("flowkernels::autoregressive_training", lib=library)
@@ -63,10 +69,12 @@ def _(dx, dlogabsdet, x, context, weights, biases, context_weights, *_) -> list[
     return [x.new_empty(x.shape), dcontext, *(x.new_empty(t.shape) for t in (*weights, *biases, *context_weights))]
 
 
-def serves(conditioner: Conditioner, x: Tensor) -> bool:
-    """Whether the two ops can take this call: a plain chain of layers, on a device that has the kernel."""
+def serves(conditioner: Conditioner, x: Tensor, inverse: bool) -> bool:
+    """Whether the ops can take this call: a plain chain of layers, on a device that has the kernels."""
     if conditioner.wiring or conditioner.context_biases or transformed() or wants_reference("autoregressive", x.device):
         return False
+    if x.device.type == "cuda":
+        return inverse and _SOLVES_ON_CUDA and len(conditioner.weights) <= CUDA_LAYERS and x.device.index not in _extension.unserved_gpus
     return _COMPILED and x.device.type == "cpu"
 
 

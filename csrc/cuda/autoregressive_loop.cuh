@@ -1,0 +1,193 @@
+// The kernel of the fused sequential loop, and its launch: one block owns a tile of rows and runs all of its steps; no barrier crosses
+// the grid. Included by a source for each direction that is compiled by itself.
+//
+// What the threads do is in autoregressive_phases.h, in which order in ../autoregressive_schedule.h. Here: the barriers, the copies
+// ahead of use, the launch. Some warps bring stages of weights into a ring of slots in shared memory, the others compute; all meet at
+// one barrier a stage, so that a slot is refilled only when nobody reads it any more.
+
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <vector>
+
+#include "autoregressive_network.h"
+#include "cuda/autoregressive_phases.h"
+
+namespace flowkernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Copies from global into shared memory that land while the thread goes on, in groups
+struct AsyncCopies {
+  template <class U>
+  __device__ __forceinline__ void copy(U* to, const U* from) const {
+    const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(sizeof(U)) : "memory");
+  }
+  __device__ __forceinline__ void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  // until all but the last N groups of this thread have landed
+  template <int N>
+  __device__ __forceinline__ void wait() const {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+  }
+};
+
+struct WarpLanes {
+  int lane;
+  template <class F>
+  __device__ __forceinline__ void each(F&& f) const {
+    f(lane);
+    __syncwarp();
+  }
+};
+
+constexpr int kMaxThreads = 384;
+static_assert(sizeof(LoopArgs<double>) + sizeof(LoopPlan) <= 4096, "what a kernel may be given");
+
+template <class T, int ROWS, bool STATE_IN_SHARED, bool MIRRORED>
+__global__ void __launch_bounds__(kMaxThreads, 1) autoregressive_loop(const __grid_constant__ LoopArgs<T> args, const LoopPlan plan) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const int thread = threadIdx.x, threads = blockDim.x, warp = thread / 32;
+  const int steps = args.inverse ? args.schedule[0] : 1, columns = args.n_layers + 1;
+
+  const SlotLayout layout = slot_layout(args.panel_steps, args.n_layers, args.capacity, sizeof(T));
+  unsigned char* slots = memory;
+  int32_t* shared_ends = reinterpret_cast<int32_t*>(memory + kSlots * layout.size);
+  const int32_t* ends = args.schedule + schedule_space(args).ends;
+  if (plan.ends_in_shared) {
+    if (args.inverse)
+      for (int i = thread; i < (steps + 1) * columns; i += threads) shared_ends[i] = ends[i];
+    else
+      write_forward_ends(args, shared_ends, thread, threads);
+    ends = shared_ends;
+  }
+  T* state;
+  if constexpr (STATE_IN_SHARED)
+    state = reinterpret_cast<T*>(memory + plan.shared_bytes - static_cast<int64_t>(args.units) * ROWS * sizeof(T));
+  else
+    state = args.workspace + static_cast<int64_t>(blockIdx.x) * args.units * ROWS;
+  __syncthreads();
+
+  const bool producer = warp >= plan.consumers;
+  const int copier = thread - 32 * plan.consumers, copiers = 32 * plan.producers;
+  AsyncCopies copies;
+  WarpLanes lanes{thread % 32};
+  auto slot = [&](int i) { return Slot<T>(slots + (i % kSlots) * layout.size, layout); };
+
+  const int64_t tiles = (args.batch + ROWS - 1) / ROWS;
+  for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
+    const Tile<T, ROWS, MIRRORED> tile{args, state, ends, steps, t * ROWS};
+    Cursor<T> cursor(args, ends, steps);
+    tile.begin(thread, threads);
+    for (int i = 1 - kSlots;; ++i) {  // before stage 0, the ring is filled
+      if (i >= 0 && slot(i).stage->kind == StageKind::end) break;
+      if (producer) {
+        tile.produce(cursor, slot(i + kSlots - 1), copier, copiers, copies);  // where stage i - 1 was
+        copies.wait<kSlots - 2>();
+      } else if (i >= 0) {
+        tile.consume(slot(i), warp, plan.consumers, lanes);
+      }
+      __syncthreads();  // stage i is used, stage i + 1 has landed
+    }
+    if constexpr (!MIRRORED) {
+      tile.sum_logs(thread, threads);
+      __syncthreads();
+    }
+    tile.write(thread, threads);
+    __syncthreads();  // before the next tile takes the place of this one
+  }
+}
+
+constexpr int kScheduleThreads = 512;
+
+// The steps of the inverse from the staircases, by one block.
+template <class T>
+__global__ void __launch_bounds__(kScheduleThreads, 1) autoregressive_schedule(const __grid_constant__ LoopArgs<T> args, bool chain_in_shared) {
+  extern __shared__ int32_t shared_chain[];
+  const ScheduleSpace space = schedule_space(args);
+  int32_t *ready = args.schedule + space.ready, *seen = args.schedule + space.seen;
+  int32_t* next = chain_in_shared ? shared_chain : args.schedule + space.next;
+  int32_t* chain = chain_in_shared ? next + args.features + 1 : args.schedule + space.chain;
+  __shared__ int steps;
+
+  if (args.mirrored) {
+    mirror_visible(args, args.schedule + space.visible, threadIdx.x, blockDim.x);
+    __syncthreads();
+  }
+  count_seen(args, seen, threadIdx.x, blockDim.x);
+  __syncthreads();
+  find_ready(args, seen, ready, next, threadIdx.x, blockDim.x);
+  __syncthreads();
+  bool one_by_one = true;  // as nearly always; following a chain takes a thread alone 20 ns a step
+  for (int d = threadIdx.x; d < args.most_steps(); d += blockDim.x) {
+    one_by_one &= d == args.features || next[d] == d + 1;
+    chain[d] = d;
+  }
+  one_by_one = __syncthreads_and(one_by_one);
+  if (threadIdx.x == 0) steps = args.schedule[0] = one_by_one ? args.most_steps() : follow_chain(args, next, chain);
+  __syncthreads();
+  write_ends(args, ready, chain, steps, args.schedule + space.ends, threadIdx.x, blockDim.x);
+}
+
+template <class T, bool MIRRORED>
+auto* loop_kernel(const LoopPlan& plan) {
+  if (!plan.state_in_shared) return &autoregressive_loop<T, kMostRows<T>, false, MIRRORED>;
+  if constexpr (kMostRows<T> > 4) {
+    if (plan.rows == 8) return &autoregressive_loop<T, 8, true, MIRRORED>;
+    if (plan.rows == 16) return &autoregressive_loop<T, 16, true, MIRRORED>;
+  }
+  return &autoregressive_loop<T, 4, true, MIRRORED>;
+}
+
+inline Device device_of(int index) {
+  int multiprocessors = 0, block = 0, all = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
+  return {multiprocessors, block, all};
+}
+
+// Launches the loop on the current stream of x's device; what args name must outlive the call.
+template <class T, bool MIRRORED>
+void run_loop(LoopArgs<T>& args, const Tensor& x) {
+  const int32_t device = x.get_device_index();
+  const LoopPlan plan = plan_loop(args, device_of(device));
+  args.capacity = plan.capacity;
+  void* stream_handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_handle));
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
+
+  // both are freed when this function returns; the allocator gives them to nobody but this stream
+  std::vector<int64_t> size{args.inverse ? schedule_space(args).size : 0};
+  const Tensor schedule = torch::stable::new_empty(x, size, ScalarType::Int);
+  size = {plan.state_in_shared ? 0 : plan.blocks * args.units * plan.rows};
+  const Tensor workspace = torch::stable::new_empty(x, size);
+  args.schedule = static_cast<int32_t*>(schedule.mutable_data_ptr());
+  args.workspace = static_cast<T*>(workspace.mutable_data_ptr());
+  place_visible(args);
+
+  if (args.inverse) {
+    const int64_t chain_bytes = 2 * (int64_t(args.features) + 1) * sizeof(int32_t);
+    const bool in_shared = chain_bytes <= 48 * 1024 - 64;
+    autoregressive_schedule<T><<<1, kScheduleThreads, in_shared ? chain_bytes : 0, stream>>>(args, in_shared);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  auto* kernel = loop_kernel<T, MIRRORED>(plan);
+  if (plan.shared_bytes > 48 * 1024) {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)));
+  }
+  kernel<<<static_cast<unsigned>(plan.blocks), 32 * (plan.consumers + plan.producers), plan.shared_bytes, stream>>>(args, plan);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+}  // namespace flowkernels
