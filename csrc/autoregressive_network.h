@@ -36,6 +36,16 @@ struct SolveTensors {
   int form;
 };
 
+// The tensors of a stack's networks, one network after the other, in the order of its schema. stages: of each map 7 numbers, layers,
+// context weights, whether they have biases, whether the network is wired, scale map, form, inverse.
+struct StackTensors {
+  torch::stable::Tensor x;
+  std::optional<torch::stable::Tensor> context;
+  std::vector<torch::stable::Tensor> weights, biases, context_weights, context_biases, visible, orders, affines;
+  std::vector<int64_t> activations, wiring, stages;
+  std::vector<double> scales;
+};
+
 // Python has checked what users get wrong; here only what would corrupt memory.
 template <class T>
 class LoopNetwork {
@@ -79,6 +89,14 @@ class LoopNetwork {
     args.form = t.form;
     args.inverse = t.inverse;
     args.panel_steps = choose_panel_steps(args);
+  }
+
+  // [3, features] or empty: what happens to x before the map
+  void set_affine(const Tensor& affine) {
+    if (affine.numel() == 0) return;
+    check(affine.dim() == 2 && affine.size(0) == 3 && affine.size(1) == args.features && fits(affine, like_.scalar_type()), "an affine map does not fit x");
+    kept_.push_back(affine.is_contiguous() ? affine : torch::stable::contiguous(affine));
+    args.affine = static_cast<const T*>(kept_.back().const_data_ptr());
   }
 
   // The mirrored network, layer by layer from the last; whoever launches it calls place_visible.
@@ -212,5 +230,53 @@ class LoopNetwork {
     return static_cast<const T*>(kept_.back().const_data_ptr());
   }
 };
+
+// The maps of a stack, each from what the one before it wrote. y: [batch, features]; kept: what all maps but the last gave, or empty;
+// all contiguous.
+template <class T>
+std::vector<LoopNetwork<T>> read_stack(const StackTensors& t, T* y, T* kept, T* logabsdet, bool keep) {
+  constexpr size_t kNumbers = 7;
+  const size_t n = t.orders.size();
+  auto check = [](bool ok) { STD_TORCH_CHECK(ok, "flowkernels::autoregressive: a list of the stack has a wrong length"); };
+  check(n >= 1 && t.stages.size() == kNumbers * n && t.scales.size() == 2 * n && t.affines.size() == n);
+  size_t layers = 0, contexts = 0, context_biases = 0, wires = 0;  // taken by the maps before
+  auto part = [&](const auto& list, size_t begin, int64_t count) {
+    check(count >= 0 && begin + count <= list.size());
+    return std::vector(list.begin() + begin, list.begin() + begin + count);
+  };
+  std::vector<LoopNetwork<T>> maps;
+  maps.reserve(n);
+  for (size_t i = 0; i < n; ++i) {
+    const int64_t *stage = &t.stages[kNumbers * i], own = stage[0], terms = stage[1], biases = stage[2] ? terms : 0, wired = stage[3] ? 4 * own : 0;
+    const LoopTensors one{t.x,
+                          terms > 0 ? t.context : std::nullopt,
+                          part(t.weights, layers, own),
+                          part(t.biases, layers, own),
+                          part(t.context_weights, contexts, terms),
+                          part(t.context_biases, context_biases, biases),
+                          part(t.visible, layers, own),
+                          t.orders[i],
+                          part(t.activations, layers, own),
+                          part(t.wiring, wires, wired),
+                          {static_cast<int>(stage[4]), t.scales[2 * i], t.scales[2 * i + 1]},
+                          static_cast<int>(stage[5]),
+                          stage[6] != 0};
+    layers += own;
+    contexts += terms;
+    context_biases += biases;
+    wires += wired;
+    LoopArgs<T>& args = maps.emplace_back(one).args;
+    maps.back().set_affine(t.affines[i]);
+    if (i > 0) {
+      args.x = maps[i - 1].args.y;
+      args.x_row = args.features;
+      args.x_column = 1;
+    }
+    args.y = keep && i + 1 < n ? kept + static_cast<int64_t>(i) * args.batch * args.features : y;
+    args.logabsdet = logabsdet;
+    args.accumulate = i > 0;
+  }
+  return maps;
+}
 
 }  // namespace flowkernels

@@ -60,7 +60,6 @@ struct LoopLayer {
 
 template <class T>
 struct LoopArgs {
-  LoopLayer<T> layers[kMaxLayers];
   int n_layers, features, context_features;
   int context;      // first unit of the context in the state of a tile
   int units;        // of the state
@@ -73,6 +72,8 @@ struct LoopArgs {
   int form;
   ScaleMapParams scale;
   T *y, *logabsdet;   // contiguous
+  const T* affine;    // null, or [3, features]: what is read of x is (x + affine[0]) * affine[1] + affine[2]
+  bool accumulate;    // logabsdet holds that of the maps before
   // of a mirrored network alone: x is the gradient by x, the context is x itself with one more unit for dlogabsdet, y is dz
   bool mirrored;
   const T* made;  // [batch, columns], row stride made_row: what the layers of the network itself gave, first layer first
@@ -81,6 +82,8 @@ struct LoopArgs {
   T* deltas;  // [batch, columns], contiguous
   int columns;
   const int32_t* visible_above[kMaxLayers];  // the staircase that layer l is the mirror of
+
+  LoopLayer<T> layers[kMaxLayers];  // at the end: of a stack's maps, only the layers in use are given to a kernel
   int32_t* schedule;  // ScheduleSpace
   T* workspace;       // [blocks][units][rows] where the state is not in shared memory
 
@@ -351,7 +354,7 @@ struct LoopPlan {
   int rows;              // of one tile: 4, 8 or 16, in float64 4
   int capacity;          // elements of weights in a slot
   int consumers, producers;  // warps that compute, and warps that bring weights
-  bool state_in_shared, ends_in_shared;
+  bool state_in_shared;
   int64_t shared_bytes, slot_bytes;
   int64_t blocks;        // each takes every blocks-th tile
 };
@@ -359,6 +362,11 @@ struct LoopPlan {
 constexpr int64_t kEndsInShared = 16 * 1024;  // bytes; a longer table is read through the cache
 
 FK_INLINE int64_t ends_bytes(int steps, int n_layers) { return int64_t(steps + 1) * (n_layers + 1) * int64_t(sizeof(int32_t)); }
+
+template <class T>
+FK_INLINE bool ends_in_shared(const LoopArgs<T>& args) {
+  return ends_bytes(args.most_steps(), args.n_layers) <= kEndsInShared;
+}
 
 // A slot: its stage, the rows of `ends` that a panel reads, `visible` of its units, weights
 struct SlotLayout {
@@ -395,6 +403,18 @@ struct Device {
   int64_t shared_per_block, shared_per_multiprocessor;  // bytes; a block's share costs 1 KB more than it asks for
 };
 
+inline void choose_blocks(LoopPlan& plan, int64_t batch, const Device& device) {
+  const int64_t tiles = (batch + plan.rows - 1) / plan.rows;
+  const int64_t by_shared = device.shared_per_multiprocessor / (plan.shared_bytes + 1024), by_threads = kResidentThreads / (32 * (plan.consumers + plan.producers));
+  int64_t resident = by_shared < by_threads ? by_shared : by_threads;
+  if (resident < 1 || !plan.state_in_shared) resident = 1;  // a workspace is bounded by one block for each multiprocessor
+  plan.blocks = tiles < resident * device.multiprocessors ? tiles : resident * device.multiprocessors;
+}
+
+// The arguments of one map in shared memory
+template <class T>
+constexpr int64_t kStackArgsBytes = (sizeof(LoopArgs<T>) + 15) / 16 * 16;
+
 // Rows: the fewest of 4, 8, 16 with which one wave of blocks takes the batch, as every row of a block shares its weights and a block
 // alone is as slow as all of them. Fewer where the state of more does not fit; where not even 4 rows do, the state lies in a
 // workspace. Slots: 32 KB each, or what the largest layer needs, or what the state leaves.
@@ -402,8 +422,7 @@ template <class T>
 inline LoopPlan plan_loop(const LoopArgs<T>& args, const Device& device) {
   const int64_t item = sizeof(T);
   LoopPlan plan{};
-  plan.ends_in_shared = ends_bytes(args.most_steps(), args.n_layers) <= kEndsInShared;
-  const int64_t ends = plan.ends_in_shared ? (ends_bytes(args.most_steps(), args.n_layers) + 15) / 16 * 16 : 0;
+  const int64_t ends = ends_in_shared(args) ? (ends_bytes(args.most_steps(), args.n_layers) + 15) / 16 * 16 : 0;
 
   int64_t largest = 1024;
   int widest = args.features;
@@ -433,11 +452,26 @@ inline LoopPlan plan_loop(const LoopArgs<T>& args, const Device& device) {
   plan.slot_bytes = slots(plan.capacity) / kSlots;
   plan.shared_bytes = fixed + kSlots * plan.slot_bytes;
 
-  const int64_t tiles = (args.batch + plan.rows - 1) / plan.rows;
-  const int64_t by_shared = device.shared_per_multiprocessor / (plan.shared_bytes + 1024), by_threads = kResidentThreads / (32 * (plan.consumers + plan.producers));
-  int64_t resident = by_shared < by_threads ? by_shared : by_threads;
-  if (resident < 1 || !plan.state_in_shared) resident = 1;  // a workspace is bounded by one block for each multiprocessor
-  plan.blocks = tiles < resident * device.multiprocessors ? tiles : resident * device.multiprocessors;
+  choose_blocks(plan, args.batch, device);
+  return plan;
+}
+
+// One launch for all maps of a stack: what each of them needs at most. state_in_shared is false where that does not fit.
+template <class T>
+inline LoopPlan plan_stack(const LoopArgs<T>* const* maps, int n, Device device) {
+  device.shared_per_block -= kStackArgsBytes<T>;
+  LoopPlan plan = plan_loop(*maps[0], device);
+  for (int i = 1; i < n; ++i) {
+    const LoopPlan own = plan_loop(*maps[i], device);
+    plan.rows = smaller(plan.rows, own.rows);
+    plan.capacity = smaller(plan.capacity, own.capacity);
+    plan.consumers = larger(plan.consumers, own.consumers);
+    plan.state_in_shared = plan.state_in_shared && own.state_in_shared;
+    if (own.shared_bytes > plan.shared_bytes) plan.shared_bytes = own.shared_bytes;
+  }
+  plan.producers = plan.consumers / 2;
+  plan.shared_bytes += kStackArgsBytes<T>;
+  choose_blocks(plan, maps[0]->batch, device);
   return plan;
 }
 

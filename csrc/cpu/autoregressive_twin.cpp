@@ -4,6 +4,7 @@
 //   flowkernels::_autoregressive_steps(<arguments of autoregressive>) -> Tensor       `ends`, [steps + 1, layers + 1]
 //   flowkernels::_autoregressive_plan(<arguments of autoregressive>, int[] device) -> int[]
 //     device: multiprocessors, shared memory of a block and of a multiprocessor, batch. The plan's members, panel_steps, units
+//   flowkernels::_autoregressive_stack_twin(<arguments of autoregressive_stack>, int[] layout) -> (Tensor, Tensor, Tensor)
 //   flowkernels::_autoregressive_solve_twin(<arguments of _autoregressive_solve>, int[] layout) -> (Tensor, Tensor)
 // Each phase runs for all threads of a block in turn, forwards or backwards; a copy into a slot lands at the last moment that the kernel's
 // waits allow, and slots begin full of NaN. What is left to a GPU: the barriers themselves, memory, speed.
@@ -169,7 +170,7 @@ std::vector<int64_t> plan(const LoopTensors& tensors, const std::vector<int64_t>
   LoopNetwork<T> network(tensors);
   network.args.batch = device[3];
   const LoopPlan p = plan_loop(network.args, {static_cast<int>(device[0]), device[1], device[2]});
-  return {p.rows,         p.capacity,   p.consumers, p.producers, p.state_in_shared, p.ends_in_shared,
+  return {p.rows,         p.capacity,   p.consumers, p.producers, p.state_in_shared, ends_in_shared(network.args),
           p.shared_bytes, p.slot_bytes, p.blocks,    network.args.panel_steps, network.args.units};
 }
 
@@ -182,6 +183,27 @@ std::vector<int64_t> plan(const LoopTensors& tensors, const std::vector<int64_t>
     x, context, weights, biases, context_weights, context_biases, visible, order, activations, wiring,                              \
         ScaleMapParams{static_cast<int>(scale_kind), scale_p0, scale_p1}, static_cast<int>(form), inverse                           \
   }
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> run(const StackTensors& tensors, bool keep, const std::vector<int64_t>& layout) {
+  const Tensor& x = tensors.x;
+  const int64_t n = static_cast<int64_t>(tensors.orders.size());
+  Tensor y = empty(x, {x.size(0), x.size(1)}), logabsdet = empty(x, {x.size(0)}), kept = empty(x, {keep ? n - 1 : 0, x.size(0), x.size(1)});
+  std::vector<LoopNetwork<T>> networks = read_stack<T>(tensors, static_cast<T*>(y.mutable_data_ptr()), static_cast<T*>(kept.mutable_data_ptr()),
+                                                       static_cast<T*>(logabsdet.mutable_data_ptr()), keep);
+  for (LoopNetwork<T>& network : networks) run_loop<T, false>(network.args, layout);
+  return {y, logabsdet, kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor> stack_twin(Tensor x, std::optional<Tensor> context, std::vector<Tensor> weights, std::vector<Tensor> biases,
+                                              std::vector<Tensor> context_weights, std::vector<Tensor> context_biases, std::vector<Tensor> visible,
+                                              std::vector<Tensor> orders, std::vector<Tensor> affines, std::vector<int64_t> activations,
+                                              std::vector<int64_t> wiring, std::vector<int64_t> stages, std::vector<double> scales, bool keep,
+                                              std::vector<int64_t> layout) {
+  const StackTensors tensors{x,      context, weights,     biases, context_weights, context_biases, visible,
+                             orders, affines, activations, wiring, stages,          scales};
+  return x.scalar_type() == ScalarType::Float ? run<float>(tensors, keep, layout) : run<double>(tensors, keep, layout);
+}
 
 std::tuple<Tensor, Tensor> twin(FK_ARGUMENTS, std::vector<int64_t> layout) {
   return x.scalar_type() == ScalarType::Float ? run<float>(FK_TENSORS, layout) : run<double>(FK_TENSORS, layout);
@@ -208,6 +230,10 @@ std::vector<int64_t> twin_plan(FK_ARGUMENTS, std::vector<int64_t> device) {
 STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels, m) {
   m.def("_autoregressive_twin(" FK_SCHEMA ", int[] layout) -> (Tensor, Tensor)");
   m.def(
+      "_autoregressive_stack_twin(Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] context_biases, "
+      "Tensor[] visible, Tensor[] orders, Tensor[] affines, int[] activations, int[] wiring, int[] stages, float[] scales, bool keep, int[] layout) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
       "_autoregressive_solve_twin(Tensor dx, Tensor dlogabsdet, Tensor x, Tensor made, Tensor[] weights, Tensor[] visible, Tensor? order, "
       "int[] activations, int scale_kind, float scale_p0, float scale_p1, int form, int[] layout) -> (Tensor, Tensor)");
   m.def("_autoregressive_steps(" FK_SCHEMA ") -> Tensor");
@@ -216,6 +242,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
   m.impl("_autoregressive_twin", TORCH_BOX(&flowkernels::twin));
+  m.impl("_autoregressive_stack_twin", TORCH_BOX(&flowkernels::stack_twin));
   m.impl("_autoregressive_solve_twin", TORCH_BOX(&flowkernels::solve_twin));
   m.impl("_autoregressive_steps", TORCH_BOX(&flowkernels::twin_steps));
   m.impl("_autoregressive_plan", TORCH_BOX(&flowkernels::twin_plan));

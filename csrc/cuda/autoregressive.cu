@@ -1,7 +1,10 @@
-// The fused sequential loop for CUDA tensors, inverse and forward.
+// The fused sequential loop for CUDA tensors, inverse and forward, and stacks of such maps in one launch: a block takes its tile of rows
+// through all maps, each of which reads what the one before it wrote. A launch before it finds the steps of all maps and leaves their
+// arguments on the device.
 
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -42,7 +45,140 @@ std::tuple<Tensor, Tensor> autoregressive(Tensor x, std::optional<Tensor> contex
   return x.scalar_type() == ScalarType::Float ? launch<float>(tensors) : launch<double>(tensors);
 }
 
+// Arguments of several maps as one kernel takes them, only those layers that are in use
+struct PackedArgs {
+  static constexpr int kMost = 16;
+  int first[kMost + 1];  // byte at which each begins
+  alignas(16) unsigned char bytes[3840];
+};
+static_assert(sizeof(PackedArgs) + 16 <= 4096, "what a kernel may be given");
+
+template <class T>
+int packed_size(const LoopArgs<T>& args) {
+  return static_cast<int>(reinterpret_cast<const unsigned char*>(&args.layers[args.n_layers]) - reinterpret_cast<const unsigned char*>(&args));
+}
+
+// One block for each map
+template <class T>
+__global__ void __launch_bounds__(kScheduleThreads, 1) autoregressive_stack_schedule(const __grid_constant__ PackedArgs packed, LoopArgs<T>* maps, bool chain_in_shared) {
+  extern __shared__ int32_t shared_chain[];
+  const int first = packed.first[blockIdx.x], size = packed.first[blockIdx.x + 1] - first;
+  LoopArgs<T>& args = maps[blockIdx.x];
+  for (int i = threadIdx.x; i < size / 4; i += blockDim.x)
+    reinterpret_cast<int32_t*>(&args)[i] = *reinterpret_cast<const int32_t*>(packed.bytes + first + 4 * i);
+  __syncthreads();
+  if (args.inverse) find_steps<T>(args, chain_in_shared ? shared_chain : nullptr);
+}
+
+template <class T, int ROWS>
+__global__ void __launch_bounds__(kMaxThreads, 1) autoregressive_stack_loop(const LoopArgs<T>* maps, int n, const LoopPlan plan) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  LoopArgs<T>& args = *reinterpret_cast<LoopArgs<T>*>(memory);
+  unsigned char* rest = memory + kStackArgsBytes<T>;
+  const int64_t tiles = (maps->batch + ROWS - 1) / ROWS;
+  for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x)
+    for (int m = 0; m < n; ++m) {
+      for (int i = threadIdx.x; i < static_cast<int>(sizeof(LoopArgs<T>) / 4); i += blockDim.x)
+        reinterpret_cast<int32_t*>(memory)[i] = reinterpret_cast<const int32_t*>(maps + m)[i];
+      __syncthreads();
+      const BlockMemory<T> block = enter_network<T>(args, rest);
+      T* state = reinterpret_cast<T*>(memory + plan.shared_bytes) - static_cast<int64_t>(args.units) * ROWS;
+      __syncthreads();
+      run_tile<T, ROWS, false>(args, block, state, plan, t * ROWS);
+    }
+}
+
+template <class T>
+auto* stack_kernel(const LoopPlan& plan) {
+  if constexpr (kMostRows<T> > 4) {
+    if (plan.rows == 8) return &autoregressive_stack_loop<T, 8>;
+    if (plan.rows == 16) return &autoregressive_stack_loop<T, 16>;
+  }
+  return &autoregressive_stack_loop<T, 4>;
+}
+
+template <class T>
+void run_stack(std::vector<LoopNetwork<T>>& networks, const Tensor& x) {
+  const int32_t device = x.get_device_index();
+  const int n = static_cast<int>(networks.size());
+  std::vector<const LoopArgs<T>*> pointers;
+  for (const LoopNetwork<T>& network : networks) pointers.push_back(&network.args);
+  const LoopPlan plan = plan_stack(pointers.data(), n, device_of(device));
+  if (n == 1 || !plan.state_in_shared) {
+    for (LoopNetwork<T>& network : networks) run_loop<T, false>(network.args, x);
+    return;
+  }
+  const cudaStream_t stream = current_stream(device);
+  int64_t integers = 0;
+  for (LoopNetwork<T>& network : networks) integers += network.args.inverse ? schedule_space(network.args).size : 0;
+  std::vector<int64_t> size{integers};
+  const Tensor schedules = torch::stable::new_empty(x, size, ScalarType::Int);
+  size[0] = n * static_cast<int64_t>(sizeof(LoopArgs<T>));
+  const Tensor workspace = torch::stable::new_empty(x, size, ScalarType::Byte);
+  LoopArgs<T>* maps = static_cast<LoopArgs<T>*>(workspace.mutable_data_ptr());
+  int32_t* schedule = static_cast<int32_t*>(schedules.mutable_data_ptr());
+
+  PackedArgs packed{};
+  int count = 0, done = 0;
+  const int64_t chain = chain_bytes(networks[0].args.features);
+  auto flush = [&] {
+    autoregressive_stack_schedule<T><<<static_cast<unsigned>(count), kScheduleThreads, chain, stream>>>(packed, maps + done, chain > 0);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    done += count;
+    count = 0;
+  };
+  for (LoopNetwork<T>& network : networks) {
+    LoopArgs<T>& args = network.args;
+    args.capacity = plan.capacity;
+    args.schedule = schedule;
+    schedule += args.inverse ? schedule_space(args).size : 0;
+    const int bytes = packed_size(args);
+    if (count == PackedArgs::kMost || (count > 0 && packed.first[count] + bytes > static_cast<int>(sizeof packed.bytes))) flush();
+    std::memcpy(packed.bytes + packed.first[count], &args, bytes);
+    packed.first[count + 1] = packed.first[count] + bytes;
+    ++count;
+  }
+  flush();
+  auto* kernel = stack_kernel<T>(plan);
+  allow_shared(kernel, plan.shared_bytes);
+  kernel<<<static_cast<unsigned>(plan.blocks), 32 * (plan.consumers + plan.producers), plan.shared_bytes, stream>>>(maps, n, plan);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> launch(const StackTensors& tensors, bool keep) {
+  const Tensor& x = tensors.x;
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  STD_TORCH_CHECK(x.dim() == 2, "flowkernels::autoregressive: x must have two dimensions");
+  std::vector<int64_t> size{x.size(0), x.size(1)};
+  Tensor y = torch::stable::new_empty(x, size);
+  size.insert(size.begin(), keep ? static_cast<int64_t>(tensors.orders.size()) - 1 : 0);
+  Tensor kept = torch::stable::new_empty(x, size);
+  size = {x.size(0)};
+  Tensor logabsdet = torch::stable::new_empty(x, size);
+  std::vector<LoopNetwork<T>> networks = read_stack<T>(tensors, static_cast<T*>(y.mutable_data_ptr()), static_cast<T*>(kept.mutable_data_ptr()),
+                                                       static_cast<T*>(logabsdet.mutable_data_ptr()), keep);
+  if (x.size(0) > 0) run_stack(networks, x);
+  return {y, logabsdet, kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor> autoregressive_stack(Tensor x, std::optional<Tensor> context, std::vector<Tensor> weights,
+                                                        std::vector<Tensor> biases, std::vector<Tensor> context_weights,
+                                                        std::vector<Tensor> context_biases, std::vector<Tensor> visible,
+                                                        std::vector<Tensor> orders, std::vector<Tensor> affines, std::vector<int64_t> activations,
+                                                        std::vector<int64_t> wiring, std::vector<int64_t> stages, std::vector<double> scales,
+                                                        bool keep) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
+                  "flowkernels::autoregressive: x must be float32 or float64");
+  const StackTensors tensors{x,      context, weights,     biases, context_weights, context_biases, visible,
+                             orders, affines, activations, wiring, stages,          scales};
+  return x.scalar_type() == ScalarType::Float ? launch<float>(tensors, keep) : launch<double>(tensors, keep);
+}
+
 }  // namespace
 }  // namespace flowkernels
 
-STABLE_TORCH_LIBRARY_IMPL(flowkernels, CUDA, m) { m.impl("autoregressive", TORCH_BOX(&flowkernels::autoregressive)); }
+STABLE_TORCH_LIBRARY_IMPL(flowkernels, CUDA, m) {
+  m.impl("autoregressive", TORCH_BOX(&flowkernels::autoregressive));
+  m.impl("autoregressive_stack", TORCH_BOX(&flowkernels::autoregressive_stack));
+}

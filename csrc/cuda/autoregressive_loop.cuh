@@ -53,70 +53,81 @@ struct WarpLanes {
 constexpr int kMaxThreads = 384;
 static_assert(sizeof(LoopArgs<double>) + sizeof(LoopPlan) <= 4096, "what a kernel may be given");
 
-template <class T, int ROWS, bool STATE_IN_SHARED, bool MIRRORED>
-__global__ void __launch_bounds__(kMaxThreads, 1) autoregressive_loop(const __grid_constant__ LoopArgs<T> args, const LoopPlan plan) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  const int thread = threadIdx.x, threads = blockDim.x, warp = thread / 32;
-  const int steps = args.inverse ? args.schedule[0] : 1, columns = args.n_layers + 1;
+// The state of a tile, or nothing where it is in a workspace, lies at the end of shared memory; before it slots, and `ends` behind them.
+template <class T>
+struct BlockMemory {
+  unsigned char* slots;
+  SlotLayout layout;
+  const int32_t* ends;
+  int steps;
+};
 
-  const SlotLayout layout = slot_layout(args.panel_steps, args.n_layers, args.capacity, sizeof(T));
-  unsigned char* slots = memory;
-  int32_t* shared_ends = reinterpret_cast<int32_t*>(memory + kSlots * layout.size);
-  const int32_t* ends = args.schedule + schedule_space(args).ends;
-  if (plan.ends_in_shared) {
-    if (args.inverse)
-      for (int i = thread; i < (steps + 1) * columns; i += threads) shared_ends[i] = ends[i];
-    else
-      write_forward_ends(args, shared_ends, thread, threads);
-    ends = shared_ends;
-  }
-  T* state;
-  if constexpr (STATE_IN_SHARED)
-    state = reinterpret_cast<T*>(memory + plan.shared_bytes - static_cast<int64_t>(args.units) * ROWS * sizeof(T));
+// `ends` is whole after a barrier.
+template <class T>
+__device__ __forceinline__ BlockMemory<T> enter_network(const LoopArgs<T>& args, unsigned char* memory) {
+  const int thread = threadIdx.x, threads = blockDim.x;
+  BlockMemory<T> block{memory, slot_layout(args.panel_steps, args.n_layers, args.capacity, sizeof(T)), args.schedule + schedule_space(args).ends,
+                       args.inverse ? args.schedule[0] : 1};
+  if (!ends_in_shared(args)) return block;
+  int32_t* shared_ends = reinterpret_cast<int32_t*>(memory + kSlots * block.layout.size);
+  if (args.inverse)
+    for (int i = thread; i < (block.steps + 1) * (args.n_layers + 1); i += threads) shared_ends[i] = block.ends[i];
   else
-    state = args.workspace + static_cast<int64_t>(blockIdx.x) * args.units * ROWS;
-  __syncthreads();
+    write_forward_ends(args, shared_ends, thread, threads);
+  block.ends = shared_ends;
+  return block;
+}
 
+template <class T, int ROWS, bool MIRRORED>
+__device__ __forceinline__ void run_tile(const LoopArgs<T>& args, const BlockMemory<T>& block, T* state, const LoopPlan& plan, int64_t first_row) {
+  const int thread = threadIdx.x, threads = blockDim.x, warp = thread / 32;
   const bool producer = warp >= plan.consumers;
   const int copier = thread - 32 * plan.consumers, copiers = 32 * plan.producers;
   AsyncCopies copies;
   WarpLanes lanes{thread % 32};
-  auto slot = [&](int i) { return Slot<T>(slots + (i % kSlots) * layout.size, layout); };
+  auto slot = [&](int i) { return Slot<T>(block.slots + (i % kSlots) * block.layout.size, block.layout); };
 
-  const int64_t tiles = (args.batch + ROWS - 1) / ROWS;
-  for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
-    const Tile<T, ROWS, MIRRORED> tile{args, state, ends, steps, t * ROWS};
-    Cursor<T> cursor(args, ends, steps);
-    tile.begin(thread, threads);
-    for (int i = 1 - kSlots;; ++i) {  // before stage 0, the ring is filled
-      if (i >= 0 && slot(i).stage->kind == StageKind::end) break;
-      if (producer) {
-        tile.produce(cursor, slot(i + kSlots - 1), copier, copiers, copies);  // where stage i - 1 was
-        copies.wait<kSlots - 2>();
-      } else if (i >= 0) {
-        tile.consume(slot(i), warp, plan.consumers, lanes);
-      }
-      __syncthreads();  // stage i is used, stage i + 1 has landed
+  const Tile<T, ROWS, MIRRORED> tile{args, state, block.ends, block.steps, first_row};
+  Cursor<T> cursor(args, block.ends, block.steps);
+  tile.begin(thread, threads);
+  for (int i = 1 - kSlots;; ++i) {  // before stage 0, the ring is filled
+    if (i >= 0 && slot(i).stage->kind == StageKind::end) break;
+    if (producer) {
+      tile.produce(cursor, slot(i + kSlots - 1), copier, copiers, copies);  // where stage i - 1 was
+      copies.wait<kSlots - 2>();
+    } else if (i >= 0) {
+      tile.consume(slot(i), warp, plan.consumers, lanes);
     }
-    if constexpr (!MIRRORED) {
-      tile.sum_logs(thread, threads);
-      __syncthreads();
-    }
-    tile.write(thread, threads);
-    __syncthreads();  // before the next tile takes the place of this one
+    __syncthreads();  // stage i is used, stage i + 1 has landed
   }
+  if constexpr (!MIRRORED) {
+    tile.sum_logs(thread, threads);
+    __syncthreads();
+  }
+  tile.write(thread, threads);
+  __syncthreads();  // before the next tile or map takes the place of this one
+}
+
+template <class T, int ROWS, bool STATE_IN_SHARED, bool MIRRORED>
+__global__ void __launch_bounds__(kMaxThreads, 1) autoregressive_loop(const __grid_constant__ LoopArgs<T> args, const LoopPlan plan) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const BlockMemory<T> block = enter_network(args, memory);
+  const int64_t elements = static_cast<int64_t>(args.units) * ROWS;
+  T* state = STATE_IN_SHARED ? reinterpret_cast<T*>(memory + plan.shared_bytes) - elements : args.workspace + blockIdx.x * elements;
+  __syncthreads();
+  const int64_t tiles = (args.batch + ROWS - 1) / ROWS;
+  for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) run_tile<T, ROWS, MIRRORED>(args, block, state, plan, t * ROWS);
 }
 
 constexpr int kScheduleThreads = 512;
 
-// The steps of the inverse from the staircases, by one block.
+// The steps of the inverse from the staircases, by one block. shared_chain: 2 * (features + 1) integers, or null.
 template <class T>
-__global__ void __launch_bounds__(kScheduleThreads, 1) autoregressive_schedule(const __grid_constant__ LoopArgs<T> args, bool chain_in_shared) {
-  extern __shared__ int32_t shared_chain[];
+__device__ __forceinline__ void find_steps(const LoopArgs<T>& args, int32_t* shared_chain) {
   const ScheduleSpace space = schedule_space(args);
   int32_t *ready = args.schedule + space.ready, *seen = args.schedule + space.seen;
-  int32_t* next = chain_in_shared ? shared_chain : args.schedule + space.next;
-  int32_t* chain = chain_in_shared ? next + args.features + 1 : args.schedule + space.chain;
+  int32_t* next = shared_chain ? shared_chain : args.schedule + space.next;
+  int32_t* chain = shared_chain ? next + args.features + 1 : args.schedule + space.chain;
   __shared__ int steps;
 
   if (args.mirrored) {
@@ -138,6 +149,18 @@ __global__ void __launch_bounds__(kScheduleThreads, 1) autoregressive_schedule(c
   write_ends(args, ready, chain, steps, args.schedule + space.ends, threadIdx.x, blockDim.x);
 }
 
+template <class T>
+__global__ void __launch_bounds__(kScheduleThreads, 1) autoregressive_schedule(const __grid_constant__ LoopArgs<T> args, bool chain_in_shared) {
+  extern __shared__ int32_t shared_chain[];
+  find_steps(args, chain_in_shared ? shared_chain : nullptr);
+}
+
+// Bytes of shared memory for following the chain of features; 0 where it is too long for it
+inline int64_t chain_bytes(int features) {
+  const int64_t bytes = 2 * (int64_t(features) + 1) * sizeof(int32_t);
+  return bytes <= 40 * 1024 ? bytes : 0;
+}
+
 template <class T, bool MIRRORED>
 auto* loop_kernel(const LoopPlan& plan) {
   if (!plan.state_in_shared) return &autoregressive_loop<T, kMostRows<T>, false, MIRRORED>;
@@ -156,15 +179,24 @@ inline Device device_of(int index) {
   return {multiprocessors, block, all};
 }
 
+inline cudaStream_t current_stream(int32_t device) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+template <class K>
+void allow_shared(K* kernel, int64_t bytes) {
+  if (bytes > 48 * 1024) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
 // Launches the loop on the current stream of x's device; what args name must outlive the call.
 template <class T, bool MIRRORED>
 void run_loop(LoopArgs<T>& args, const Tensor& x) {
   const int32_t device = x.get_device_index();
   const LoopPlan plan = plan_loop(args, device_of(device));
   args.capacity = plan.capacity;
-  void* stream_handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_handle));
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
+  const cudaStream_t stream = current_stream(device);
 
   // both are freed when this function returns; the allocator gives them to nobody but this stream
   std::vector<int64_t> size{args.inverse ? schedule_space(args).size : 0};
@@ -176,15 +208,12 @@ void run_loop(LoopArgs<T>& args, const Tensor& x) {
   place_visible(args);
 
   if (args.inverse) {
-    const int64_t chain_bytes = 2 * (int64_t(args.features) + 1) * sizeof(int32_t);
-    const bool in_shared = chain_bytes <= 48 * 1024 - 64;
-    autoregressive_schedule<T><<<1, kScheduleThreads, in_shared ? chain_bytes : 0, stream>>>(args, in_shared);
+    const int64_t chain = chain_bytes(args.features);
+    autoregressive_schedule<T><<<1, kScheduleThreads, chain, stream>>>(args, chain > 0);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   auto* kernel = loop_kernel<T, MIRRORED>(plan);
-  if (plan.shared_bytes > 48 * 1024) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)));
-  }
+  allow_shared(kernel, plan.shared_bytes);
   kernel<<<static_cast<unsigned>(plan.blocks), 32 * (plan.consumers + plan.producers), plan.shared_bytes, stream>>>(args, plan);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -65,7 +65,12 @@ struct Tile {
 
   FK_INLINE void begin(int thread, int threads) const {
     T* context = state + static_cast<int64_t>(args.context) * ROWS;
-    auto x = [&](int64_t row, int p) { return args.x[row * args.x_row + place(p) * args.x_column]; };
+    auto x = [&](int64_t row, int p) {
+      const int64_t at = place(p);
+      const T given = args.x[row * args.x_row + at * args.x_column];
+      if (!args.affine) return given;
+      return (given + args.affine[at]) * args.affine[args.features + at] + args.affine[2 * args.features + at];
+    };
     if constexpr (MIRRORED)
       begin_mirrored(context, x, thread, threads);
     else
@@ -391,7 +396,9 @@ struct Tile {
     for (int r = thread; r < rows(); r += threads) {
       T total = T(0);
       for (int p = 0; p < args.features; p += kLogChunk) total = total + outputs[(2 * p + 1) * ROWS + r];
-      args.logabsdet[first_row + r] = known == args.features ? total : T(NAN);
+      if (known < args.features) total = T(NAN);
+      T& logabsdet = args.logabsdet[first_row + r];
+      logabsdet = args.accumulate ? logabsdet + total : total;
     }
   }
 

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from flowkernels import ScaleMap, _extension, _triton, backend
 from flowkernels.ops import Form, Part
-from python_tests.battery import assert_same_bits
+from python_tests.battery import Example, assert_same_bits
 from python_tests.ops.test_autoregressive import GATED, RESIDUAL, example
 from python_tests.ops.test_autoregressive_solve import arguments as gradient_arguments
+from python_tests.ops.test_autoregressive_stack import TestAutoregressiveStack
 
+STACK = TestAutoregressiveStack.cases["both directions, wired"]
+del TestAutoregressiveStack  # or it would be collected here once more
 SCALE = (int(ScaleMap.softclip().kind), *ScaleMap.softclip().packed)
 COUPLING = (int(Part.SECOND_HALF), *SCALE, int(Form.SCALE_SHIFT), False)
 
@@ -23,12 +26,12 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def loop(parts, **options) -> Callable:
-    def arguments(batch: int) -> tuple:
-        made = example(6, parts, inverse=True, **options)(batch, torch.float32)
-        return made.schema(made.rows, made.parameters)
+def arguments_of(made: Example) -> tuple:
+    return made.schema(made.rows, made.parameters)
 
-    return arguments
+
+def loop(parts, **options) -> Callable:
+    return lambda batch: arguments_of(example(6, parts, inverse=True, **options)(batch, torch.float32))
 
 
 def staircase(inputs: int, outputs: int) -> Tensor:
@@ -49,6 +52,10 @@ CALLS: dict[str, tuple[str, Callable[[int], tuple]]] = {
         lambda batch: gradient_arguments(
             example(6, (9, 7), order=[3, 1, 4, 0, 5, 2], activation="silu", inverse=True)(batch, torch.float32)
         ),
+    ),
+    "autoregressive_stack": (
+        "autoregressive_stack",
+        lambda batch: arguments_of(STACK(batch, torch.float32)),
     ),
     "slogdet": ("slogdet", lambda batch: (randn(batch, 12, 12), False)),
     "slogdet_inverse": ("slogdet_inverse", lambda batch: (randn(batch, 37, 37), False)),

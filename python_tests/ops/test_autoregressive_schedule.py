@@ -11,8 +11,9 @@ import torch
 
 from flowkernels import _extension
 from flowkernels.ops import Activation, Conditioner, MaskedLayer, check_conditioner
+from flowkernels.ops.autoregressive.stack import _Lists
 from python_tests.battery import assert_same_bits
-from python_tests.ops import test_autoregressive
+from python_tests.ops import test_autoregressive, test_autoregressive_stack
 from python_tests.ops.test_autoregressive import FORMS, GATED, RESIDUAL, SCALES, WIRED, example, widened
 
 CASES = test_autoregressive.TestAutoregressive.cases  # the class itself would be collected here once more
@@ -176,6 +177,29 @@ def test_a_network_that_is_not_autoregressive_gives_nan():
         assert torch.ops.flowkernels._autoregressive_twin(*arguments, False, list(layout))[0].isfinite().all()
 
 
+@pytest.mark.parametrize("case", test_autoregressive_stack.TestAutoregressiveStack.cases)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_stacks(case, dtype):
+    """The twin of a stack has the bits of its maps one by one, each of which the tests above compare."""
+    for batch, layout in itertools.product((0, 1, 19), LAYOUTS):
+        made = test_autoregressive_stack.TestAutoregressiveStack.cases[case](batch, dtype)
+        x, context, *lists, _ = made.schema(made.rows, made.parameters)
+        y, logabsdet, kept = torch.ops.flowkernels._autoregressive_stack_twin(x, context, *lists, True, list(layout))
+        assert_is_right((y, logabsdet), made, dtype)
+        outputs, total = [], torch.zeros_like(logabsdet)
+        for m in _Lists(*lists).maps():
+            n, own = m.conditioner, context if m.conditioner.context_weights else None
+            x = x if m.affine is None else (x + m.affine[0]) * m.affine[1] + m.affine[2]
+            network = (n.weights, n.biases, n.context_weights, n.context_biases, n.visible, n.order, n.activations, n.wiring)
+            packed = (int(m.scale.kind), *m.scale.packed, int(m.form), m.inverse)
+            x, own_logabsdet = torch.ops.flowkernels._autoregressive_twin(x, own, *network, *packed, list(layout))
+            total = total + own_logabsdet
+            outputs.append(x)
+        assert_same_bits((y, logabsdet, kept), (x, total, torch.stack(outputs)[:-1]))
+        bare = torch.ops.flowkernels._autoregressive_stack_twin(made.rows[0], context, *lists, False, list(layout))
+        assert_same_bits(bare, (y, logabsdet, kept[:0]))
+
+
 SM_80, SM_86, SM_90 = (108, 163 * 1024, 164 * 1024), (84, 99 * 1024, 100 * 1024), (132, 227 * 1024, 228 * 1024)
 
 
@@ -227,6 +251,17 @@ class TestOnAGpu:
             made = CASES[case](batch, dtype)
             got = self.run(self.moved(made))
             assert_same_bits(tuple(t.cpu() for t in got), twin(made, LAYOUTS[0]))
+
+    @pytest.mark.parametrize("case", test_autoregressive_stack.TestAutoregressiveStack.cases)
+    def test_gpu_stack_has_the_twins_bits(self, case):
+        for batch, dtype in itertools.product((0, 1, 37, 3000), (torch.float64, torch.float32)):
+            made = test_autoregressive_stack.TestAutoregressiveStack.cases[case](batch, dtype)
+            with torch.no_grad():
+                got = torch.ops.flowkernels.autoregressive_stack(*self.moved(made))
+                arguments = made.schema(made.rows, made.parameters)
+                assert_same_bits(
+                    tuple(t.cpu() for t in got), torch.ops.flowkernels._autoregressive_stack_twin(*arguments, list(LAYOUTS[0]))
+                )
 
     @pytest.mark.parametrize("inverse", [False, True])
     @pytest.mark.parametrize(("features", "widths"), [(63, (512, 512)), (300, (700,)), (20, (15000,))])
