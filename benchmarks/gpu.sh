@@ -72,8 +72,8 @@ fi
 # the most wanted first, as the clock may stop the last
 benchmarks=("$@")
 if [ "${#benchmarks[@]}" -eq 0 ]; then
-  benchmarks=(limits autoregressive sampling gradient training masked_linear coupling lu flows conv1x1 glow tasks)
-  if [ -n "$quick" ]; then benchmarks=(limits autoregressive sampling); fi
+  benchmarks=(limits maf autoregressive sampling gradient training masked_linear coupling lu flows conv1x1 glow tasks)
+  if [ -n "$quick" ]; then benchmarks=(limits maf autoregressive); fi
 fi
 for name in "${benchmarks[@]}"; do
   step "bench_$name" 90 "$py" -m benchmarks "$name" --device cuda ${quick:+"$quick"} --seconds 0.25 --out "$out/gpu.jsonl"

@@ -19,7 +19,7 @@ from ..scale_map import Form, ScaleMap
 from .conditioner import Conditioner
 from .map import autoregressive, autoregressive_op, check_input
 from .reference import autoregressive_reference
-from .training import inverse_backward, serves, training_backward, training_forward
+from .training import CUDA_LAYERS, inverse_backward, serves, training_backward, training_forward
 
 library.define(
     "autoregressive_stack(Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] context_biases, "
@@ -144,7 +144,7 @@ def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None 
     """
     if not maps:
         raise ValueError("maps must hold at least one map; got none")
-    if _serves(x) and not any_autocast() and not wants_reference("autoregressive_stack", x.device):
+    if _serves(x, maps) and not any_autocast() and not wants_reference("autoregressive_stack", x.device):
         takes = False
         for m in maps:
             own = context if m.conditioner.context_weights else None
@@ -166,7 +166,9 @@ def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None 
     return x, total
 
 
-def _serves(x: Tensor) -> bool:
+def _serves(x: Tensor, maps: Sequence[Map]) -> bool:
+    if x.device.type == "cuda" and any(len(m.conditioner.weights) > CUDA_LAYERS for m in maps):
+        return False
     return x.device.type.upper() in _COMPILED and x.dtype in (torch.float32, torch.float64) and not transformed()
 
 
