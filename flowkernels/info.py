@@ -9,7 +9,17 @@ import torch
 from . import _extension, _triton
 from ._version import __version__
 
-OPS = ("autoregressive", "autoregressive_stack", "channel_affine", "coupling", "glow_step", "lu_fold", "masked_linear", "slogdet", "slogdet_inverse")
+OPS = (
+    "autoregressive",
+    "autoregressive_stack",
+    "channel_affine",
+    "coupling",
+    "glow_step",
+    "lu_fold",
+    "masked_linear",
+    "slogdet",
+    "slogdet_inverse",
+)
 _COMPILED = {"CPU": "cpp", "CUDA": "cuda"}
 
 
