@@ -178,7 +178,7 @@ class Blocks {
         gather_row(p + r * row + k.phase_of(r) * stride, 2 * stride, k.count(r), to + done);
       }
     }
-    if constexpr (sizeof(E) != sizeof(T)) widen(raw_, k.total(), buffer);
+    if constexpr (sizeof(E) != sizeof(T)) widen(args.bfloat16, raw_, k.total(), buffer);
     return buffer;
   }
 
@@ -199,7 +199,7 @@ class Blocks {
     if constexpr (sizeof(E) == sizeof(T)) {
       return buffer;
     } else {
-      narrow(buffer, n, raw_);
+      narrow(args.bfloat16, buffer, n, raw_);
       return raw_;
     }
   }

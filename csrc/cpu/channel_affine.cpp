@@ -149,8 +149,8 @@ std::tuple<Tensor, Tensor> channel_affine(const Tensor& x, std::optional<Tensor>
   switch (x.scalar_type()) {
     case ScalarType::Float: return forward<float>(x, shift, log_scale, bias, inverse);
     case ScalarType::Double: return forward<double>(x, shift, log_scale, bias, inverse);
-    case ScalarType::Half: return forward<Half>(x, shift, log_scale, bias, inverse);
-    case ScalarType::BFloat16: return forward<BFloat16>(x, shift, log_scale, bias, inverse);
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return forward<Half>(x, shift, log_scale, bias, inverse);
     default: STD_TORCH_CHECK(false, "flowkernels::channel_affine: x must be float64, float32, float16 or bfloat16");
   }
 }
@@ -162,8 +162,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_affine_backward(const Tensor&
   switch (dy.scalar_type()) {
     case ScalarType::Float: return backward<float>(dy, dlogabsdet, kept, shift, log_scale, bias, inverse, from_output);
     case ScalarType::Double: return backward<double>(dy, dlogabsdet, kept, shift, log_scale, bias, inverse, from_output);
-    case ScalarType::Half: return backward<Half>(dy, dlogabsdet, kept, shift, log_scale, bias, inverse, from_output);
-    case ScalarType::BFloat16: return backward<BFloat16>(dy, dlogabsdet, kept, shift, log_scale, bias, inverse, from_output);
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return backward<Half>(dy, dlogabsdet, kept, shift, log_scale, bias, inverse, from_output);
     default: STD_TORCH_CHECK(false, "flowkernels::channel_affine: dy must be float64, float32, float16 or bfloat16");
   }
 }

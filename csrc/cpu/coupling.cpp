@@ -165,8 +165,8 @@ std::tuple<Tensor, Tensor> coupling(const Tensor& x, const Tensor& shift, std::o
   switch (x.scalar_type()) {
     case ScalarType::Float: return forward<float>(x, shift, raw_scale, scale_parameter, part, affine);
     case ScalarType::Double: return forward<double>(x, shift, raw_scale, scale_parameter, part, affine);
-    case ScalarType::Half: return forward<Half>(x, shift, raw_scale, scale_parameter, part, affine);
-    case ScalarType::BFloat16: return forward<BFloat16>(x, shift, raw_scale, scale_parameter, part, affine);
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return forward<Half>(x, shift, raw_scale, scale_parameter, part, affine);
     default: STD_TORCH_CHECK(false, "flowkernels::coupling: x must be float64, float32, float16 or bfloat16");
   }
 }
@@ -180,8 +180,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> coupling_backward(const Tensor& dy, c
   switch (dy.scalar_type()) {
     case ScalarType::Float: return backward<float>(dy, dlogabsdet, kept, shift, raw_scale, scale_parameter, part, affine);
     case ScalarType::Double: return backward<double>(dy, dlogabsdet, kept, shift, raw_scale, scale_parameter, part, affine);
-    case ScalarType::Half: return backward<Half>(dy, dlogabsdet, kept, shift, raw_scale, scale_parameter, part, affine);
-    case ScalarType::BFloat16: return backward<BFloat16>(dy, dlogabsdet, kept, shift, raw_scale, scale_parameter, part, affine);
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return backward<Half>(dy, dlogabsdet, kept, shift, raw_scale, scale_parameter, part, affine);
     default: STD_TORCH_CHECK(false, "flowkernels::coupling: dy must be float64, float32, float16 or bfloat16");
   }
 }

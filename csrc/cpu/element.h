@@ -5,10 +5,8 @@
 
 namespace flowkernels {
 
+// float16 or bfloat16; which of them is known at run time, since all that depends on it is the conversion
 struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
   uint16_t bits;
 };
 
@@ -18,10 +16,6 @@ struct ComputeOf {
 };
 template <>
 struct ComputeOf<Half> {
-  using type = float;
-};
-template <>
-struct ComputeOf<BFloat16> {
   using type = float;
 };
 template <class E>

@@ -37,6 +37,7 @@ enum class Together { no, rows, lists };
 template <class E>
 struct Elementwise {
   using T = compute_t<E>;
+  bool bfloat16;  // what Half stands for
   int64_t batch, channels, transformed;
   int64_t sites, inner, outer[kMaxSiteAxes - 1];  // sites = inner * outer[0] * ...
   int n_outer;
@@ -211,6 +212,7 @@ void set_views(Elementwise<E>& args, const torch::stable::Tensor* const* in, int
   std::copy(in, in + n_inputs, all);
   std::copy(out, out + n_outputs, all + n_inputs);
   const Sites sites(all, n_inputs + n_outputs, args.along == Along::checkerboard);
+  args.bfloat16 = in[0]->scalar_type() == torch::headeronly::ScalarType::BFloat16;
   args.sites = sites.count;
   args.inner = sites.inner;
   args.n_outer = sites.n_outer;

@@ -14,14 +14,14 @@ typedef uint16_t Halves __attribute__((vector_size(FK_VECTOR_BYTES / 2)));  // a
 FK_INLINE UVec<float> widened(Halves h) { return __builtin_convertvector(h, UVec<float>); }
 FK_INLINE Halves narrowed(UVec<float> u) { return __builtin_convertvector(u, Halves); }
 
-FK_INLINE Vec<float> to_float(Halves h, BFloat16) { return from_bits<float>(widened(h) << 16); }
+FK_INLINE Vec<float> float_of_bfloat16(Halves h) { return from_bits<float>(widened(h) << 16); }
 
-FK_INLINE Halves from_float(Vec<float> v, BFloat16) {
+FK_INLINE Halves bfloat16_of_float(Vec<float> v) {
   const UVec<float> u = bits(v), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   return narrowed(v != v ? UVec<float>{} + 0x7fc0u : rounded);
 }
 
-FK_INLINE Vec<float> to_float(Halves h, Half) {
+FK_INLINE Vec<float> float_of_float16(Halves h) {
   constexpr uint32_t exponent = 0x7c00u << 13, rebias = 112u << 23;
   const UVec<float> u = widened(h), magnitude = (u & 0x7fffu) << 13, is = magnitude & exponent;
   const UVec<float> special = magnitude + 2 * rebias, normal = magnitude + rebias;
@@ -30,7 +30,7 @@ FK_INLINE Vec<float> to_float(Halves h, Half) {
   return from_bits<float>(value | ((u & 0x8000u) << 16));
 }
 
-FK_INLINE Halves from_float(Vec<float> v, Half) {  // to the nearest, ties to even
+FK_INLINE Halves float16_of_float(Vec<float> v) {  // to the nearest, ties to even
   const UVec<float> u = bits(v), magnitude = u & 0x7fffffffu, sign = (u >> 16) & 0x8000u;
   const UVec<float> normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   const UVec<float> subnormal = bits(from_bits<float>(magnitude) + 0.5f) - 0x3f000000u;
@@ -39,32 +39,42 @@ FK_INLINE Halves from_float(Vec<float> v, Half) {  // to the nearest, ties to ev
   return narrowed(value | sign);
 }
 
-template <class E>
-FK_INLINE void widen(const E* from, int64_t n, float* to) {
+template <class F>
+FK_INLINE void widen_by(F convert, const Half* from, int64_t n, float* to) {
   Halves h;
   int64_t i = 0;
   for (; i + lanes<float> <= n; i += lanes<float>) {
     __builtin_memcpy(&h, from + i, sizeof h);
-    store(to + i, to_float(h, E{}));
+    store(to + i, convert(h));
   }
   if (i < n) {
     h = Halves{};
-    __builtin_memcpy(&h, from + i, (n - i) * sizeof(E));
-    store_partial(to + i, to_float(h, E{}), static_cast<int>(n - i));
+    __builtin_memcpy(&h, from + i, (n - i) * sizeof(Half));
+    store_partial(to + i, convert(h), static_cast<int>(n - i));
   }
 }
 
-template <class E>
-FK_INLINE void narrow(const float* from, int64_t n, E* to) {
+template <class F>
+FK_INLINE void narrow_by(F convert, const float* from, int64_t n, Half* to) {
   int64_t i = 0;
   for (; i + lanes<float> <= n; i += lanes<float>) {
-    const Halves h = from_float(load(from + i), E{});
+    const Halves h = convert(load(from + i));
     __builtin_memcpy(to + i, &h, sizeof h);
   }
   if (i < n) {
-    const Halves h = from_float(load_partial(from + i, static_cast<int>(n - i)), E{});
-    __builtin_memcpy(to + i, &h, (n - i) * sizeof(E));
+    const Halves h = convert(load_partial(from + i, static_cast<int>(n - i)));
+    __builtin_memcpy(to + i, &h, (n - i) * sizeof(Half));
   }
+}
+
+FK_CALL void widen(bool bfloat16, const Half* from, int64_t n, float* to) {
+  if (bfloat16) return widen_by([](Halves h) { return float_of_bfloat16(h); }, from, n, to);
+  widen_by([](Halves h) { return float_of_float16(h); }, from, n, to);
+}
+
+FK_CALL void narrow(bool bfloat16, const float* from, int64_t n, Half* to) {
+  if (bfloat16) return narrow_by([](Vec<float> v) { return bfloat16_of_float(v); }, from, n, to);
+  narrow_by([](Vec<float> v) { return float16_of_float(v); }, from, n, to);
 }
 
 // ---- moving elements
