@@ -37,6 +37,10 @@ class _Coupling(nn.Module):
             untouched = part.untouched(x)
         out = self.conditioner(untouched) if context is None else self.conditioner(untouched, context)
         expected = (shape[0], len(self._outputs) * part.count(shape[1]), *shape[2:])
+        if not isinstance(out, Tensor):
+            raise ValueError(
+                f"conditioner must return one tensor, {' and '.join(self._outputs)} along dimension 1; got {type(out).__name__}"
+            )
         if out.shape != expected:
             raise ValueError(
                 f"conditioner must return {' and '.join(self._outputs)} of the {self._part_name()} part of x, {list(expected)}; "
@@ -119,6 +123,8 @@ class AffineCoupling(_Coupling):
         interleaved: bool = False,
     ) -> None:
         super().__init__(conditioner, part)
+        if scale is not None and not isinstance(scale, ScaleMap):
+            raise ValueError(f"scale must be a ScaleMap, such as ScaleMap.sigmoid(bias=2.0); got {scale!r}")
         self.form = parse_form(form)
         self.scale = scale
         self.interleaved = interleaved

@@ -207,6 +207,11 @@ class Returns(nn.Module):
         ),
         (AffineCoupling(Returns(torch.zeros(2, 6, device="meta"))), torch.zeros(2, 6), "like x; got torch.float32 on meta"),
         (AffineCoupling(Returns(torch.zeros(2, 6, dtype=torch.int64))), torch.zeros(2, 6, dtype=torch.int64), "x must be float64"),
+        (
+            AffineCoupling(Returns((torch.zeros(2, 3), torch.zeros(2, 3)))),
+            torch.zeros(2, 6),
+            "conditioner must return one tensor, shift and raw scale along dimension 1; got tuple",
+        ),
         (AdditiveCoupling(Returns(torch.zeros(2, 2, 0, 4))), torch.zeros(2, 4, 0, 4), "at least one site"),
     ],
 )
@@ -218,8 +223,12 @@ def test_what_does_not_fit_is_named(layer, x, message):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"part": "third_half"}, "part must be one of 'first_half', .*; got 'third_half'"), ({"form": "rotate"}, "form must be one of")],
+    [
+        ({"part": "third_half"}, "part must be one of 'first_half', .*; got 'third_half'"),
+        ({"form": "rotate"}, "form must be one of"),
+        ({"scale": "exp"}, "scale must be a ScaleMap, .*; got 'exp'"),
+    ],
 )
-def test_a_part_or_form_that_does_not_exist(options, message):
+def test_a_part_form_or_map_that_does_not_exist(options, message):
     with pytest.raises(ValueError, match=message):
         AffineCoupling(nn.Identity(), **options)

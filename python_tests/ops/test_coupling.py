@@ -401,6 +401,7 @@ class TestBadInput:
             ),
             ({"part": "third"}, "part must be one of 'first_half', 'second_half', 'even', 'odd', .*; got 'third'"),
             ({"form": "affine"}, "form must be one of 'scale_shift', 'shift_scale', 'divide', 'gate'; got 'affine'"),
+            ({"scale": "exp"}, r"scale must be a ScaleMap, such as ScaleMap.sigmoid\(bias=2.0\); got 'exp'"),
             ({"keep": "both"}, "keep must be 'input' or 'output'; got 'both'"),
             ({"raw_scale": None, "scale": ScaleMap.exp()}, "raw_scale is missing: without it the coupling is additive"),
             ({"raw_scale": None, "form": "gate"}, "raw_scale is missing: form 'gate' needs one"),

@@ -203,6 +203,8 @@ def coupling(
             raw_scale = _fitted("raw_scale", raw_scale, x, expected)
         if scale is None:
             scale = _SOFTCLIP if scale_parameter is None else _TANH
+        elif not isinstance(scale, ScaleMap):
+            raise ValueError(f"scale must be a ScaleMap, such as ScaleMap.sigmoid(bias=2.0); got {scale!r}")
         if scale_parameter is not None:
             scale_parameter = _checked_parameter(scale_parameter, scale, x, expected)
     if keep not in ("input", "output"):
