@@ -2,6 +2,7 @@
 # make test      set everything up and run lint and tests
 # make sanitize  the ops' tests on a CPU library with AddressSanitizer and UndefinedBehaviorSanitizer (g++)
 #
+# TEST_JOBS      processes that run the tests, 2 by default
 # TORCH          what to install as torch, "torch==2.13.0" by default
 # TORCH_INDEX    package index for torch alone, such as the one for CPU wheels
 # PYTHON         Python 3.11 or newer, "python3" by default
@@ -15,6 +16,7 @@ TRITON ?= triton==3.7.1
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
+TEST_JOBS ?= 2
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
@@ -31,7 +33,7 @@ demo: install
 
 test: lint
 	@$(MAKE) --no-print-directory triton || echo "Triton cannot be installed here: the tests of its kernels are skipped"
-	$(PY) -m pytest -q $(PYTEST_ARGS) python_tests
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS) python_tests
 
 lint: install
 	$(PY) -m ruff check .

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowkernels.layers import ActNormConv1x1
 
-from .case import Call, Case, Competitor, Target, Unavailable
+from .case import Call, Case, Competitor, Unavailable
 
 NORMFLOWS, EAGER, CONV = "normflows", "two layers", "product alone"
 
@@ -29,14 +29,12 @@ def _cases(channels: int, quick: bool, device: torch.device) -> Iterator[Case]:
         if quick and direction.startswith("inverse"):
             continue
         competitors = [_ours(x, direction), _two_layers(x, direction), _normflows(x, direction), _product(x)]
-        targets = [Target("speedup", 2.0, 3.0, NORMFLOWS)] if channels == 48 else []
         macs = 3 if direction == "forward and gradients" else 1
         yield Case(
             f"actnorm + 1x1 convolution, {direction}, {list(shape)}",
             competitors[: 3 if direction == "forward and gradients" else 4],
             macs=macs * work["macs"],
             bytes=work["bytes"],
-            targets=targets,
             seconds=seconds,
             device=device,
         )

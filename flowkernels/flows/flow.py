@@ -164,5 +164,17 @@ class FlowDistribution(Distribution):
         return Size(sample_shape) + self.batch_shape
 
     def _noise(self, n: int) -> Tensor:
-        like = next(self.flow.parameters()) if self.context is None else self.context
+        like = self.context if self.context is not None else _first_parameter(self.flow)
+        like = torch.empty(0) if like is None else like
         return self.flow.base.sample(n, self.flow.features, like=like)
+
+
+def _first_parameter(module: nn.Module) -> Tensor | None:
+    """The first of `parameters()`, which would list all modules before: small flows feel it."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():
+        if child is not None and (found := _first_parameter(child)) is not None:
+            return found
+    return None

@@ -1,6 +1,6 @@
 """The table of the four tasks, from rows whose slopes are known."""
 
-from benchmarks.bench_tasks import FLOWS, PLAIN, TASKS, summary
+from benchmarks.bench_tasks import AGAINST_D, FLOWS, PLAIN, TASKS, summary
 
 
 def test_cells_that_grow_with_a_loop_are_marked():
@@ -10,7 +10,7 @@ def test_cells_that_grow_with_a_loop_are_marked():
             "competitor": competitor,
             "wrong": False,
             "seconds": 1e-3 * features**power,
-            "sweep": {"name": f"{task} time against D", "value": features},
+            "sweep": {"name": f"{task}{AGAINST_D}", "value": features},
         }
 
     rows = [row(name + kind, task, d) for name in FLOWS for kind in ("", PLAIN) for task in TASKS for d in (10, 100)]

@@ -75,7 +75,7 @@ def test_parameters_are_checked(make, message: str) -> None:
         ScaleMap.sigmoid(bias="two")
 
 
-@pytest.mark.parametrize(("scale_map", "sigma"), MAPS, ids=str)
+@pytest.mark.parametrize(("scale_map", "sigma"), MAPS, ids=[repr(m) for m, _ in MAPS])
 def test_formulas(scale_map: ScaleMap, sigma) -> None:
     s = torch.linspace(-30.0, 30.0, 601, dtype=torch.float64)
     exact = sigma(s)

@@ -27,7 +27,8 @@ library.define(
     "-> (Tensor, Tensor, Tensor)"
 )
 _stack = torch.ops.flowkernels.autoregressive_stack.default
-_COMPILED = frozenset(d for d in ("CPU", "CUDA") if _extension.has_kernel("autoregressive_stack", d))  # torch.compile cannot ask
+# torch.compile cannot ask
+_COMPILED = frozenset(d.lower() for d in ("CPU", "CUDA") if _extension.has_kernel("autoregressive_stack", d))
 _NUMBERS = 7
 
 
@@ -63,7 +64,7 @@ class _Lists(NamedTuple):
 
     @classmethod
     def of(cls, maps: Sequence[Map]) -> "_Lists":
-        lists = cls([], [], [], [], [], [], [], [], [], [], [])
+        lists, none = cls([], [], [], [], [], [], [], [], [], [], []), maps[0].conditioner.weights[-1].new_empty(0)
         for (weights, biases, visible, activations, context_weights, order, wiring, context_biases), scale, form, inverse, affine in maps:
             lists.weights.extend(weights)
             lists.biases.extend(biases)
@@ -71,7 +72,7 @@ class _Lists(NamedTuple):
             lists.context_biases.extend(context_biases)
             lists.visible.extend(visible)
             lists.orders.append(torch.arange(weights[-1].shape[1] // 2, device=weights[-1].device) if order is None else order)
-            lists.affines.append(weights[-1].new_empty(0) if affine is None else affine)
+            lists.affines.append(none if affine is None else affine)
             lists.activations.extend(activations)
             lists.wiring.extend(wiring)
             contexts = len(context_weights)
@@ -169,7 +170,7 @@ def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None 
 def _serves(x: Tensor, maps: Sequence[Map]) -> bool:
     if x.device.type == "cuda" and any(len(m.conditioner.weights) > CUDA_LAYERS for m in maps):
         return False
-    return x.device.type.upper() in _COMPILED and x.dtype in (torch.float32, torch.float64) and not transformed()
+    return x.device.type in _COMPILED and x.dtype in (torch.float32, torch.float64) and not transformed()
 
 
 def _moved(x: Tensor, affine: Tensor | None) -> Tensor:
