@@ -11,7 +11,7 @@ import torch
 
 from flowkernels import _extension
 from flowkernels.ops import Activation, Conditioner, MaskedLayer, check_conditioner
-from flowkernels.ops.autoregressive.stack import _Lists
+from flowkernels.ops.autoregressive.loop import Lists
 from python_tests.battery import assert_same_bits
 from python_tests.ops import test_autoregressive, test_autoregressive_stack
 from python_tests.ops.test_autoregressive import FORMS, GATED, RESIDUAL, SCALES, WIRED, example, widened
@@ -187,7 +187,7 @@ def test_stacks(case, dtype):
         y, logabsdet, kept = torch.ops.flowkernels._autoregressive_stack_twin(x, context, *lists, True, list(layout))
         assert_is_right((y, logabsdet), made, dtype)
         outputs, total = [], torch.zeros_like(logabsdet)
-        for m in _Lists(*lists).maps():
+        for m in Lists(*lists).maps():
             n, own = m.conditioner, context if m.conditioner.context_weights else None
             x = x if m.affine is None else (x + m.affine[0]) * m.affine[1] + m.affine[2]
             network = (n.weights, n.biases, n.context_weights, n.context_biases, n.visible, n.order, n.activations, n.wiring)

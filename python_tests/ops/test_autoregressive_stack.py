@@ -7,7 +7,7 @@ import torch
 
 from flowkernels import backend
 from flowkernels.ops import Conditioner, Form, Map, ScaleMap, autoregressive, autoregressive_stack
-from flowkernels.ops.autoregressive.stack import _Lists, _stack
+from flowkernels.ops.autoregressive.loop import Lists, stack_op
 from python_tests.battery import Example, OpBattery, assert_same_bits, with_grad
 from python_tests.ops.test_autoregressive import GATED, RESIDUAL, example
 
@@ -48,7 +48,7 @@ def stacked(*makers, affine_before=None):
                 total = total + logabsdet
             return x, total
 
-        schema = lambda rows, parameters: (*split(rows), *_Lists.of(list(maps(rows, parameters))), True)
+        schema = lambda rows, parameters: (*split(rows), *Lists.of(list(maps(rows, parameters))), True)
         return Example(rows, parameters, op, oracle, schema, transform=affine_before is None)
 
     return make
@@ -58,7 +58,7 @@ DOWN = (3, 2, 1, 0)
 
 
 class TestAutoregressiveStack(OpBattery):
-    bare_op = _stack
+    bare_op = stack_op
     cases = {
         "inverses": stacked(example(4, (9, 7), inverse=True), example(4, (6,), activation="tanh", order=DOWN, inverse=True)),
         "forward maps": stacked(example(4, (9,)), example(4, (9, 5), order=DOWN, form="gate", scale=ScaleMap.sigmoid(bias=2.0))),

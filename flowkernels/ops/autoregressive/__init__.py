@@ -9,7 +9,8 @@ half-dense pass instead of D dense ones.
 """
 
 from .conditioner import Conditioner, MaskedLayer, check_conditioner
+from .loop import Map
 from .map import autoregressive
-from .stack import Map, autoregressive_stack
+from .stack import autoregressive_stack
 
 __all__ = ["Conditioner", "Map", "MaskedLayer", "autoregressive", "autoregressive_stack", "check_conditioner"]

@@ -4,51 +4,14 @@ import torch
 from torch import Tensor
 
 from ..._backend import wants_reference
-from ..._library import library
 from .._autocast import any_autocast, cast
 from .._differentiation import needs_autograd
 from ..masked_linear import masked_linear
 from ..scale_map import Form, ScaleMap, parse_form
 from .conditioner import Conditioner, context_features
+from .loop import Map, autoregressive_op
 from .reference import autoregressive_reference
 from .training import CUDA_LAYERS, serves, with_gradient
-
-library.define(
-    "autoregressive(Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] context_biases, "
-    "Tensor[] visible, Tensor? order, int[] activations, int[] wiring, int scale_kind, float scale_p0, float scale_p1, int form, "
-    "bool inverse) -> (Tensor, Tensor)"
-)
-
-
-def _composite(
-    x: Tensor,
-    context: Tensor | None,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    context_weights: list[Tensor],
-    context_biases: list[Tensor],
-    visible: list[Tensor],
-    order: Tensor | None,
-    activations: list[int],
-    wiring: list[int],
-    scale_kind: int,
-    scale_p0: float,
-    scale_p1: float,
-    form: int,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    conditioner = Conditioner(weights, biases, visible, activations, context_weights, order, wiring, context_biases)
-    scale = ScaleMap.from_packed(scale_kind, scale_p0, scale_p1)
-    return autoregressive_reference(x, conditioner, context, scale, Form(form), inverse)
-
-
-library.impl("autoregressive", _composite, "CompositeExplicitAutograd")
-_autoregressive = torch.ops.flowkernels.autoregressive.default
-
-
-@torch.library.register_fake("flowkernels::autoregressive", lib=library)
-def _(x: Tensor, *_) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[:1])
 
 
 def autoregressive(
@@ -101,7 +64,7 @@ def autoregressive(
     weights, biases, _, _, context_weights, _, _, context_biases = conditioner
     if needs_autograd((x, context, *weights, *biases, *context_weights, *context_biases)):
         if serves(conditioner, x, inverse):
-            y, logabsdet = with_gradient(x, conditioner, context, scale, form, inverse)
+            y, logabsdet = with_gradient(x, context, [Map(conditioner, scale, form, inverse)])
         else:
             y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse, linear=masked_linear)
     elif wants_reference("autoregressive", x.device) or (x.device.type == "cuda" and len(weights) > CUDA_LAYERS):
@@ -114,18 +77,6 @@ def autoregressive(
 _SOFTCLIP = ScaleMap.softclip()
 # the loop computes in float64 for float64, in float32 for everything narrower
 _COMPUTE = {torch.float64: torch.float64} | dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float32)
-
-
-def autoregressive_op(
-    x: Tensor, context: Tensor | None, conditioner: Conditioner, scale: ScaleMap, form: Form, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    """The bare op: no checks, no gradient."""
-    weights, biases, visible, activations, context_weights, order, wiring, context_biases = conditioner
-    p0, p1 = scale.packed
-    kind, form = int(scale.kind), int(form)
-    return _autoregressive(
-        x, context, weights, biases, context_weights, context_biases, visible, order, activations, wiring, kind, p0, p1, form, inverse
-    )
 
 
 def check_input(x: Tensor, conditioner: Conditioner, context: Tensor | None) -> None:

@@ -10,6 +10,10 @@ all of them under the staircase. Where no kernel serves, or torch.func looks on,
 composed of `masked_linear` instead: the same mathematics in pieces that know their own derivatives.
 """
 
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -21,6 +25,7 @@ from ..activation import Activation
 from ..masked_linear import masked_linear
 from ..scale_map import Form, ScaleMap
 from .conditioner import Conditioner
+from .loop import Lists, Map, autoregressive_op, stack_op
 from .reference import autoregressive_reference
 from .solve import backward_by_solve
 
@@ -78,25 +83,22 @@ def serves(conditioner: Conditioner, x: Tensor, inverse: bool) -> bool:
     return _COMPILED and x.device.type == "cpu"
 
 
-def with_gradient(
-    x: Tensor, conditioner: Conditioner, context: Tensor | None, scale: ScaleMap, form: Form, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    """The map or its inverse, for autograd. The conditioner must be one that `serves`."""
-    weights, biases, visible, activations, context_weights, order, *_ = conditioner
-    function, scale_and_form = _Inverse if inverse else _Training, (int(scale.kind), *scale.packed, int(form))
-    return apply_function(function, x, context, visible, order, activations, scale_and_form, *weights, *biases, *context_weights)
+def with_gradient(x: Tensor, context: Tensor | None, maps: Sequence[Map]) -> tuple[Tensor, Tensor]:
+    """Maps one after another, for autograd, as one node of its graph; the sum of their log|det|s. `serves` must hold for each, and none
+    may have an affine map before it. A map that takes no context is not given it."""
+    networks = [m.conditioner for m in maps]
+    parameters = (t for lists in ("weights", "biases", "context_weights") for n in networks for t in getattr(n, lists))
+    return apply_function(_Maps, x, context, maps, *parameters)
 
 
-def training_forward(
-    x: Tensor, context: Tensor | None, conditioner: Conditioner, scale: ScaleMap, form: Form
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward map: y, logabsdet, and the values that `training_backward` needs."""
+def _forward(x: Tensor, context: Tensor | None, conditioner: Conditioner, scale: ScaleMap, form: Form) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward map: y, logabsdet, and the values that `_backward_of` needs."""
     weights, biases, visible, activations, context_weights, order, *_ = conditioner
     kind = int(scale.kind)
     return _training(x, context, weights, biases, context_weights, visible, order, activations, kind, *scale.packed, int(form))
 
 
-def training_backward(
+def _backward_of(
     dy: Tensor,
     dlogabsdet: Tensor,
     values: Tensor,
@@ -115,7 +117,7 @@ def training_backward(
     )
 
 
-def inverse_backward(
+def _inverse_backward_of(
     dx: Tensor, dlogabsdet: Tensor, x: Tensor, context: Tensor | None, conditioner: Conditioner, scale: ScaleMap, form: Form
 ) -> list[Tensor]:
     """The gradient of (x, logabsdet) = f^-1(z): by z, by the context (empty without one), then by weights, biases, context weights."""
@@ -126,69 +128,88 @@ def inverse_backward(
     )
 
 
-class _Training(torch.autograd.Function):
+class _Numbers(NamedTuple):
+    """What is no tensor of a map, and where its layers and its context weights stand in the lists of the stack."""
+
+    layers: slice
+    contexts: slice
+    activations: list[int]
+    scale: ScaleMap
+    form: Form
+    inverse: bool
+
+
+class _Maps(torch.autograd.Function):
+    """Maps of plain networks, one after another. The gradient of an inverse needs what it returned, that of a forward map the values
+    of its layers."""
+
     @staticmethod
-    def forward(ctx, x, context, visible, order, activations, scale_and_form, *parameters) -> tuple[Tensor, Tensor]:
-        n = len(visible)
-        weights, biases, context_weights = list(parameters[:n]), list(parameters[n : 2 * n]), list(parameters[2 * n :])
-        y, logabsdet, values = _training(x, context, weights, biases, context_weights, visible, order, activations, *scale_and_form)
-        ctx.save_for_backward(x, context, values, order, *visible, *parameters)
-        ctx.activations, ctx.scale_and_form = activations, scale_and_form
-        return y, logabsdet
+    def forward(ctx, x, context, maps, *parameters) -> tuple[Tensor, Tensor]:
+        if len(maps) > 1 and all(m.inverse for m in maps):
+            y, total, between = stack_op(x, context, *Lists.of(maps), True)
+            kept = [*between.unbind(), y]
+        else:
+            y, total, kept = x, None, []
+            for conditioner, scale, form, inverse, _ in maps:
+                own = context if conditioner.context_weights else None
+                if inverse:
+                    y, logabsdet = autoregressive_op(y, own, conditioner, scale, form, True)
+                    kept.append(y)
+                else:
+                    y, logabsdet, values = _forward(y, own, conditioner, scale, form)
+                    kept.append(values)
+                total = logabsdet if total is None else total + logabsdet
+        networks = [m.conditioner for m in maps]
+        ctx.save_for_backward(x, context, *kept, *(n.order for n in networks), *(v for n in networks for v in n.visible), *parameters)
+        ctx.numbers, layer, contexts = [], 0, 0
+        for conditioner, scale, form, inverse, _ in maps:
+            next_layer, next_context = layer + len(conditioner.weights), contexts + len(conditioner.context_weights)
+            where = slice(layer, next_layer), slice(contexts, next_context)
+            ctx.numbers.append(_Numbers(*where, conditioner.activations, scale, form, inverse))
+            layer, contexts = next_layer, next_context
+        return y, total
 
     @staticmethod
     def backward(ctx, dy: Tensor, dlogabsdet: Tensor):
-        x, context, values, order, visible, weights, biases, context_weights = _saved(ctx)
+        x, context, *tensors = ctx.saved_tensors
+        n, layers = len(ctx.numbers), ctx.numbers[-1].layers.stop
+        kept, orders, visible, weights, biases, context_weights = _split(tensors, (n, n, layers, layers, layers))
+        maps = []
+        for order, (own, contexts, activations, scale, form, inverse) in zip(orders, ctx.numbers, strict=True):
+            network = Conditioner(weights[own], biases[own], visible[own], activations, context_weights[contexts], order)
+            maps.append(Map(network, scale, form, inverse))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            conditioner = Conditioner(weights, biases, visible, ctx.activations, context_weights, order)
-            return _differentiable_gradient(ctx, x, context, conditioner, dy, dlogabsdet, inverse=False)
-        need_dx = ctx.needs_input_grad[0]
-        dx, dcontext, *dparameters = _backward(
-            dy, dlogabsdet, values, context, weights, context_weights, visible, order, ctx.activations, *ctx.scale_and_form, need_dx
-        )
-        return dx if need_dx else None, None if context is None else dcontext, None, None, None, None, *dparameters
+            return _differentiable_gradient(ctx, x, context, maps, (*weights, *biases, *context_weights), dy, dlogabsdet)
+        need_dx, dcontext = ctx.needs_input_grad[0], None
+        dweights, dbiases, dcontext_weights = [None] * layers, [None] * layers, [None] * len(context_weights)
+        for i in reversed(range(n)):
+            (network, scale, form, inverse, _), (own, contexts, *_) = maps[i], ctx.numbers[i]
+            c = context if network.context_weights else None
+            if inverse:
+                dy, dterm, *parameters = _inverse_backward_of(dy, dlogabsdet, kept[i], c, network, scale, form)
+            else:
+                dy, dterm, *parameters = _backward_of(dy, dlogabsdet, kept[i], c, network, scale, form, need_dx or i > 0)
+            dcontext = dcontext if c is None else dterm if dcontext is None else dcontext + dterm
+            dweights[own], dbiases[own], dcontext_weights[contexts] = _split(parameters, (len(network.weights),) * 2)
+        return dy if need_dx else None, dcontext, None, *dweights, *dbiases, *dcontext_weights
 
 
-class _Inverse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, context, visible, order, activations, scale_and_form, *parameters) -> tuple[Tensor, Tensor]:
-        n = len(visible)
-        weights, biases, context_weights = list(parameters[:n]), list(parameters[n : 2 * n]), list(parameters[2 * n :])
-        x, logabsdet = torch.ops.flowkernels.autoregressive(
-            z, context, weights, biases, context_weights, [], visible, order, activations, [], *scale_and_form, True
-        )
-        ctx.save_for_backward(z, context, x, order, *visible, *parameters)
-        ctx.activations, ctx.scale_and_form = activations, scale_and_form
-        return x, logabsdet
-
-    @staticmethod
-    def backward(ctx, dx: Tensor, dlogabsdet: Tensor):
-        z, context, x, order, visible, weights, biases, context_weights = _saved(ctx)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            conditioner = Conditioner(weights, biases, visible, ctx.activations, context_weights, order)
-            return _differentiable_gradient(ctx, z, context, conditioner, dx, dlogabsdet, inverse=True)
-        dz, dcontext, *dparameters = _inverse_backward(
-            dx, dlogabsdet, x, context, weights, biases, context_weights, visible, order, ctx.activations, *ctx.scale_and_form
-        )
-        return dz, None if context is None else dcontext, None, None, None, None, *dparameters
-
-
-def _saved(ctx) -> tuple:
-    """input, context, what the forward pass kept, order, and the lists visible, weights, biases, context weights."""
-    x, context, kept, order, *tensors = ctx.saved_tensors
-    n = len(ctx.activations)
-    return x, context, kept, order, tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :]
+def _split(items: Sequence, sizes: Sequence[int]) -> list[list]:
+    """Lists of these sizes, and what remains."""
+    ends = list(itertools.accumulate(sizes, initial=0))
+    return [list(items[a:b]) for a, b in itertools.pairwise(ends)] + [list(items[ends[-1] :])]
 
 
 def _differentiable_gradient(
-    ctx, x: Tensor, context: Tensor | None, conditioner: Conditioner, dy: Tensor, dlogabsdet: Tensor, inverse: bool
+    ctx, x: Tensor, context: Tensor | None, maps: Sequence[Map], parameters: Sequence[Tensor], dy: Tensor, dlogabsdet: Tensor
 ) -> tuple:
     """The same gradient as a graph of its own, for create_graph=True."""
-    *packed, form = ctx.scale_and_form
-    scale = ScaleMap.from_packed(*packed)
-    y, logabsdet = autoregressive_reference(x, conditioner, context, scale, Form(form), inverse, linear=masked_linear)
-    parameters = (*conditioner.weights, *conditioner.biases, *conditioner.context_weights)
-    inputs = (x, context, None, None, None, None, *parameters)
+    y, total = x, None
+    for conditioner, scale, form, inverse, _ in maps:
+        own = context if conditioner.context_weights else None
+        y, logabsdet = autoregressive_reference(y, conditioner, own, scale, form, inverse, linear=masked_linear)
+        total = logabsdet if total is None else total + logabsdet
+    inputs = (x, context, None, *parameters)
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-    gradients = iter(torch.autograd.grad((y, logabsdet), wanted, (dy, dlogabsdet), create_graph=True, allow_unused=True))
+    gradients = iter(torch.autograd.grad((y, total), wanted, (dy, dlogabsdet), create_graph=True, allow_unused=True))
     return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)

@@ -1,0 +1,166 @@
+"""The bare ops of the loop, which neither check nor record a gradient: one map, and several one after another."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._library import library
+from ..scale_map import Form, ScaleMap
+from .conditioner import Conditioner
+from .reference import autoregressive_reference
+
+library.define(
+    "autoregressive(Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] context_biases, "
+    "Tensor[] visible, Tensor? order, int[] activations, int[] wiring, int scale_kind, float scale_p0, float scale_p1, int form, "
+    "bool inverse) -> (Tensor, Tensor)"
+)
+
+library.define(
+    "autoregressive_stack(Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] context_biases, "
+    "Tensor[] visible, Tensor[] orders, Tensor[] affines, int[] activations, int[] wiring, int[] stages, float[] scales, bool keep) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_autoregressive = torch.ops.flowkernels.autoregressive.default
+stack_op = torch.ops.flowkernels.autoregressive_stack.default
+_NUMBERS = 7
+
+
+def _composite(
+    x: Tensor,
+    context: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    context_weights: list[Tensor],
+    context_biases: list[Tensor],
+    visible: list[Tensor],
+    order: Tensor | None,
+    activations: list[int],
+    wiring: list[int],
+    scale_kind: int,
+    scale_p0: float,
+    scale_p1: float,
+    form: int,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    conditioner = Conditioner(weights, biases, visible, activations, context_weights, order, wiring, context_biases)
+    scale = ScaleMap.from_packed(scale_kind, scale_p0, scale_p1)
+    return autoregressive_reference(x, conditioner, context, scale, Form(form), inverse)
+
+
+library.impl("autoregressive", _composite, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("flowkernels::autoregressive", lib=library)
+def _(x: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1])
+
+
+def autoregressive_op(
+    x: Tensor, context: Tensor | None, conditioner: Conditioner, scale: ScaleMap, form: Form, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """The bare op: no checks, no gradient."""
+    weights, biases, visible, activations, context_weights, order, wiring, context_biases = conditioner
+    p0, p1 = scale.packed
+    kind, form = int(scale.kind), int(form)
+    return _autoregressive(
+        x, context, weights, biases, context_weights, context_biases, visible, order, activations, wiring, kind, p0, p1, form, inverse
+    )
+
+
+class Map(NamedTuple):
+    """One map of a stack; see `ops.autoregressive`.
+
+    affine: [3, features], or None. The map's input is (x + affine[0]) * affine[1] + affine[2]: batch norm in evaluation, whose
+        log|det|, a constant, is left to the caller.
+    """
+
+    conditioner: Conditioner
+    scale: ScaleMap
+    form: Form
+    inverse: bool = False
+    affine: Tensor | None = None
+
+
+class Lists(NamedTuple):
+    """The maps as the op takes them, list after list. `stages` has for each map: layers, context weights, whether they have biases,
+    whether the network is wired, scale map, form, inverse."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    context_weights: list[Tensor]
+    context_biases: list[Tensor]
+    visible: list[Tensor]
+    orders: list[Tensor]
+    affines: list[Tensor]
+    activations: list[int]
+    wiring: list[int]
+    stages: list[int]
+    scales: list[float]
+
+    @classmethod
+    def of(cls, maps: Sequence[Map]) -> "Lists":
+        lists, none = cls([], [], [], [], [], [], [], [], [], [], []), maps[0].conditioner.weights[-1].new_empty(0)
+        for (weights, biases, visible, activations, context_weights, order, wiring, context_biases), scale, form, inverse, affine in maps:
+            lists.weights.extend(weights)
+            lists.biases.extend(biases)
+            lists.context_weights.extend(context_weights)
+            lists.context_biases.extend(context_biases)
+            lists.visible.extend(visible)
+            lists.orders.append(torch.arange(weights[-1].shape[1] // 2, device=weights[-1].device) if order is None else order)
+            lists.affines.append(none if affine is None else affine)
+            lists.activations.extend(activations)
+            lists.wiring.extend(wiring)
+            contexts = len(context_weights)
+            lists.stages.extend((len(weights), contexts, bool(context_biases), bool(wiring), int(scale.kind), int(form), inverse))
+            lists.scales.extend(scale.packed)
+        return lists
+
+    def maps(self) -> list[Map]:
+        taken = dict.fromkeys(self._fields, 0)
+
+        def take(name: str, n: int) -> list:
+            taken[name] += n
+            return list(getattr(self, name)[taken[name] - n : taken[name]])
+
+        maps = []
+        for order, affine in zip(self.orders, self.affines, strict=True):
+            layers, contexts, biased, wired, kind, form, inverse = take("stages", _NUMBERS)
+            conditioner = Conditioner(
+                take("weights", layers),
+                take("biases", layers),
+                take("visible", layers),
+                take("activations", layers),
+                take("context_weights", contexts),
+                order,
+                take("wiring", 4 * layers * wired),
+                take("context_biases", contexts * biased),
+            )
+            scale = ScaleMap.from_packed(kind, *take("scales", 2))
+            maps.append(Map(conditioner, scale, Form(form), bool(inverse), affine if affine.numel() else None))
+        return maps
+
+
+def moved(x: Tensor, affine: Tensor | None) -> Tensor:
+    return x if affine is None or not affine.numel() else (x + affine[0]) * affine[1] + affine[2]
+
+
+def _composite_stack(x: Tensor, context: Tensor | None, *lists_and_keep) -> tuple[Tensor, Tensor, Tensor]:
+    *lists, keep = lists_and_keep
+    total, outputs = None, []
+    for conditioner, scale, form, inverse, affine in Lists(*lists).maps():
+        own = context if conditioner.context_weights else None
+        x, logabsdet = autoregressive_op(moved(x, affine), own, conditioner, scale, form, inverse)
+        total = logabsdet if total is None else total + logabsdet
+        outputs.append(x)
+    kept = torch.stack(outputs[:-1]) if keep and len(outputs) > 1 else x.new_empty((0, *x.shape))
+    return x, total, kept
+
+
+library.impl("autoregressive_stack", _composite_stack, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("flowkernels::autoregressive_stack", lib=library)
+def _(x: Tensor, context, weights, biases, context_weights, context_biases, visible, orders, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1]), x.new_empty((len(orders) - 1 if rest[-1] else 0, *x.shape))
