@@ -5,10 +5,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 
+#include "cpu/channel_affine.h"
 #include "cpu/elementwise.h"
 #include "cpu/scratch.h"
 
@@ -87,18 +90,55 @@ void run(const Elementwise<E>& args, bool backward, bool from_output) {
   });
 }
 
+// The map on x without gaps as one plain pass over lines: of one channel where its sites are many, of whole rows of channels (and
+// sites) where they are few. Returns false where a walk is needed. The bits are the walk's.
+template <class E>
+bool forward_on_lines(const Tensor& x, const Parameters<E>& parameters, int64_t sites, const Tensor& y) {
+  using T = compute_t<E>;
+  if constexpr (!std::is_same_v<E, T>) return false;
+  constexpr int64_t kLine = 512, kMostParameters = 4096;  // elements of a line of rows, about; and of the parameters repeated for it
+  for (int64_t d = 0; d < x.dim(); ++d)
+    if (x.size(d) > 1 && x.stride(d) != y.stride(d)) return false;
+  const int64_t channels = x.size(1), elements = x.numel(), run = is_channels_last(x) ? 1 : sites;  // run: sites side by side
+  DenseLines<T> lines{static_cast<const T*>(x.const_data_ptr()),
+                      static_cast<T*>(y.mutable_data_ptr()),
+                      parameters.before(),
+                      parameters.scale(),
+                      parameters.after(),
+                      elements,
+                      run,
+                      channels,
+                      true};
+  std::unique_ptr<T[]> repeated;
+  if (run < 64) {
+    const int64_t row = channels * run, length = (std::min(kLine, elements) + row - 1) / row * row;
+    if (length > kMostParameters) return false;
+    repeated.reset(new T[3 * length]);
+    for (int64_t i = 0; i < length; ++i)
+      for (int64_t p = 0; p < 3; ++p) repeated[p * length + i] = parameters.before()[p * channels + i / run % channels];
+    lines.before = repeated.get(), lines.scale = lines.before + length, lines.after = lines.scale + length;
+    lines.length = length, lines.one_channel = false;
+  }
+  in_parallel(lines.lines(), elements, [&](int64_t first, int64_t last) { FK_DISPATCH(run_lines<T>(lines, first, last)); });
+  return true;
+}
+
 template <class E>
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& shift, const Tensor& log_scale,
                                    const std::optional<Tensor>& bias, bool inverse) {
   using T = compute_t<E>;
   const Parameters<E> parameters(shift, log_scale, bias, inverse, x.size(1));
   Tensor y = empty_in_layout_of(x), logabsdet = empty_vector(x.size(0), compute_type<E>);
+  const int64_t batch = x.size(0);
+  int64_t sites = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) sites *= x.size(d);
+  T* total = static_cast<T*>(logabsdet.mutable_data_ptr());
+  std::fill(total, total + batch, static_cast<T>(sites * parameters.log_det()));
+  if (x.numel() == 0 || forward_on_lines<E>(x, parameters, sites, y)) return {y, logabsdet};
   const Tensor* in[] = {&x};
   Elementwise<E> args = describe<E>(x, parameters, in, 1, y);
   plan(args, false);
-  T* total = static_cast<T*>(logabsdet.mutable_data_ptr());
-  std::fill(total, total + args.batch, static_cast<T>(args.sites * parameters.log_det()));
-  if (args.batch > 0) run(args, false, false);
+  run(args, false, false);
   return {y, logabsdet};
 }
 

@@ -61,6 +61,28 @@ FK_CALL void run_channel_affine(const Elementwise<E>& args, bool backward, bool 
   Walk<E, ChannelAffineMap<T>>(args, {backward, from_output}, columns).run(first, last);
 }
 
+template <class T>
+FK_CALL void run_lines(const DenseLines<T>& a, int64_t first, int64_t last) {
+  for (int64_t line = first; line < last; ++line) {
+    const int64_t begin = line * a.length, n = a.length < a.elements - begin ? a.length : a.elements - begin;
+    const T* x = a.x + begin;
+    T* y = a.y + begin;
+    int64_t i = 0;
+    if (a.one_channel) {
+      const int64_t c = line % a.channels;
+      const Vec<T> before = broadcast(a.before[c]), scale = broadcast(a.scale[c]), after = broadcast(a.after[c]);
+      for (; i + lanes<T> <= n; i += lanes<T>) store(y + i, fma(load(x + i) + before, scale, after));
+      if (const int k = static_cast<int>(n - i)) store_partial(y + i, fma(load_partial(x + i, k) + before, scale, after), k);
+      continue;
+    }
+    const T *before = a.before, *scale = a.scale, *after = a.after;
+    for (; i + lanes<T> <= n; i += lanes<T>) store(y + i, fma(load(x + i) + load(before + i), load(scale + i), load(after + i)));
+    if (const int k = static_cast<int>(n - i)) {
+      store_partial(y + i, fma(load_partial(x + i, k) + load_partial(before + i, k), load_partial(scale + i, k), load_partial(after + i, k)), k);
+    }
+  }
+}
+
 // n values: to[i] = exp(sign * from[stride * i])
 template <class T>
 FK_CALL void exp_of(const T* from, int64_t stride, T sign, int64_t n, T* to) {
