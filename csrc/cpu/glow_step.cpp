@@ -33,8 +33,28 @@ void check_like(const Tensor& t, const Tensor& x, int64_t channels) {
   for (int64_t d = 0; d < x.dim(); ++d) check(t.size(d) == (d + 1 == x.dim() ? channels : x.size(d)), "tensors must have fitting sizes");
 }
 
+bool channels_first(const Tensor& x) {  // [batch, *sites, channels], a view of a contiguous [batch, channels, *sites]
+  const int64_t last = x.dim() - 1;
+  int64_t step = 1;
+  for (int64_t d = last - 1; d >= 0; --d) {
+    if (d == 0) {
+      if (x.size(last) > 1 && x.stride(last) != step) return false;
+      step *= x.size(last);
+    }
+    if (x.size(d) > 1 && x.stride(d) != step) return false;
+    step *= x.size(d);
+  }
+  return true;
+}
+
+struct Inputs {
+  const Tensor& x;
+  const std::optional<Tensor>&raw, &weight, &bias;
+};
+
 template <class T>
-GlowStepArgs<T> describe(const Tensor& x, const Tensor& raw, const Tensor& weight, const Tensor& bias, bool inverse) {
+GlowStepArgs<T> describe(const Inputs& in, bool inverse) {
+  const Tensor& x = in.x;
   const int64_t dims = x.dim();
   check(dims >= 2 && x.size(dims - 1) >= 2 && x.size(dims - 1) % 2 == 0, "x must be [batch, *sites, channels] with an even number of channels");
   GlowStepArgs<T> args{};
@@ -43,17 +63,23 @@ GlowStepArgs<T> describe(const Tensor& x, const Tensor& raw, const Tensor& weigh
   args.sites = 1;
   for (int64_t d = 1; d < dims - 1; ++d) args.sites *= x.size(d);
   args.inverse = inverse;
-  check_like(x, x, args.channels);
-  check_like(raw, x, args.channels);
-  check(weight.is_cpu() && weight.is_contiguous() && weight.scalar_type() == x.scalar_type() && weight.dim() == 2 &&
-            weight.size(0) == args.channels && weight.size(1) == args.channels,
-        "weight does not fit x");
-  check(bias.is_cpu() && bias.is_contiguous() && bias.scalar_type() == x.scalar_type() && bias.dim() == 1 && bias.size(0) == args.channels,
-        "bias does not fit x");
+  args.channels_first = !x.is_contiguous();
+  check(x.is_cpu() && (x.is_contiguous() || channels_first(x)), "x must be contiguous, channels first or last");
   args.x = static_cast<const T*>(x.const_data_ptr());
-  args.raw = static_cast<const T*>(raw.const_data_ptr());
-  args.weight = static_cast<const T*>(weight.const_data_ptr());
-  args.bias = static_cast<const T*>(bias.const_data_ptr());
+  if (in.raw) {
+    check_like(*in.raw, x, args.channels);
+    args.raw = static_cast<const T*>(in.raw->const_data_ptr());
+  }
+  check(in.weight.has_value() == in.bias.has_value(), "weight and bias come together");
+  if (in.weight) {
+    for (const Tensor* t : {&*in.weight, &*in.bias}) {
+      check(t->is_cpu() && t->is_contiguous() && t->scalar_type() == x.scalar_type(), "weight or bias is not like x");
+    }
+    check(in.weight->dim() == 2 && in.weight->size(0) == args.channels && in.weight->size(1) == args.channels, "weight does not fit x");
+    check(in.bias->dim() == 1 && in.bias->size(0) == args.channels, "bias does not fit x");
+    args.weight = static_cast<const T*>(in.weight->const_data_ptr());
+    args.bias = static_cast<const T*>(in.bias->const_data_ptr());
+  }
   return args;
 }
 
@@ -67,8 +93,9 @@ void run(const GlowStepArgs<T>& args, bool backward) {
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& raw, const Tensor& weight, const Tensor& bias, bool inverse) {
-  GlowStepArgs<T> args = describe<T>(x, raw, weight, bias, inverse);
+std::tuple<Tensor, Tensor, Tensor> forward(const Inputs& in, bool inverse) {
+  GlowStepArgs<T> args = describe<T>(in, inverse);
+  const Tensor& x = in.x;
   std::vector<int64_t> sizes = sizes_of(x);
   Tensor y = empty(x, sizes), logabsdet = empty(x, {args.batch});
   sizes.back() = args.channels / 2;
@@ -101,43 +128,48 @@ void add_parts(const T* from, int64_t parts, int64_t n, T* to) {
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& dlogabsdet, const std::optional<Tensor>& dpassing,
-                                                    const Tensor& x, const Tensor& raw, const Tensor& weight, const Tensor& bias,
-                                                    bool inverse) {
-  GlowStepArgs<T> args = describe<T>(x, raw, weight, bias, inverse);
+                                                    const Inputs& in, bool inverse) {
+  GlowStepArgs<T> args = describe<T>(in, inverse);
+  const Tensor& x = in.x;
   check_like(dy, x, args.channels);
   check(dlogabsdet.is_cpu() && dlogabsdet.is_contiguous() && dlogabsdet.scalar_type() == x.scalar_type() && dlogabsdet.dim() == 1 &&
             dlogabsdet.size(0) == args.batch,
         "dlogabsdet does not fit x");
   if (dpassing) check_like(*dpassing, x, args.channels / 2);
   const std::vector<int64_t> sizes = sizes_of(x);
-  Tensor dx = empty(x, sizes), draw = empty(x, sizes), dweight = empty(x, {args.channels, args.channels}), dbias = empty(x, {args.channels});
+  const int64_t channels = args.weight ? args.channels : 0;
+  Tensor dx = empty(x, sizes), draw = empty(x, args.raw ? sizes : std::vector<int64_t>{0});
+  Tensor dweight = empty(x, {channels, channels}), dbias = empty(x, {channels});
   args.dy = static_cast<const T*>(dy.const_data_ptr());
   args.dlogabsdet = static_cast<const T*>(dlogabsdet.const_data_ptr());
   args.dpassing = dpassing ? static_cast<const T*>(dpassing->const_data_ptr()) : nullptr;
   args.dx = static_cast<T*>(dx.mutable_data_ptr());
   args.draw = static_cast<T*>(draw.mutable_data_ptr());
-  const int64_t parts = args.batch == 0 ? 0 : args.parts(), size = args.channels * args.channels;
-  const std::unique_ptr<T[]> sums(new T[parts * (size + args.channels) + 1]);
+  const int64_t parts = args.batch == 0 ? 0 : args.parts(), size = channels * channels;
+  const std::unique_ptr<T[]> sums(new T[parts * (size + channels) + 1]);
   args.part_dweight = sums.get();
   args.part_dbias = sums.get() + parts * size;
   if (parts > 0) run(args, true);
   add_parts(args.part_dweight, parts, size, static_cast<T*>(dweight.mutable_data_ptr()));
-  add_parts(args.part_dbias, parts, args.channels, static_cast<T*>(dbias.mutable_data_ptr()));
+  add_parts(args.part_dbias, parts, channels, static_cast<T*>(dbias.mutable_data_ptr()));
   return {dx, draw, dweight, dbias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> glow_step(const Tensor& x, const Tensor& raw, const Tensor& weight, const Tensor& bias, bool inverse) {
-  if (x.scalar_type() == ScalarType::Double) return forward<double>(x, raw, weight, bias, inverse);
+using Maybe = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor, Tensor> glow_step(const Tensor& x, Maybe raw, Maybe weight, Maybe bias, bool inverse) {
+  const Inputs in{x, raw, weight, bias};
+  if (x.scalar_type() == ScalarType::Double) return forward<double>(in, inverse);
   check(x.scalar_type() == ScalarType::Float, "x must be float32 or float64");
-  return forward<float>(x, raw, weight, bias, inverse);
+  return forward<float>(in, inverse);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> glow_step_backward(const Tensor& dy, const Tensor& dlogabsdet, std::optional<Tensor> dpassing,
-                                                              const Tensor& x, const Tensor& raw, const Tensor& weight, const Tensor& bias,
-                                                              bool inverse) {
-  if (x.scalar_type() == ScalarType::Double) return backward<double>(dy, dlogabsdet, dpassing, x, raw, weight, bias, inverse);
+std::tuple<Tensor, Tensor, Tensor, Tensor> glow_step_backward(const Tensor& dy, const Tensor& dlogabsdet, Maybe dpassing, const Tensor& x,
+                                                              Maybe raw, Maybe weight, Maybe bias, bool inverse) {
+  const Inputs in{x, raw, weight, bias};
+  if (x.scalar_type() == ScalarType::Double) return backward<double>(dy, dlogabsdet, dpassing, in, inverse);
   check(x.scalar_type() == ScalarType::Float, "x must be float32 or float64");
-  return backward<float>(dy, dlogabsdet, dpassing, x, raw, weight, bias, inverse);
+  return backward<float>(dy, dlogabsdet, dpassing, in, inverse);
 }
 
 }  // namespace

@@ -5,15 +5,16 @@
 
 namespace flowkernels {
 
-// Tensors [batch, sites, channels], contiguous. A tile is `tile_rows` sites of one sample, fewer at its end, so that sums over a sample
+// Tensors [batch, sites, channels], contiguous, but for x where channels come first. Without raw nothing is coupled; without weight and
+// bias nothing follows the coupling. A tile is `tile_rows` sites of one sample, fewer at its end, so that sums over a sample
 // do not depend on the batch; a part is `tiles_of_part` tiles, over which gradients of the weight and the bias are summed.
 template <class T>
 struct GlowStepArgs {
   static constexpr int64_t kRows = 64;
 
   int64_t batch, sites, channels;
-  bool inverse;
-  const T *x, *raw, *weight, *bias;
+  bool inverse, channels_first;               // x is [batch, channels, sites]
+  const T *x, *raw, *weight, *bias;           // x alone is never null
   T *y, *passing, *tile_logs;                 // forward
   const T *dy, *dpassing, *dlogabsdet;        // backward; dpassing may be null
   T *dx, *draw, *part_dweight, *part_dbias;   // [parts, channels, channels], [parts, channels]

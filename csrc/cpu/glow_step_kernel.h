@@ -18,22 +18,23 @@ class GlowStep {
  public:
   static size_t scratch_bytes(int64_t channels, bool backward) {
     const int64_t width = padded<T>(channels), rows = kRows + kSlack, half = kRows * channels / 2 + kPad;
-    const int64_t vectors = (2 + channels + (backward ? channels + kSlack : 0)) * width + (backward ? 3 : 2) * rows * width;
-    return static_cast<size_t>(vectors + (backward ? 7 : 5) * half) * sizeof(T) + 64 * 16;
+    const int64_t vectors = (2 + channels + (backward ? channels + kSlack : 0)) * width + (backward ? 4 : 3) * rows * width;
+    return static_cast<size_t>(vectors + (backward ? 8 : 6) * half) * sizeof(T) + 64 * 16;
   }
 
   GlowStep(const GlowStepArgs<T>& a, void* scratch, bool backward)
       : args(a), channels_(a.channels), half_(a.channels / 2), width_(padded<T>(a.channels)), next_(static_cast<char*>(scratch)), map_(glows_map()) {
     bias_ = take(width_);
     matrix_ = take(channels_ * width_);
+    x_ = take((kRows + kSlack) * width_);
     h_ = take((kRows + kSlack) * width_);
     g_ = take((kRows + kSlack) * width_);
-    for (T** p : {&old_, &shift_, &s_, &new_, &terms_}) *p = take(kRows * half_ + kPad);
+    for (T** p : {&old_, &shift_, &s_, &new_, &terms_, &exps_}) *p = take(kRows * half_ + kPad);
     zero_out(bias_, width_);
-    for (int64_t c = 0; c < channels_; ++c) bias_[c] = args.bias[c];
+    for (int64_t c = 0; c < channels_ && args.bias; ++c) bias_[c] = args.bias[c];
     // products run over rows of a matrix: forward y = h W^T, backward dh = dy W
     zero_out(matrix_, channels_ * width_);
-    for (int64_t o = 0; o < channels_; ++o) {
+    for (int64_t o = 0; o < channels_ && args.weight; ++o) {
       for (int64_t c = 0; c < channels_; ++c) (backward ? matrix_[o * width_ + c] : matrix_[c * width_ + o]) = args.weight[o * channels_ + c];
     }
     zero_out(h_, (kRows + kSlack) * width_);
@@ -49,20 +50,11 @@ class GlowStep {
 
   void forward(int64_t tile) {
     at(tile);
-    stage();
-    const int64_t n = rows_ * half_;
-    for (int64_t i = 0; i < n; i += lanes<T>) {
-      const V s = load(s_ + i), old = load(old_ + i), shift = load(shift_ + i);
-      const ValueAndLog<V> scale = args.inverse ? map_.reciprocal_and_log(s) : map_.sigma_and_log(s);
-      store(new_ + i, args.inverse ? fma(old, scale.value, -shift) : (old + shift) * scale.value);
-      store(terms_ + i, scale.log);
+    for (int64_t r = 0; r < rows_; r += kBlock) {
+      const int64_t rows = r + kBlock < rows_ ? kBlock : rows_ - r;
+      args.inverse ? forward_block<true>(r, rows) : forward_block<false>(r, rows);
     }
-    args.tile_logs[tile] = sum_16(terms_, n);
-    assemble();
-    small_matmul<T, false>(rows_, channels_, width_, h_, width_, 1, matrix_, width_, g_, width_);
-    if (args.inverse) add_to_rows(g_, -1);
-    copy_rows(g_, width_, args.y + first_ * channels_, channels_, rows_, channels_);
-    copy_rows(g_, width_, args.passing + first_ * half_, half_, rows_, half_);
+    args.tile_logs[tile] = args.raw ? sum_16(terms_, rows_ * half_) : T(0);
   }
 
   // the part's sums of the gradients of weight and bias
@@ -71,12 +63,13 @@ class GlowStep {
     zero_out(dbias_, width_);
     const int64_t each = args.tiles_of_part(), end = (part + 1) * each;
     for (int64_t tile = part * each; tile < end && tile < args.tiles(); ++tile) backward_tile(tile);
+    if (!args.weight) return;
     copy_rows(dweight_, width_, args.part_dweight + part * channels_ * channels_, channels_, channels_, channels_);
     copy_rows(dbias_, width_, args.part_dbias + part * channels_, channels_, 1, channels_);
   }
 
  private:
-  static constexpr int64_t kPad = 64 / sizeof(T), kSlack = kMostMatmulRows;
+  static constexpr int64_t kPad = 64 / sizeof(T), kSlack = kMostMatmulRows, kBlock = 16;
 
   // sigmoid(s + 2), of the paper's code
   static ScaleMapParams glows_map() { return {static_cast<int>(ScaleKind::sigmoid), 2.0, 0.0}; }
@@ -98,24 +91,138 @@ class GlowStep {
     first_ = sample_ * args.sites + begin;
   }
 
-  void stage() {
-    copy_rows(args.x + first_ * channels_ + half_, channels_, old_, half_, rows_, half_);
-    const T* raw = args.raw + first_ * channels_;
-    gather_row(raw, 2, rows_ * half_, shift_);
-    gather_row(raw + 1, 2, rows_ * half_, s_);
+  // Rows of the tile from row `begin` on; what a block leaves is still in the first-level cache where it is used next. Short loops overlap
+  // in the processor, which one long chain of exp, log and what follows does not.
+  template <bool INVERSE>
+  void forward_block(int64_t begin, int64_t rows) {
+    const int64_t first = first_ + begin;
+    const Rows x = rows_of_x(begin, rows);
+    pass<INVERSE>(x, rows);
+    if (args.raw) {
+      take_apart<INVERSE>(args.raw + first * channels_, rows * half_);
+      couple<INVERSE>(x, rows, terms_ + begin * half_);
+    }
+    if (args.weight) small_matmul<T, false>(rows, channels_, width_, h_, width_, 1, matrix_, width_, g_, width_);
+    give<INVERSE>(args.weight ? g_ : h_, rows, args.y + first * channels_, args.passing + first * half_);
   }
 
-  // h: what passes and what the coupling made, in the forward direction with the bias of the next actnorm
-  void assemble() {
-    copy_rows(args.x + first_ * channels_, channels_, h_, width_, rows_, half_);
-    copy_rows(new_, half_, h_ + half_, width_, rows_, half_);
-    if (!args.inverse) add_to_rows(h_, 1);
+  struct Rows {
+    const T* data;
+    int64_t step;
+  };
+
+  // rows of the tile from row `begin` on, where they lie, or turned so that channels are last
+  Rows rows_of_x(int64_t begin, int64_t rows) {
+    if (!args.channels_first) return {args.x + (first_ + begin) * channels_, channels_};
+    const T* from = args.x + sample_ * args.sites * channels_ + (first_ - sample_ * args.sites) + begin;
+    constexpr int64_t L = lanes<T>;
+    for (int64_t c = 0; c < channels_; c += L) {
+      for (int64_t r = 0; r < rows; r += L) {
+        const T* corner = from + c * args.sites + r;
+        T* to = x_ + r * width_ + c;
+        if (c + L <= channels_ && r + L <= rows) {
+          V block[L];
+          for (int64_t i = 0; i < L; ++i) block[i] = load(corner + i * args.sites);
+          transpose(block);
+          for (int64_t i = 0; i < L; ++i) store(to + i * width_, block[i]);
+          continue;
+        }
+        for (int64_t i = 0; i < L && c + i < channels_; ++i) {
+          for (int64_t j = 0; j < L && r + j < rows; ++j) to[j * width_ + i] = corner[i * args.sites + j];
+        }
+      }
+    }
+    return {x_, width_};
   }
 
-  void add_to_rows(T* rows, T sign) {
+  // h: what passes of x, all of it where nothing is coupled, in the forward direction with the bias of the next actnorm
+  template <bool INVERSE>
+  FK_INLINE void pass(Rows x, int64_t rows) {
+    const T* bias = bias_;
+    T* h = h_;
+    const int64_t n = args.raw ? half_ : channels_;
+    for (int64_t r = 0; r < rows; ++r, x.data += x.step, h += width_) {
+      for (int64_t c = 0; c < n; c += lanes<T>) {
+        const V passing = load_some(x.data + c, n - c);
+        store(h + c, INVERSE ? passing : passing + load(bias + c));
+      }
+    }
+  }
+
+  // shift, s + 2 and its exponentials
+  template <bool INVERSE>
+  FK_INLINE void take_apart(const T* raw, int64_t n) {
+    T *to_shift = shift_, *to_s = s_, *exps = exps_, *reciprocals = new_;
+    for (int64_t i = 0; i < n; i += lanes<T>) {
+      const Pair pair = i + lanes<T> <= n ? pair_at(raw + 2 * i) : last_pair(raw + 2 * i, n - i);
+      const V s = pair.s + T(2);
+      store(to_shift + i, pair.shift);
+      store(to_s + i, s);
+      store(exps + i, exp(-abs(s)));
+      if constexpr (INVERSE) store(reciprocals + i, exp(-s));
+    }
+  }
+
+  // h: what the coupling makes of the rest of x, in the forward direction with the bias too
+  template <bool INVERSE>
+  FK_INLINE void couple(Rows x, int64_t rows, T* terms) {
+    const T *from_shift = shift_, *from_s = s_, *exps = exps_, *reciprocals = new_, *bias = bias_ + half_, *from = x.data + half_;
+    T* h = h_ + half_;
+    const int64_t half = half_, width = width_;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < half; c += lanes<T>) {
+        const int64_t left = half - c;
+        const V old = load_some(from + c, left), shift = load(from_shift + c), s = load(from_s + c), e = load(exps + c);
+        const V softplus = softplus_of(-s, e);
+        store(terms + c, INVERSE ? softplus : -softplus);  // what is beyond the end of a row, the next one overwrites
+        store_some(h + c, INVERSE ? fma(old, T(1) + load(reciprocals + c), -shift) : (old + shift) * sigmoid_of(s, e) + load(bias + c), left);
+      }
+      from += x.step, h += width, terms += half, from_shift += half, from_s += half, exps += half, reciprocals += half;
+    }
+  }
+
+  template <bool INVERSE>
+  FK_INLINE void give(const T* g, int64_t rows, T* y, T* passing) {
+    const T* bias = bias_;
+    const int64_t half = half_, channels = channels_, width = width_;
+    for (int64_t r = 0; r < rows; ++r, y += channels, passing += half, g += width) {
+      for (int64_t c = 0; c < channels; c += lanes<T>) {
+        const V sum = load(g + c), out = INVERSE ? sum - load(bias + c) : sum;
+        store_some(y + c, out, channels - c);
+        if (c < half) store_some(passing + c, out, half - c);
+      }
+    }
+  }
+
+  static FK_INLINE V load_some(const T* p, int64_t n) { return n >= lanes<T> ? load(p) : load_partial(p, static_cast<int>(n)); }
+  static FK_INLINE void store_some(T* p, V v, int64_t n) { n >= lanes<T> ? store(p, v) : store_partial(p, v, static_cast<int>(n)); }
+
+  struct Pair {
+    V shift, s;
+  };
+
+  static FK_INLINE Pair pair_at(const T* raw) {
+    constexpr auto take = [](const T* a, const T* b) { return (V)AllLanes<T>::every_other_then_odd(load_words<Words<T>>(a), load_words<Words<T>>(b)); };
+    return {take(raw, raw + lanes<T> - 1), take(raw + 1, raw + lanes<T>)};
+  }
+
+  static Pair last_pair(const T* raw, int64_t n) {
+    T padded[2 * lanes<T>] = {};
+    for (int64_t i = 0; i < 2 * n; ++i) padded[i] = raw[i];
+    return pair_at(padded);
+  }
+
+  // h: what passes of x and what the coupling made, in the forward direction with the bias of the next actnorm
+  void assemble(Rows x) {
+    copy_rows(x.data, x.step, h_, width_, rows_, args.raw ? half_ : channels_);
+    if (args.raw) copy_rows(new_, half_, h_ + half_, width_, rows_, half_);
+    if (!args.inverse) add_to_rows(h_, rows_, 1);
+  }
+
+  void add_to_rows(T* to, int64_t rows, T sign) {
     for (int64_t c = 0; c < width_; c += lanes<T>) {
       const V b = load(bias_ + c) * sign;
-      for (int64_t r = 0; r < rows_; ++r) store(rows + r * width_ + c, load(rows + r * width_ + c) + b);
+      for (int64_t r = 0; r < rows; ++r) store(to + r * width_ + c, load(to + r * width_ + c) + b);
     }
   }
 
@@ -129,8 +236,7 @@ class GlowStep {
 
   void backward_tile(int64_t tile) {
     at(tile);
-    stage();
-    const int64_t n = rows_ * half_;
+    const Rows x = rows_of_x(0, rows_);
     copy_rows(args.dy + first_ * channels_, channels_, g_, width_, rows_, channels_);
     if (args.dpassing != nullptr) {
       const T* dpassing = args.dpassing + first_ * half_;
@@ -138,12 +244,28 @@ class GlowStep {
         for (int64_t c = 0; c < half_; ++c) g_[r * width_ + c] += dpassing[r * half_ + c];
       }
     }
+    const T* dh = args.weight ? dh_ : g_;
     if (args.inverse) sum_columns(g_, -1);
-    small_matmul<T, false>(rows_, channels_, width_, g_, width_, 1, matrix_, width_, dh_, width_);
-    if (!args.inverse) sum_columns(dh_, 1);
+    if (args.weight) small_matmul<T, false>(rows_, channels_, width_, g_, width_, 1, matrix_, width_, dh_, width_);
+    if (!args.inverse) sum_columns(dh, 1);
 
+    T* dx = args.dx + first_ * channels_;
+    copy_rows(dh, width_, dx, channels_, rows_, args.raw ? half_ : channels_);
+    if (args.raw) uncouple(x, dh + half_, dx + half_);
+    if (!args.weight) return;
+    assemble(x);
+    small_matmul<T, true>(channels_, rows_, width_, g_, 1, width_, h_, width_, dweight_, width_);
+  }
+
+  // gradients of what was coupled and of raw, and once more what the coupling made
+  void uncouple(Rows x, const T* dh, T* dx) {
+    const int64_t n = rows_ * half_;
+    const T* raw = args.raw + first_ * channels_;
+    copy_rows(x.data + half_, x.step, old_, half_, rows_, half_);
+    gather_row(raw, 2, n, shift_);
+    gather_row(raw + 1, 2, n, s_);
     T* dnew = terms_;
-    copy_rows(dh_ + half_, width_, dnew, half_, rows_, half_);
+    copy_rows(dh, width_, dnew, half_, rows_, half_);
     const V c = broadcast(args.dlogabsdet[sample_]);
     for (int64_t i = 0; i < n; i += lanes<T>) {
       const V s = load(s_ + i), old = load(old_ + i), shift = load(shift_ + i), d = load(dnew + i);
@@ -154,11 +276,7 @@ class GlowStep {
       store(dshift_ + i, args.inverse ? -d : dold);
       store(ds_ + i, scale.log * fma(d, scaled, c));
     }
-    assemble();
-    small_matmul<T, true>(channels_, rows_, width_, g_, 1, width_, h_, width_, dweight_, width_);
-
-    copy_rows(dh_, width_, args.dx + first_ * channels_, channels_, rows_, half_);
-    copy_rows(old_, half_, args.dx + first_ * channels_ + half_, channels_, rows_, half_);
+    copy_rows(old_, half_, dx, channels_, rows_, half_);
     interleave(dshift_, ds_, n, args.draw + first_ * channels_);
   }
 
@@ -180,7 +298,7 @@ class GlowStep {
   char* next_;
   const SigmoidMap<V, false> map_;
   int64_t sample_ = 0, first_ = 0, rows_ = 0;  // of the tile
-  T *bias_, *matrix_, *h_, *g_, *old_, *shift_, *s_, *new_, *terms_;
+  T *bias_, *matrix_, *x_, *h_, *g_, *old_, *shift_, *s_, *new_, *terms_, *exps_;
   T *dh_ = nullptr, *dweight_ = nullptr, *dbias_ = nullptr, *dshift_ = nullptr, *ds_ = nullptr;
 };
 

@@ -120,18 +120,17 @@ class _Steps(nn.Module):
         return affine and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
 
     def _joined(self, x: Tensor, context: Tensor | None, folded: Folded) -> tuple[Tensor, Tensor]:
-        rows = (x.movedim(1, -1) + self.mixings[0].actnorm.bias) @ folded.weights[0].mT
-        passing = rows[..., : rows.shape[-1] // 2]
+        weights, biases = [*folded.weights, None], [*(mixing.actnorm.bias for mixing in self.mixings), None]
         logabsdets = [_sites(x) * folded.logabsdets.sum().expand(x.shape[0])]
-        for i, coupling in enumerate(self.couplings[:-1]):
+        rows, _, passing = glow_step(x.movedim(1, -1), None, weights[0], biases[0])
+        for i, coupling in enumerate(self.couplings):
             raw = coupling.conditioner(passing.movedim(-1, 1), *_given(context)).movedim(1, -1)
-            rows, logabsdet, passing = glow_step(rows, raw, folded.weights[i + 1], self.mixings[i + 1].actnorm.bias)
+            rows, logabsdet, passing = glow_step(rows, raw, weights[i + 1], biases[i + 1])
             logabsdets.append(logabsdet)
-        y, logabsdet = self.couplings[-1](rows.movedim(-1, 1), context)
-        return y, _total([*logabsdets, logabsdet])
+        return rows.movedim(-1, 1), _total(logabsdets)
 
     def _joined_inverse(self, z: Tensor, context: Tensor | None, folded: Folded) -> tuple[Tensor, Tensor]:
-        rows = z.movedim(1, -1).contiguous()
+        rows = z.movedim(1, -1)
         passing = rows[..., : rows.shape[-1] // 2]
         logabsdets = [_sites(z) * folded.logabsdets.sum().expand(z.shape[0])]
         for i in reversed(range(len(self.couplings))):

@@ -18,11 +18,14 @@ from ..._library import library
 from .._differentiation import apply_function, needs_autograd, transformed
 from .reference import glow_step_backward_reference, glow_step_reference
 
-library.define("glow_step(Tensor x, Tensor raw, Tensor weight, Tensor bias, bool inverse) -> (Tensor, Tensor, Tensor)")
+library.define("glow_step(Tensor x, Tensor? raw, Tensor? weight, Tensor? bias, bool inverse) -> (Tensor, Tensor, Tensor)")
 library.define(
-    "glow_step_backward(Tensor dy, Tensor dlogabsdet, Tensor? dpassing, Tensor x, Tensor raw, Tensor weight, Tensor bias, bool inverse) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "glow_step_backward(Tensor dy, Tensor dlogabsdet, Tensor? dpassing, Tensor x, Tensor? raw, Tensor? weight, Tensor? bias, "
+    "bool inverse) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+
+
+_NONE = ((0,), (0,), (0, 0), (0,))  # shapes of the gradients of what is missing
 
 
 def _composite(*arguments) -> tuple[Tensor, ...]:
@@ -30,7 +33,11 @@ def _composite(*arguments) -> tuple[Tensor, ...]:
 
 
 def _composite_backward(*arguments) -> tuple[Tensor, ...]:
-    return tuple(t.contiguous() for t in glow_step_backward_reference(*arguments))
+    x = arguments[3]
+    return tuple(
+        x.new_empty(shape) if t is None else t.contiguous()
+        for t, shape in zip(glow_step_backward_reference(*arguments), _NONE, strict=True)
+    )
 
 
 library.impl("glow_step", _composite, "CompositeExplicitAutograd")
@@ -45,8 +52,9 @@ def _(x: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("flowkernels::glow_step_backward", lib=library)
-def _(dy: Tensor, dlogabsdet: Tensor, dpassing: Tensor | None, x: Tensor, raw: Tensor, weight: Tensor, bias: Tensor, inverse: bool):
-    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(weight.shape), x.new_empty(bias.shape)
+def _(dy: Tensor, dlogabsdet: Tensor, dpassing: Tensor | None, *inputs):
+    like = zip(inputs[:4], _NONE, strict=True)
+    return tuple(dy.new_empty(missing if t is None else t.shape) for t, missing in like)
 
 
 class _GlowStep(torch.autograd.Function):
@@ -69,10 +77,13 @@ class _GlowStep(torch.autograd.Function):
         dpassing = None if dpassing is None else dpassing.contiguous()
         # double backward differentiates the reference once more
         backward = glow_step_backward_reference if torch.is_grad_enabled() else _glow_step_backward
-        return (*backward(dy, dlogabsdet, dpassing, *tensors, ctx.inverse), None)
+        gradients = backward(dy, dlogabsdet, dpassing, *tensors, ctx.inverse)
+        return (*(None if t is None else gradient for t, gradient in zip(tensors, gradients, strict=True)), None)
 
 
-def glow_step(x: Tensor, raw: Tensor, weight: Tensor, bias: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def glow_step(
+    x: Tensor, raw: Tensor | None, weight: Tensor | None, bias: Tensor | None, *, inverse: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Glow's affine coupling, and the actnorm and 1x1 convolution that follow it (Kingma & Dhariwal 2018, section 3).
 
         h = [x1, (x2 + shift) * sigmoid(s + 2)]    y = weight (h + bias)
@@ -81,9 +92,9 @@ def glow_step(x: Tensor, raw: Tensor, weight: Tensor, bias: Tensor, *, inverse: 
     x1 and x2 are the halves of the channels; channel 2i of raw is the shift and 2i + 1 the raw scale s. The gradient is one kernel too.
 
     Args:
-        x: [batch, *sites, channels], an even number of channels, float32 or float64.
-        raw: what the conditioner made of x1, like x.
-        weight: [channels, channels]. bias: [channels].
+        x: [batch, *sites, channels], an even number of channels, float32 or float64; a view of channels-first images is read in place.
+        raw: what the conditioner made of x1, like x; None where there is no coupling, before the first: h = x.
+        weight: [channels, channels]. bias: [channels]. Both are None where nothing follows, after the last: y = h.
         inverse: the coupling undone, and the bias taken away last.
 
     Returns:
@@ -91,26 +102,31 @@ def glow_step(x: Tensor, raw: Tensor, weight: Tensor, bias: Tensor, *, inverse: 
         what the next conditioner is called with.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, or the channels are odd.
+        ValueError: a shape, dtype or device does not fit, the channels are odd, or one of weight and bias is missing.
     """
     _check(x, raw, weight, bias)
     if transformed() or wants_reference("glow_step", x.device):
         return glow_step_reference(x, raw, weight, bias, inverse)
-    tensors = (x.contiguous(), raw.contiguous(), weight.contiguous(), bias.contiguous())
+    if not x.is_contiguous() and not x.movedim(-1, 1).is_contiguous():
+        x = x.contiguous()
+    tensors = (x, *(None if t is None else t.contiguous() for t in (raw, weight, bias)))
     if needs_autograd(tensors):
         return apply_function(_GlowStep, *tensors, inverse)
     return _glow_step(*tensors, inverse)
 
 
-def _check(x: Tensor, raw: Tensor, weight: Tensor, bias: Tensor) -> None:
+def _check(x: Tensor, raw: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
     shape = x.shape
     if len(shape) < 2 or shape[-1] % 2 or 0 in shape[1:] or x.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"x must be float32 or float64, [batch, *sites, channels] with an even number of channels; got {x.dtype}, {list(shape)}"
         )
     c = shape[-1]
+    if (weight is None) != (bias is None):
+        given, missing = ("weight", "bias") if bias is None else ("bias", "weight")
+        raise ValueError(f"weight and bias must both be given or both be None; got {given} without {missing}")
     for name, t, expected in (("raw", raw, shape), ("weight", weight, (c, c)), ("bias", bias, (c,))):
-        if t.shape != expected or t.dtype != x.dtype or t.device != x.device:
+        if t is not None and (t.shape != expected or t.dtype != x.dtype or t.device != x.device):
             raise ValueError(
                 f"{name} must be {list(expected)}, {x.dtype} on {x.device}, to fit x; got {list(t.shape)}, {t.dtype} on {t.device}"
             )
