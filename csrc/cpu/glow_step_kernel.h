@@ -89,6 +89,7 @@ class GlowStep {
     sample_ = tile / each;
     rows_ = begin + kRows < args.sites ? kRows : args.sites - begin;
     first_ = sample_ * args.sites + begin;
+    if (args.channels_first) turn();
   }
 
   // Rows of the tile from row `begin` on; what a block leaves is still in the first-level cache where it is used next. Short loops overlap
@@ -96,7 +97,7 @@ class GlowStep {
   template <bool INVERSE>
   void forward_block(int64_t begin, int64_t rows) {
     const int64_t first = first_ + begin;
-    const Rows x = rows_of_x(begin, rows);
+    const Rows x = rows_of_x(begin);
     pass<INVERSE>(x, rows);
     if (args.raw) {
       take_apart<INVERSE>(args.raw + first * channels_, rows * half_);
@@ -111,28 +112,32 @@ class GlowStep {
     int64_t step;
   };
 
-  // rows of the tile from row `begin` on, where they lie, or turned so that channels are last
-  Rows rows_of_x(int64_t begin, int64_t rows) {
-    if (!args.channels_first) return {args.x + (first_ + begin) * channels_, channels_};
-    const T* from = args.x + sample_ * args.sites * channels_ + (first_ - sample_ * args.sites) + begin;
+  Rows rows_of_x(int64_t begin) const {
+    if (args.channels_first) return {x_ + begin * width_, width_};
+    return {args.x + (first_ + begin) * channels_, channels_};
+  }
+
+  // the tile's x, channels last
+  void turn() {
     constexpr int64_t L = lanes<T>;
+    const int64_t sites = args.sites;
+    const T* from = args.x + sample_ * sites * channels_ + (first_ - sample_ * sites);
     for (int64_t c = 0; c < channels_; c += L) {
-      for (int64_t r = 0; r < rows; r += L) {
-        const T* corner = from + c * args.sites + r;
+      for (int64_t r = 0; r < rows_; r += L) {
+        const T* corner = from + c * sites + r;
         T* to = x_ + r * width_ + c;
-        if (c + L <= channels_ && r + L <= rows) {
+        if (c + L <= channels_ && r + L <= rows_) {
           V block[L];
-          for (int64_t i = 0; i < L; ++i) block[i] = load(corner + i * args.sites);
+          for (int64_t i = 0; i < L; ++i) block[i] = load(corner + i * sites);
           transpose(block);
           for (int64_t i = 0; i < L; ++i) store(to + i * width_, block[i]);
           continue;
         }
         for (int64_t i = 0; i < L && c + i < channels_; ++i) {
-          for (int64_t j = 0; j < L && r + j < rows; ++j) to[j * width_ + i] = corner[i * args.sites + j];
+          for (int64_t j = 0; j < L && r + j < rows_; ++j) to[j * width_ + i] = corner[i * sites + j];
         }
       }
     }
-    return {x_, width_};
   }
 
   // h: what passes of x, all of it where nothing is coupled, in the forward direction with the bias of the next actnorm
@@ -236,7 +241,7 @@ class GlowStep {
 
   void backward_tile(int64_t tile) {
     at(tile);
-    const Rows x = rows_of_x(0, rows_);
+    const Rows x = rows_of_x(0);
     copy_rows(args.dy + first_ * channels_, channels_, g_, width_, rows_, channels_);
     if (args.dpassing != nullptr) {
       const T* dpassing = args.dpassing + first_ * half_;

@@ -239,7 +239,7 @@ def freeze_weights(layers: Mapping[str, InvertibleConv1x1]) -> None:
 
 def _kind(layer: InvertibleConv1x1) -> tuple:
     """Layers of one kind compute together."""
-    parameter = next(layer.parameters())
+    parameter = layer.factors if layer.parametrization == "lu" else layer.plain_weight
     return layer.parametrization, layer.channels, parameter.dtype, parameter.device
 
 
