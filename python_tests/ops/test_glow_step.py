@@ -9,12 +9,17 @@ from python_tests.battery import LAYOUTS, Example, OpBattery, assert_same_bits
 
 
 def definition(x, raw, weight, bias, inverse):
-    first, second = x.chunk(2, -1)
-    shift, s = raw[..., 0::2], raw[..., 1::2]
-    log = torch.nn.functional.logsigmoid(s + 2)
-    second = second * torch.exp(-log) - shift if inverse else (second + shift) * torch.exp(log)
-    h = torch.cat([first, second], -1)
-    y = torch.einsum("oc,...c->...o", weight, h) - bias if inverse else torch.einsum("oc,...c->...o", weight, h + bias)
+    h, log = x, x.new_zeros(x.shape)
+    if raw is not None:
+        first, second = x.chunk(2, -1)
+        shift, s = raw[..., 0::2], raw[..., 1::2]
+        log = torch.nn.functional.logsigmoid(s + 2)
+        second = second * torch.exp(-log) - shift if inverse else (second + shift) * torch.exp(log)
+        h = torch.cat([first, second], -1)
+    if weight is None:
+        y = h
+    else:
+        y = torch.einsum("oc,...c->...o", weight, h) - bias if inverse else torch.einsum("oc,...c->...o", weight, h + bias)
     logabsdet = log.flatten(1).sum(1)
     return y, -logabsdet if inverse else logabsdet, y[..., : y.shape[-1] // 2]
 
@@ -73,6 +78,48 @@ def test_gradients_of_every_size(channels, sites, inverse):
             assert (g - w).abs().max() <= 40 * torch.finfo(dtype).eps * w.abs().max()
 
 
+def _agree(got_from, want_from, inputs):
+    """Outputs and gradients; an input may be None."""
+    leaves = [t for t in inputs if t is not None]
+    found = []
+    for f in (got_from, want_from):
+        outputs = f(*inputs)
+        weighted = sum((o * torch.linspace(-1, 2, o.numel(), dtype=o.dtype).view_as(o)).sum() for o in outputs)
+        found.append([*outputs, *torch.autograd.grad(weighted, leaves, allow_unused=True, materialize_grads=True)])
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("missing", ["raw", "weight"])
+@pytest.mark.parametrize(("channels", "sites"), [(2, (1,)), (6, (3, 5)), (24, (13, 11)), (48, (70,))])
+def test_coupling_or_convolution_may_be_missing(channels, sites, missing, inverse):
+    x, raw, weight, bias = (t.requires_grad_() for t in tensors(3, sites, channels, torch.float64))
+    raw = None if missing == "raw" else raw
+    weight, bias = (None, None) if missing == "weight" else (weight, bias)
+    run = lambda *a: glow_step(*a, inverse=inverse)
+    _agree(run, lambda *a: definition(*a, inverse), (x, raw, weight, bias))
+    given = [t if t is None else t.detach() for t in (x, raw, weight, bias)]
+    torch.library.opcheck(torch.ops.flowkernels.glow_step.default, (*given, inverse))
+    y, logabsdet, passing = glow_step(*given, inverse=inverse)
+    torch.library.opcheck(torch.ops.flowkernels.glow_step_backward.default, (y, logabsdet, passing, *given, inverse))
+    with backend("reference"):
+        _agree(run, lambda *a: definition(*a, inverse), (x, raw, weight, bias))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(("channels", "sites"), [(2, (1,)), (6, (3, 5)), (24, (8, 16)), (34, (70,)), (48, (4, 4))])
+def test_channels_first_gives_the_same_bits(channels, sites, inverse):
+    x, raw, weight, bias = tensors(3, sites, channels)
+    found = []
+    for turned in (x, x.movedim(-1, 1).contiguous().movedim(1, -1)):
+        for given in (raw, None):
+            leaves = [t.detach().requires_grad_() for t in (turned, weight, bias)]
+            outputs = glow_step(leaves[0], given, *leaves[1:], inverse=inverse)
+            found.append((*outputs, *torch.autograd.grad(sum(o.square().sum() for o in outputs), leaves)))
+    assert_same_bits(found[0], found[2])
+    assert_same_bits(found[1], found[3])
+
+
 @pytest.mark.parametrize("unused", [(0,), (1,), (2,), (0, 1), (1, 2)])
 def test_gradients_where_an_output_is_not_used(unused):
     inputs = [t.requires_grad_() for t in tensors(3, (7,), 6, torch.float64)]
@@ -127,6 +174,8 @@ def test_backends_agree(inverse):
         (lambda x, raw, w, b: (x.half(), raw, w, b), "x must be float32 or float64.*got torch.float16"),
         (lambda x, raw, w, b: (x, raw[:1], w, b), r"raw must be \[2, 3, 6\].*to fit x; got \[1, 3, 6\]"),
         (lambda x, raw, w, b: (x, raw, w[1:], b), r"weight must be \[6, 6\]"),
+        (lambda x, raw, w, b: (x, None, None, b), "weight and bias must both be given or both be None; got bias without weight"),
+        (lambda x, raw, w, b: (x, None, None, None), "raw or weight must be given; got None for both"),
         (lambda x, raw, w, b: (x, raw, w, b.double()), "bias must be .*float32.*got .*float64"),
     ],
 )

@@ -102,7 +102,7 @@ def glow_step(
         what the next conditioner is called with.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, the channels are odd, or one of weight and bias is missing.
+        ValueError: a shape, dtype or device does not fit, the channels are odd, one of weight and bias is missing, or they and raw are.
     """
     _check(x, raw, weight, bias)
     if transformed() or wants_reference("glow_step", x.device):
@@ -125,6 +125,8 @@ def _check(x: Tensor, raw: Tensor | None, weight: Tensor | None, bias: Tensor | 
     if (weight is None) != (bias is None):
         given, missing = ("weight", "bias") if bias is None else ("bias", "weight")
         raise ValueError(f"weight and bias must both be given or both be None; got {given} without {missing}")
+    if raw is None and weight is None:
+        raise ValueError("raw or weight must be given; got None for both")
     for name, t, expected in (("raw", raw, shape), ("weight", weight, (c, c)), ("bias", bias, (c,))):
         if t is not None and (t.shape != expected or t.dtype != x.dtype or t.device != x.device):
             raise ValueError(
