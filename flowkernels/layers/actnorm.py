@@ -38,7 +38,8 @@ class ActNorm(nn.Module):
     @property
     def ready(self) -> bool:
         """Whether the layer was initialised. The buffer is read only as long as it was not: others may have copied into it."""
-        self._ready = self._ready or bool(self.initialised)
+        if not self._ready:
+            self._ready = bool(self.initialised)
         return self._ready
 
     def prepare(self, x: Tensor) -> None:

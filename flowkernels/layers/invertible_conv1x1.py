@@ -163,14 +163,14 @@ def fold(layers: Sequence[ActNormConv1x1], *, inverse: bool = False) -> Folded:
     What all layers of one size need is computed in one go: a deep Glow has as many factorisations, and as many calls, as it has distinct
     sizes. An actnorm that is not initialised yet changes what its layer's matrix is.
     """
+    convs, log_scales = [layer.conv for layer in layers], [layer.actnorm.log_scale for layer in layers]
     groups: dict[tuple, list[int]] = {}
-    for i, layer in enumerate(layers):
-        groups.setdefault((_kind(layer.conv), layer.conv.kept() is None), []).append(i)
+    for i, conv in enumerate(convs):
+        groups.setdefault((_kind(conv), conv.kept() is None), []).append(i)
     parts = []
     for (_, anew), members in groups.items():
         compose = _compose if anew else _recall
-        scales = [layers[i].actnorm.log_scale for i in members]
-        parts.append(compose([layers[i].conv for i in members], scales, inverse=inverse))
+        parts.append(compose([convs[i] for i in members], [log_scales[i] for i in members], inverse=inverse))
     if len(parts) == 1:
         return parts[0]
     order = [i for members in groups.values() for i in members]
