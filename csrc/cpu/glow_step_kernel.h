@@ -98,11 +98,8 @@ class GlowStep {
   void forward_block(int64_t begin, int64_t rows) {
     const int64_t first = first_ + begin;
     const Rows x = rows_of_x(begin);
-    pass<INVERSE>(x, rows);
-    if (args.raw) {
-      take_apart<INVERSE>(args.raw + first * channels_, rows * half_);
-      couple<INVERSE>(x, rows, terms_ + begin * half_);
-    }
+    if (args.raw) take_apart<INVERSE>(args.raw + first * channels_, rows * half_);
+    assemble<INVERSE>(x, rows, terms_ + begin * half_);
     if (args.weight) small_matmul<T, false>(rows, channels_, width_, h_, width_, 1, matrix_, width_, g_, width_);
     give<INVERSE>(args.weight ? g_ : h_, rows, args.y + first * channels_, args.passing + first * half_);
   }
@@ -140,20 +137,6 @@ class GlowStep {
     }
   }
 
-  // h: what passes of x, all of it where nothing is coupled, in the forward direction with the bias of the next actnorm
-  template <bool INVERSE>
-  FK_INLINE void pass(Rows x, int64_t rows) {
-    const T* bias = bias_;
-    T* h = h_;
-    const int64_t n = args.raw ? half_ : channels_;
-    for (int64_t r = 0; r < rows; ++r, x.data += x.step, h += width_) {
-      for (int64_t c = 0; c < n; c += lanes<T>) {
-        const V passing = load_some(x.data + c, n - c);
-        store(h + c, INVERSE ? passing : passing + load(bias + c));
-      }
-    }
-  }
-
   // shift, s + 2 and its exponentials
   template <bool INVERSE>
   FK_INLINE void take_apart(const T* raw, int64_t n) {
@@ -168,21 +151,26 @@ class GlowStep {
     }
   }
 
-  // h: what the coupling makes of the rest of x, in the forward direction with the bias too
+  // h: what passes of x and what the coupling makes of the rest, or all of x, in the forward direction with the bias of the next actnorm.
+  // Except at the end of a block, vectors go beyond their row into what is written next: to store a part of one takes many times as long.
   template <bool INVERSE>
-  FK_INLINE void couple(Rows x, int64_t rows, T* terms) {
-    const T *from_shift = shift_, *from_s = s_, *exps = exps_, *reciprocals = new_, *bias = bias_ + half_, *from = x.data + half_;
-    T* h = h_ + half_;
-    const int64_t half = half_, width = width_;
+  FK_INLINE void assemble(Rows x, int64_t rows, T* terms) {
+    const T *from_shift = shift_, *from_s = s_, *exps = exps_, *reciprocals = new_, *bias = bias_, *from = x.data;
+    T* h = h_;
+    const int64_t half = half_, passing = args.raw ? half_ : channels_;
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < half; c += lanes<T>) {
-        const int64_t left = half - c;
-        const V old = load_some(from + c, left), shift = load(from_shift + c), s = load(from_s + c), e = load(exps + c);
-        const V softplus = softplus_of(-s, e);
-        store(terms + c, INVERSE ? softplus : -softplus);  // what is beyond the end of a row, the next one overwrites
-        store_some(h + c, INVERSE ? fma(old, T(1) + load(reciprocals + c), -shift) : (old + shift) * sigmoid_of(s, e) + load(bias + c), left);
+      const int64_t left = (rows - r) * channels_;
+      for (int64_t c = 0; c < passing; c += lanes<T>) {
+        const V v = load_some(from + c, passing - c, left - c);
+        store(h + c, INVERSE ? v : v + load(bias + c));
       }
-      from += x.step, h += width, terms += half, from_shift += half, from_s += half, exps += half, reciprocals += half;
+      for (int64_t c = 0; passing == half && c < half; c += lanes<T>) {
+        const V old = load_some(from + half + c, half - c, left - half - c), shift = load(from_shift + c), s = load(from_s + c), e = load(exps + c);
+        const V softplus = softplus_of(-s, e);
+        store(terms + c, INVERSE ? softplus : -softplus);
+        store(h + half + c, INVERSE ? fma(old, T(1) + load(reciprocals + c), -shift) : (old + shift) * sigmoid_of(s, e) + load(bias + half + c));
+      }
+      from += x.step, h += width_, terms += half, from_shift += half, from_s += half, exps += half, reciprocals += half;
     }
   }
 
@@ -191,16 +179,22 @@ class GlowStep {
     const T* bias = bias_;
     const int64_t half = half_, channels = channels_, width = width_;
     for (int64_t r = 0; r < rows; ++r, y += channels, passing += half, g += width) {
+      const int64_t left = (rows - r) * channels, left_passing = (rows - r) * half;
       for (int64_t c = 0; c < channels; c += lanes<T>) {
         const V sum = load(g + c), out = INVERSE ? sum - load(bias + c) : sum;
-        store_some(y + c, out, channels - c);
-        if (c < half) store_some(passing + c, out, half - c);
+        store_some(y + c, out, channels - c, left - c);
+        if (c < half) store_some(passing + c, out, half - c, left_passing - c);
       }
     }
   }
 
-  static FK_INLINE V load_some(const T* p, int64_t n) { return n >= lanes<T> ? load(p) : load_partial(p, static_cast<int>(n)); }
-  static FK_INLINE void store_some(T* p, V v, int64_t n) { n >= lanes<T> ? store(p, v) : store_partial(p, v, static_cast<int>(n)); }
+  // the first n elements of a row, and others where there are `left` in all
+  static FK_INLINE V load_some(const T* p, int64_t n, int64_t left) {
+    return left >= lanes<T> ? load(p) : load_partial(p, static_cast<int>(n));
+  }
+  static FK_INLINE void store_some(T* p, V v, int64_t n, int64_t left) {
+    left >= lanes<T> ? store(p, v) : store_partial(p, v, static_cast<int>(n));
+  }
 
   struct Pair {
     V shift, s;
@@ -229,7 +223,7 @@ class GlowStep {
   }
 
   // h: what passes of x and what the coupling made, in the forward direction with the bias of the next actnorm
-  void assemble(Rows x) {
+  void assemble_again(Rows x) {
     copy_rows(x.data, x.step, h_, width_, rows_, args.raw ? half_ : channels_);
     if (args.raw) copy_rows(new_, half_, h_ + half_, width_, rows_, half_);
     if (!args.inverse) add_to_rows(h_, rows_, 1);
@@ -269,7 +263,7 @@ class GlowStep {
     copy_rows(dh, width_, dx, channels_, rows_, args.raw ? half_ : channels_);
     if (args.raw) uncouple(x, dh + half_, dx + half_);
     if (!args.weight) return;
-    assemble(x);
+    assemble_again(x);
     small_matmul<T, true>(channels_, rows_, width_, g_, 1, width_, h_, width_, dweight_, width_);
   }
 

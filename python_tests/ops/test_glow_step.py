@@ -61,7 +61,7 @@ class TestGlowStep(OpBattery):
 
 
 # blocks of 3, 2 and 1 vectors and their remainders; tiles of 64 sites, several parts
-SIZES = [(2, (1,)), (4, (65,)), (12, (16, 16)), (20, (9,)), (24, (8, 8)), (34, (70,)), (48, (4, 4)), (56, (3,)), (98, (11,))]
+SIZES = [(2, (1,)), (2, (70,)), (4, (65,)), (12, (16, 16)), (20, (9,)), (24, (8, 8)), (34, (70,)), (48, (4, 4)), (56, (3,)), (98, (11,))]
 
 
 @pytest.mark.parametrize("inverse", [False, True])
