@@ -23,7 +23,8 @@ class GlowStep {
   }
 
   GlowStep(const GlowStepArgs<T>& a, void* scratch, bool backward)
-      : args(a), channels_(a.channels), half_(a.channels / 2), width_(padded<T>(a.channels)), next_(static_cast<char*>(scratch)), map_(glows_map()) {
+      : args(a), channels_(a.channels), half_(a.channels / 2), width_(padded<T>(a.channels)),
+        next_(static_cast<char*>(scratch)), map_(glows_map()) {
     bias_ = take(width_);
     matrix_ = take(channels_ * width_);
     x_ = take((kRows + kSlack) * width_);
@@ -165,10 +166,12 @@ class GlowStep {
         store(h + c, INVERSE ? v : v + load(bias + c));
       }
       for (int64_t c = 0; passing == half && c < half; c += lanes<T>) {
-        const V old = load_some(from + half + c, half - c, left - half - c), shift = load(from_shift + c), s = load(from_s + c), e = load(exps + c);
+        const V old = load_some(from + half + c, half - c, left - half - c);
+        const V shift = load(from_shift + c), s = load(from_s + c), e = load(exps + c);
         const V softplus = softplus_of(-s, e);
         store(terms + c, INVERSE ? softplus : -softplus);
-        store(h + half + c, INVERSE ? fma(old, T(1) + load(reciprocals + c), -shift) : (old + shift) * sigmoid_of(s, e) + load(bias + half + c));
+        const V coupled = INVERSE ? fma(old, T(1) + load(reciprocals + c), -shift) : (old + shift) * sigmoid_of(s, e);
+        store(h + half + c, INVERSE ? coupled : coupled + load(bias + half + c));
       }
       from += x.step, h += width_, terms += half, from_shift += half, from_s += half, exps += half, reciprocals += half;
     }
@@ -211,7 +214,9 @@ class GlowStep {
       return {_mm256_unpacklo_pd(low, high), _mm256_unpackhi_pd(low, high)};
     }
 #else
-    const auto alternate = [](const T* a, const T* b) { return (V)AllLanes<T>::every_other_then_odd(load_words<Words<T>>(a), load_words<Words<T>>(b)); };
+    const auto alternate = [](const T* a, const T* b) {
+      return (V)AllLanes<T>::every_other_then_odd(load_words<Words<T>>(a), load_words<Words<T>>(b));
+    };
     return {alternate(raw, raw + lanes<T> - 1), alternate(raw + 1, raw + lanes<T>)};
 #endif
   }
