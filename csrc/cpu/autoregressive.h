@@ -58,8 +58,11 @@ struct AutoregressiveArgs {
 };
 
 struct Tiling {
-  int64_t rows, tiles;  // rows of one tile
+  int64_t rows, tiles;  // rows of the largest tile
   bool few;             // lanes are units rather than rows
+  int64_t step, steps;  // tiles begin at multiples of `step` rows, of which the batch has `steps`, spread evenly
+
+  int64_t begin(int64_t tile) const { return tile * steps / tiles * step; }
 };
 
 // The steps of the inverse, one per distinct degree: step s computes the hidden units that see only the features known before it,

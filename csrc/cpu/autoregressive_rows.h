@@ -26,13 +26,11 @@ struct RowLanes {
     return rows * ((args.gated ? 3 : 2) * units + args.context_features + 2);
   }
 
-  bool one_chunk(int l) const {
-    const MaskedLayer<T>& layer = args.layers[l - 1];
-    return layer.inputs <= kChunk && (!layer.context_weight || layer.gate);
-  }
+  // what a layer's totals begin with; null where the context's sums stand in them
+  static const T* start(const MaskedLayer<T>& layer) { return layer.context_weight && !layer.gate ? nullptr : layer.bias; }
   T* layer_values(int l) const { return values + offsets[l] * rows; }
   T* layer_gates(int l) const { return gates + offsets[l] * rows; }
-  T* layer_totals(int l) const { return one_chunk(l) ? nullptr : totals + offsets[l] * rows; }
+  T* layer_totals(int l) const { return totals + offsets[l] * rows; }
 
   void read(const Strided<T>& from, int64_t columns, const int64_t* position, T* to) const {
     const T* row = from.data + first_row * from.row;
@@ -49,15 +47,12 @@ struct RowLanes {
     for (int l = 1; l <= args.n_layers; ++l) {
       const MaskedLayer<T>& layer = args.layers[l - 1];
       if (layer.unitwise) continue;
-      Tile<T> tile{context, layer_values(l), totals + offsets[l] * rows, rows};
-      for (int64_t i = 0; i < layer.outputs * rows; i += lanes<T>) store(tile.acc + i, zero<T>());
       if (layer.context_weight) {
+        const Tile<T> tile{context, layer_values(l), totals + offsets[l] * rows, rows, nullptr};
         fill(tile.total, layer.own_context_term() ? layer.context_bias : layer.bias, layer.outputs);
         push<T>(layer.context_weight, layer.context_ld, nullptr, tile, 0, args.context_features, 0, layer.outputs);
-        flush_chunk(tile, 0, layer.outputs);
+        flush_chunk(tile, 0, layer.outputs, false);
         if (layer.own_context_term()) finish_context(l, tile.total);
-      } else if (!one_chunk(l)) {
-        fill(tile.total, layer.bias, layer.outputs);
       }
     }
     for (int64_t r = 0; r < rows; r += lanes<T>) {
@@ -95,11 +90,13 @@ struct RowLanes {
   void push_layer(int l, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
     const MaskedLayer<T>& layer = args.layers[l - 1];
     if (layer.unitwise) return;
-    push<T>(layer.weight, layer.ld, layer.visible, {layer_values(layer.source), layer_values(l), layer_totals(l), rows}, k0, k1, j0, j1);
+    push<T>(layer.weight, layer.ld, layer.visible, {layer_values(layer.source), layer_values(l), totals + offsets[l] * rows, rows, start(layer)}, k0, k1, j0, j1);
   }
 
   FK_INLINE Vec<T> sum(const MaskedLayer<T>& layer, const T* acc, const T* total, int64_t j, int64_t r) const {
-    return (total ? load(total + j * rows + r) : broadcast<T>(layer.bias[j])) + load(acc + j * rows + r);
+    const T* from = start(layer);
+    const Vec<T> begun = from && layer.visible[j] <= kChunk ? broadcast<T>(from[j]) : load(total + j * rows + r);
+    return begun + (layer.visible[j] > 0 ? load(acc + j * rows + r) : zero<T>());
   }
 
   void finish_hidden(int l, int64_t j0, int64_t j1) {

@@ -21,14 +21,17 @@ int64_t padded_units(const AutoregressiveArgs<T>& args) {
 template <class T>
 Tiling plan_tiles(const AutoregressiveArgs<T>& args, int64_t batch, int64_t threads) {
   const int64_t units = padded_units(args), per_thread = (batch + threads - 1) / threads;
-  if (per_thread <= kFewRows) return {per_thread, (batch + per_thread - 1) / per_thread, true};
+  if (per_thread <= kFewRows) {
+    const int64_t tiles = (batch + per_thread - 1) / per_thread;
+    return {per_thread, tiles, true, per_thread, tiles};
+  }
   int64_t vectors = kTileRows;
   while (vectors > 1 && RowLanes<T>::scratch(args, units, vectors * lanes<T>) * int64_t(sizeof(T)) > kScratchBytes) vectors = (vectors + 1) / 2;
-  // as many tiles as rows need, rounded up to a multiple of the threads, and the rows spread evenly over them
-  int64_t tiles = (batch + vectors * lanes<T> - 1) / (vectors * lanes<T>);
-  tiles = (tiles + threads - 1) / threads * threads;
-  const int64_t rows = ((batch + tiles - 1) / tiles + lanes<T> - 1) / lanes<T> * lanes<T>;
-  return {rows, (batch + rows - 1) / rows, false};
+  // as many tiles as rows need, rounded up to a multiple of the threads
+  const int64_t all = (batch + lanes<T> - 1) / lanes<T>;
+  int64_t tiles = (all + vectors - 1) / vectors;
+  tiles = smaller((tiles + threads - 1) / threads * threads, all);
+  return {(all + tiles - 1) / tiles * lanes<T>, tiles, false, lanes<T>, all};
 }
 
 template <class T, int B>
@@ -63,7 +66,7 @@ FK_CALL void run_rows(const AutoregressiveArgs<T>& args, bool few, int64_t row, 
 template <class T>
 void run_tiles(const AutoregressiveArgs<T>* maps, int64_t n_maps, const Tiling& tiling, int64_t first, int64_t last) {
   for (int64_t tile = first; tile < last; ++tile) {
-    const int64_t row = tile * tiling.rows, n = smaller(tiling.rows, maps[0].batch - row);
+    const int64_t row = tiling.begin(tile), n = smaller(tiling.begin(tile + 1), maps[0].batch) - row;
     for (int64_t i = 0; i < n_maps; ++i) run_rows(maps[i], tiling.few, row, n);
   }
 }

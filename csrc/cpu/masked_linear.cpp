@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -69,17 +70,29 @@ struct Product {
   double multiply_adds() const { return seen_pairs(args.visible, args.outputs) * static_cast<double>(args.batch); }
 };
 
-// run(task) for every task, in the order first, last, second, last but one: neighbours add up to about the same work, and a
-// thread gets neighbours
+// run(task) for every task. Each, the largest first, goes to the thread that has least work so far.
 template <class F>
-void for_each_task(int64_t tasks, bool parallel, const F& run) {
-  auto some = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) run(i % 2 ? tasks - 1 - i / 2 : i / 2);
-  };
-  if (parallel && tasks > 1)
-    torch::stable::parallel_for(0, tasks, 1, some);
-  else
-    some(0, tasks);
+void for_each_task(const std::vector<double>& work, bool parallel, const F& run) {
+  const auto tasks = static_cast<int64_t>(work.size());
+  const int64_t threads = parallel ? std::min(static_cast<int64_t>(torch::stable::get_num_threads()), tasks) : 1;
+  if (threads <= 1) {
+    for (int64_t i = 0; i < tasks; ++i) run(i);
+    return;
+  }
+  std::vector<int64_t> order(tasks);
+  std::iota(order.begin(), order.end(), int64_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return work[a] > work[b]; });
+  std::vector<std::vector<int64_t>> lists(threads);
+  std::vector<double> sums(threads, 0);
+  for (int64_t task : order) {
+    const auto least = std::min_element(sums.begin(), sums.end()) - sums.begin();
+    lists[least].push_back(task);
+    sums[least] += work[task];
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t task : lists[i]) run(task);
+  });
 }
 
 constexpr double kParallelMultiplyAdds = 4e5;  // about 10 us of one thread, against 5 us to start the others
@@ -99,13 +112,17 @@ Split split(int64_t batch, int64_t columns, int64_t panel, bool parallel) {
   return {(batch + row_tasks - 1) / std::max<int64_t>(row_tasks, 1), width, row_tasks, (columns + width - 1) / width};
 }
 
-template <class T, class F>
-void for_each_part(const Product<T>& product, int64_t columns, const F& run) {
+// terms_of(c): how many terms the sums of column c have
+template <class T, class Terms, class F>
+void for_each_part(const Product<T>& product, int64_t columns, const Terms& terms_of, const F& run) {
   const int64_t batch = product.args.batch;
   if (batch == 0 || columns == 0) return;
   const bool parallel = product.multiply_adds() > kParallelMultiplyAdds;
   const Split s = split(batch, columns, FK_DISPATCH(panel_width<T>()), parallel);
-  for_each_task(s.row_tasks * s.column_tasks, parallel, [&](int64_t task) {
+  std::vector<double> work(s.row_tasks * s.column_tasks, 0);
+  for (int64_t c = 0; c < columns; ++c) work[c / s.columns * s.row_tasks] += terms_of(c);
+  for (int64_t task = 0; task < static_cast<int64_t>(work.size()); ++task) work[task] = work[task / s.row_tasks * s.row_tasks];
+  for_each_task(work, parallel, [&](int64_t task) {
     const int64_t r = task % s.row_tasks * s.rows, c = task / s.row_tasks * s.columns;
     run(r, std::min(r + s.rows, batch), c, std::min(c + s.columns, columns));
   });
@@ -132,7 +149,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   Tensor y = empty(x, sizes);
   p.args.out = static_cast<T*>(y.mutable_data_ptr());
   p.args.out_ld = p.args.outputs;
-  for_each_part(p, p.args.outputs, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
+  for_each_part(p, p.args.outputs, [&](int64_t c) { return p.args.visible[c]; }, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
     FK_DISPATCH(masked_linear_forward<T>(p.args, r0, r1, c0, c1, static_cast<T*>(thread_scratch(FK_DISPATCH(scratch_bytes<T>())))));
   });
   return y;
@@ -155,7 +172,7 @@ Tensor dx(const Tensor& dy, const Tensor& weight, const Tensor& visible) {
   Tensor out = empty(dy, sizes);
   p.args.out = static_cast<T*>(out.mutable_data_ptr());
   p.args.out_ld = p.args.inputs;
-  for_each_part(p, p.args.inputs, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
+  for_each_part(p, p.args.inputs, [&](int64_t c) { return p.args.outputs - p.args.first[c]; }, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
     FK_DISPATCH(masked_linear_dx<T>(p.args, r0, r1, c0, c1, static_cast<T*>(thread_scratch(FK_DISPATCH(scratch_bytes<T>())))));
   });
   return out;
@@ -179,7 +196,10 @@ Tensor dweight(const Tensor& x, const Tensor& dy, const Tensor& visible) {
   const bool parallel = p.multiply_adds() > kParallelMultiplyAdds;
   const int64_t threads = parallel ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
   const int64_t rows = FK_DISPATCH(dweight_rows<T>(p.args.inputs, threads)), tasks = (p.args.inputs + rows - 1) / rows;
-  for_each_task(tasks, parallel, [&](int64_t task) {
+  std::vector<double> work(tasks, 0);
+  for (int64_t j = 0; j < p.args.outputs; ++j)
+    for (int64_t task = 0; task * rows < p.args.visible[j]; ++task) work[task] += std::min<int64_t>(p.args.visible[j] - task * rows, rows);
+  for_each_task(work, parallel, [&](int64_t task) {
     T* scratch = static_cast<T*>(thread_scratch(FK_DISPATCH(dweight_scratch_bytes<T>(rows))));
     FK_DISPATCH(masked_linear_dweight<T>(p.args, task * rows, std::min((task + 1) * rows, p.args.inputs), scratch));
   });

@@ -11,7 +11,7 @@ namespace flowkernels {
 namespace FK_TARGET {
 
 constexpr int64_t kChunk = 256;
-constexpr int64_t kBlock = 64;  // inputs of one pass: 64 x 48 rows of h stay in the first-level cache. Divides kChunk
+constexpr int64_t kBlock = 64;  // most inputs of one pass: 64 x 96 rows of h stay in the first-level cache
 constexpr int kRowVectors = 3;  // with 4 (8) units, 12 (24) independent chains hide the latency of a multiply-add
 constexpr int kUnits = FK_REGISTERS >= 32 ? 8 : 4;
 
@@ -25,9 +25,10 @@ FK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class T>
 struct Tile {
   const T* h;  // [inputs][rows]
-  T* acc;      // [outputs][rows]: the chunk under way
-  T* total;    // [outputs][rows]: bias, context and finished chunks; null where there is one chunk and no context
+  T* acc;      // [outputs][rows]: the chunk under way; its first terms overwrite what was there
+  T* total;    // [outputs][rows]: bias, context and finished chunks
   int64_t rows;
+  const T* start;  // [outputs]: what totals begin with when the first chunk is finished; null where they hold it already
 };
 
 // sum[u][v] += sum over k < K of a[u * a_unit + k * a_step] * b[k * b_step + v], for U values u and V vectors v. K >= 1: a loop that
@@ -46,58 +47,68 @@ FK_INLINE void multiply(const T* a, int64_t a_unit, int64_t a_step, const T* b, 
   } while (--K > 0);
 }
 
-// The same, added to acc[u][v] in memory
+// The same, added to acc[u][v] in memory, or written there by the first terms of a chunk
 template <int U, int V, class T>
-FK_INLINE void multiply_add(const T* a, int64_t a_unit, int64_t a_step, const T* b, int64_t b_step, T* acc, int64_t acc_unit, int64_t K) {
+FK_INLINE void multiply_add(const T* a, int64_t a_unit, int64_t a_step, const T* b, int64_t b_step, T* acc, int64_t acc_unit, int64_t K,
+                            bool first) {
   Vec<T> sum[U][V];
-  for (int u = 0; u < U; ++u)
-    for (int v = 0; v < V; ++v) sum[u][v] = load(acc + u * acc_unit + v * lanes<T>);
+  if (first) {
+    for (int u = 0; u < U; ++u)
+      for (int v = 0; v < V; ++v) sum[u][v] = zero<T>();
+  } else {
+    for (int u = 0; u < U; ++u)
+      for (int v = 0; v < V; ++v) sum[u][v] = load(acc + u * acc_unit + v * lanes<T>);
+  }
   multiply<U, V>(a, a_unit, a_step, b, b_step, K, sum);
   for (int u = 0; u < U; ++u)
     for (int v = 0; v < V; ++v) store(acc + u * acc_unit + v * lanes<T>, sum[u][v]);
 }
 
 template <int U, class T>
-void multiply_add_rows(const T* weight, int64_t ld, const T* h, T* acc, int64_t rows, int64_t K) {
+void multiply_add_rows(const T* weight, int64_t ld, const T* h, T* acc, int64_t rows, int64_t K, bool first) {
   constexpr int64_t L = lanes<T>;
   int64_t r = 0;
   if constexpr (U <= kUnits) {
     // four vectors are better two and two than three and one
     for (; r + kRowVectors * L <= rows && rows - r != (kRowVectors + 1) * L; r += kRowVectors * L)
-      multiply_add<U, kRowVectors>(weight, 1, ld, h + r, rows, acc + r, rows, K);
-    for (; r + 2 * L <= rows; r += 2 * L) multiply_add<U, 2>(weight, 1, ld, h + r, rows, acc + r, rows, K);
+      multiply_add<U, kRowVectors>(weight, 1, ld, h + r, rows, acc + r, rows, K, first);
+    for (; r + 2 * L <= rows; r += 2 * L) multiply_add<U, 2>(weight, 1, ld, h + r, rows, acc + r, rows, K, first);
   }
-  for (; r < rows; r += L) multiply_add<U, 1>(weight, 1, ld, h + r, rows, acc + r, rows, K);
+  for (; r < rows; r += L) multiply_add<U, 1>(weight, 1, ld, h + r, rows, acc + r, rows, K, first);
 }
 
+// first: the chunk is the first of its sums
 template <class T>
-void flush_chunk(const Tile<T>& tile, int64_t j0, int64_t j1) {
-  for (int64_t i = j0 * tile.rows; i < j1 * tile.rows; i += lanes<T>) {
-    store(tile.total + i, load(tile.total + i) + load(tile.acc + i));
-    store(tile.acc + i, zero<T>());
+void flush_chunk(const Tile<T>& tile, int64_t j0, int64_t j1, bool first) {
+  if (first && tile.start) {
+    for (int64_t j = j0; j < j1; ++j)
+      for (int64_t i = j * tile.rows; i < (j + 1) * tile.rows; i += lanes<T>) store(tile.total + i, broadcast<T>(tile.start[j]) + load(tile.acc + i));
+    return;
   }
+  for (int64_t i = j0 * tile.rows; i < j1 * tile.rows; i += lanes<T>) store(tile.total + i, load(tile.total + i) + load(tile.acc + i));
 }
 
 // K inputs from k0 for the units [j0, j1), of which unit j sees min(K, visible[j] - k0) > 0
 template <int U, class T>
 void push_block(const T* weight, int64_t ld, const int32_t* visible, const Tile<T>& tile, int64_t k0, int64_t K, int64_t j0, int64_t j1) {
   const T* h = tile.h + k0 * tile.rows;
+  const bool first = k0 % kChunk == 0;
   for (int64_t j = j0; j < j1;) {
     const int64_t shared = visible ? smaller(K, visible[j] - k0) : K;  // what all units from j on see
     if (j + U <= j1) {
-      multiply_add_rows<U>(weight + k0 * ld + j, ld, h, tile.acc + j * tile.rows, tile.rows, shared);
+      multiply_add_rows<U>(weight + k0 * ld + j, ld, h, tile.acc + j * tile.rows, tile.rows, shared, first);
       for (int u = 1; shared < K && u < U; ++u) {  // the step of the staircase inside these units
         const int64_t seen = smaller(K, visible[j + u] - k0);
         if (seen > shared)
           multiply_add_rows<1>(weight + (k0 + shared) * ld + j + u, ld, h + shared * tile.rows, tile.acc + (j + u) * tile.rows,
-                               tile.rows, seen - shared);
+                               tile.rows, seen - shared, false);
       }
       j += U;
     } else if (U > 2 && j + 2 <= j1 && (!visible || smaller(K, visible[j + 1] - k0) == shared)) {
-      multiply_add_rows<2>(weight + k0 * ld + j, ld, h, tile.acc + j * tile.rows, tile.rows, shared);
+      multiply_add_rows<2>(weight + k0 * ld + j, ld, h, tile.acc + j * tile.rows, tile.rows, shared, first);
       j += 2;
     } else {
-      multiply_add_rows<1>(weight + k0 * ld + j, ld, h, tile.acc + j * tile.rows, tile.rows, shared);
+      multiply_add_rows<1>(weight + k0 * ld + j, ld, h, tile.acc + j * tile.rows, tile.rows, shared, first);
       j += 1;
     }
   }
@@ -111,8 +122,10 @@ void push(const T* weight, int64_t ld, const int32_t* visible, const Tile<T>& ti
       ++j0;
       continue;
     }
-    if (k0 > 0 && k0 % kChunk == 0) flush_chunk(tile, j0, j1);
-    const int64_t K = smaller(k1, (k0 / kBlock + 1) * kBlock) - k0;
+    if (k0 > 0 && k0 % kChunk == 0) flush_chunk(tile, j0, j1, k0 == kChunk);
+    // within a chunk, blocks of even size: a last one of a few inputs would load and store every sum for little
+    const int64_t of_chunk = smaller(k1, (k0 / kChunk + 1) * kChunk) - k0, blocks = (of_chunk + kBlock - 1) / kBlock;
+    const int64_t K = (of_chunk + blocks - 1) / blocks;
     if (tile.rows == lanes<T> && kUnits < 8)
       push_block<8>(weight, ld, visible, tile, k0, K, j0, j1);  // one vector of rows: more units make up for the chains
     else
