@@ -6,8 +6,8 @@
 //   dweight  dweight[k][j] = sum over b of x[b][k] * dy[b][j], k < visible[j]          broadcast x,  lanes j
 // The operand in the lanes is packed into panels of three vectors, because rows of a power of two apart would share a few sets of
 // the cache. Sums have the order of staircase_kernel.h: chains of kChunk terms at absolute positions, added up in ascending order.
-// A panel holds zeros outside the staircase. Times an infinity those would be NaN, so a tile in which NaN turns up is computed
-// again term by term.
+// Each vector of a panel has only the terms that any of its outputs has; for the other outputs the panel holds zeros. Times an
+// infinity those would be NaN, so a tile in which NaN turns up is computed again term by term.
 
 namespace flowkernels {
 namespace FK_TARGET {
@@ -95,6 +95,18 @@ FK_INLINE void store_sum(const MaskedLinearArgs<T>& args, Vec<T> sum, int64_t r,
   store_some(to, sum, n);
 }
 
+template <int U, Store STORE, class T>
+FK_INLINE void store_tile(const MaskedLinearArgs<T>& args, const Vec<T> (&sum)[U][kRowVectors], int64_t r, int64_t j, int64_t n, bool first) {
+  if (n == kPanel<T>) {
+    for (int u = 0; u < U; ++u)
+      for (int v = 0; v < kRowVectors; ++v) store_sum<STORE>(args, sum[u][v], r + u, j + v * lanes<T>, lanes<T>, first);
+  } else {
+    for (int u = 0; u < U; ++u)
+      for (int v = 0; v < kRowVectors; ++v)
+        if (v * lanes<T> < n) store_sum<STORE>(args, sum[u][v], r + u, j + v * lanes<T>, n - v * lanes<T>, first);
+  }
+}
+
 // The sums of a tile term by term, seeing nothing outside the staircase
 template <int U, bool kFrom, class T>
 void careful_sums(const T* x, int64_t ld, const Panel<T>& p, Vec<T> (&sum)[U][kRowVectors]) {
@@ -107,43 +119,65 @@ void careful_sums(const T* x, int64_t ld, const Panel<T>& p, Vec<T> (&sum)[U][kR
     }
 }
 
-// One chunk of the sums of U rows from row r on, columns from j on. kFrom: see limits above. x: row r
-template <int U, bool kFrom, Store STORE, class T>
-FK_INLINE void panel_tile(const MaskedLinearArgs<T>& args, const T* x, int64_t ld, const Panel<T>& p, int64_t r, int64_t j, bool first) {
-  Vec<T> sum[U][kRowVectors];
+// One chunk of the sums of U rows. kFrom: see limits above
+template <int U, bool kFrom, class T>
+FK_INLINE void panel_sums(const T* x, int64_t ld, const Panel<T>& p, Vec<T> (&sum)[U][kRowVectors]) {
+  static_assert(kRowVectors == 3);
+  constexpr int64_t L = lanes<T>;
   for (int u = 0; u < U; ++u)
     for (int v = 0; v < kRowVectors; ++v) sum[u][v] = zero<T>();
-  if (p.k0 < p.k1) multiply<U, kRowVectors>(x + p.k0, ld, 1, p.data, kPanel<T>, p.k1 - p.k0, sum);
+  const auto some = [&](auto from, auto to, int64_t k0, int64_t k1) {
+    if (k0 < k1) multiply<U, to.value, from.value>(x + k0, ld, 1, p.data + (k0 - p.k0) * kPanel<T>, kPanel<T>, k1 - k0, sum);
+  };
+  const auto within = [&](int64_t k) { return k < p.k0 ? p.k0 : smaller(k, p.k1); };
+  const Count<0> none;
+  const Count<1> one;
+  const Count<2> two;
+  const Count<3> three;
+  if (kFrom) {  // vector by vector, the sums begin
+    const int64_t second = p.n > L ? within(p.limits[L]) : p.k1, third = p.n > 2 * L ? within(p.limits[2 * L]) : p.k1;
+    some(none, one, p.k0, second);
+    some(none, two, second, third);
+    some(none, three, third, p.k1);
+  } else if (p.n > 2 * L) {  // vector by vector, they end
+    const int64_t first = within(p.limits[L - 1]), second = within(p.limits[2 * L - 1]);
+    some(none, three, p.k0, first);
+    some(one, three, first, second);
+    some(two, three, second, p.k1);
+  } else if (p.n > L) {
+    const int64_t first = within(p.limits[L - 1]);
+    some(none, two, p.k0, first);
+    some(one, two, first, p.k1);
+  } else {
+    some(none, one, p.k0, p.k1);
+  }
+}
+
+// The same of row r and those after it, columns from j on, stored. x: row r
+template <int U, bool kFrom, class T>
+FK_INLINE void panel_tile(const MaskedLinearArgs<T>& args, const T* x, int64_t ld, const Panel<T>& p, int64_t r, int64_t j, bool first,
+                          Store store) {
+  Vec<T> sum[U][kRowVectors];
+  panel_sums<U, kFrom>(x, ld, p, sum);
   IVec<T> bad{};
   for (int u = 0; u < U; ++u)
     for (int v = 0; v < kRowVectors; ++v) bad |= sum[u][v] != sum[u][v];
   if (__builtin_expect(any(bad), 0)) careful_sums<U, kFrom>(x, ld, p, sum);
-  if (p.n == kPanel<T>) {
-    for (int u = 0; u < U; ++u)
-      for (int v = 0; v < kRowVectors; ++v) store_sum<STORE>(args, sum[u][v], r + u, j + v * lanes<T>, lanes<T>, first);
-  } else {
-    for (int u = 0; u < U; ++u)
-      for (int v = 0; v < kRowVectors; ++v)
-        if (v * lanes<T> < p.n) store_sum<STORE>(args, sum[u][v], r + u, j + v * lanes<T>, p.n - v * lanes<T>, first);
+  switch (store) {
+    case Store::plain: return store_tile<U, Store::plain>(args, sum, r, j, p.n, first);
+    case Store::relu: return store_tile<U, Store::relu>(args, sum, r, j, p.n, first);
+    case Store::relu_derivative: return store_tile<U, Store::relu_derivative>(args, sum, r, j, p.n, first);
+    default: return store_tile<U, Store::any>(args, sum, r, j, p.n, first);
   }
-}
-
-template <bool kFrom, Store STORE, class T>
-void panel_rows(const MaskedLinearArgs<T>& args, const T* x, int64_t ld, const Panel<T>& p, int64_t r0, int64_t r1, int64_t j, bool first) {
-  int64_t r = r0;
-  for (; r + kUnits <= r1; r += kUnits) panel_tile<kUnits, kFrom, STORE>(args, x + r * ld, ld, p, r, j, first);
-  for (; r < r1; ++r) panel_tile<1, kFrom, STORE>(args, x + r * ld, ld, p, r, j, first);
 }
 
 template <bool kFrom, class T>
 void panel_rows(const MaskedLinearArgs<T>& args, const T* x, int64_t ld, const Panel<T>& p, int64_t r0, int64_t r1, int64_t j, bool first,
                 bool last) {
-  switch (store_of(args.finish, last)) {
-    case Store::plain: return panel_rows<kFrom, Store::plain>(args, x, ld, p, r0, r1, j, first);
-    case Store::relu: return panel_rows<kFrom, Store::relu>(args, x, ld, p, r0, r1, j, first);
-    case Store::relu_derivative: return panel_rows<kFrom, Store::relu_derivative>(args, x, ld, p, r0, r1, j, first);
-    default: return panel_rows<kFrom, Store::any>(args, x, ld, p, r0, r1, j, first);
-  }
+  const Store store = store_of(args.finish, last);
+  int64_t r = r0;
+  for (; r + kUnits <= r1; r += kUnits) panel_tile<kUnits, kFrom>(args, x + r * ld, ld, p, r, j, first, store);
+  for (; r < r1; ++r) panel_tile<1, kFrom>(args, x + r * ld, ld, p, r, j, first, store);
 }
 
 // Rows [r0, r1) of outputs [j0, j1); j0 and j1 are whole panels but for the end
@@ -191,7 +225,14 @@ FK_INLINE void dweight_tile(const T* x, const T* dy, int64_t rows, const MaskedL
   Vec<T> sum[U][kRowVectors];
   for (int u = 0; u < U; ++u)
     for (int v = 0; v < kRowVectors; ++v) sum[u][v] = zero<T>();
-  multiply<U, kRowVectors>(x, 1, kUnits, dy, kPanel<T>, rows, sum);
+  if (n > 2 * lanes<T> && args.visible[j + 2 * lanes<T> - 1] <= k)  // the staircase begins in the last vector
+    multiply<U, kRowVectors, 2>(x, 1, kUnits, dy, kPanel<T>, rows, sum);
+  else if (n > lanes<T> && args.visible[j + lanes<T> - 1] <= k)
+    multiply<U, kRowVectors, 1>(x, 1, kUnits, dy, kPanel<T>, rows, sum);
+  else if (n <= lanes<T>)
+    multiply<U, 1>(x, 1, kUnits, dy, kPanel<T>, rows, sum);
+  else
+    multiply<U, kRowVectors>(x, 1, kUnits, dy, kPanel<T>, rows, sum);
   T* to = args.out + k * args.out_ld + j;
   if (n == kPanel<T> && k + U <= args.visible[j]) {
     for (int u = 0; u < U; ++u)

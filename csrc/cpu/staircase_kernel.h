@@ -31,16 +31,16 @@ struct Tile {
   const T* start;  // [outputs]: what totals begin with when the first chunk is finished; null where they hold it already
 };
 
-// sum[u][v] += sum over k < K of a[u * a_unit + k * a_step] * b[k * b_step + v], for U values u and V vectors v. K >= 1: a loop that
-// might not run would cost a spill of every sum.
-template <int U, int V, class T>
-FK_INLINE void multiply(const T* a, int64_t a_unit, int64_t a_step, const T* b, int64_t b_step, int64_t K, Vec<T> (&sum)[U][V]) {
+// sum[u][v] += sum over k < K of a[u * a_unit + k * a_step] * b[k * b_step + v], for U values u and the vectors v from FROM to V. K >= 1: a
+// loop that might not run would cost a spill of every sum.
+template <int U, int V, int FROM = 0, int ALL, class T>
+FK_INLINE void multiply(const T* a, int64_t a_unit, int64_t a_step, const T* b, int64_t b_step, int64_t K, Vec<T> (&sum)[U][ALL]) {
   do {
     Vec<T> x[V];
-    for (int v = 0; v < V; ++v) x[v] = load(b + v * lanes<T>);
+    for (int v = FROM; v < V; ++v) x[v] = load(b + v * lanes<T>);
     for (int u = 0; u < U; ++u) {
       const Vec<T> w = broadcast<T>(a[u * a_unit]);
-      for (int v = 0; v < V; ++v) sum[u][v] = fma(w, x[v], sum[u][v]);
+      for (int v = FROM; v < V; ++v) sum[u][v] = fma(w, x[v], sum[u][v]);
     }
     a += a_step;
     b += b_step;
