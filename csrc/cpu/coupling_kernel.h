@@ -62,6 +62,7 @@ FK_CALL void forward_tile(const Affine& affine, const Streams<T>& streams) {
     T *y = streams.out[0] + r * streams.out_row[0], *terms = streams.terms[0] + r * n;
     int64_t i = 0;
     for (; i + lanes<T> <= n; i += lanes<T>) {
+      streams.fetch_ahead(i, x, shift, s, y, streams.rest_from, streams.rest_to);
       if constexpr (Map::learned) map.a = load(a + i);
       const auto result = coupled<RECIPROCAL>(map, action, load(x + i), load(shift + i), load(s + i));
       store(y + i, result.value);
@@ -127,6 +128,7 @@ FK_CALL void backward_tile(const Affine& affine, const Streams<T>& streams) {
     T *ds = streams.out[2] + r * streams.out_row[2], *terms = streams.terms[0] + r * n;
     int64_t i = 0;
     for (; i + lanes<T> <= n; i += lanes<T>) {
+      streams.fetch_ahead(i, dy, kept, shift, s, dx, dshift, ds, streams.rest_from, streams.rest_to);
       if constexpr (Map::learned) map.a = load(a + i);
       const auto d = coupling_gradients<RECIPROCAL>(map, action, output, load(dy + i), load(kept + i), load(shift + i), load(s + i), load(c + i));
       store(dx + i, d.dx);

@@ -11,7 +11,7 @@ import torch
 from flowkernels import ScaleMap, backend
 from flowkernels.ops import Form, Part, coupling
 from flowkernels.ops.coupling.reference import Coupling, coupling_reference
-from python_tests.battery import IMAGE_LAYOUTS, LAYOUTS, Example, OpBattery, assert_same_bits
+from python_tests.battery import IMAGE_LAYOUTS, LAYOUTS, Example, OpBattery, assert_same_bits, with_grad
 
 MAPS = [
     ScaleMap.exp(),
@@ -129,6 +129,21 @@ def test_sizes_beyond_one_block(shape, part):
             torch.testing.assert_close(gradients, torch.autograd.grad(weighted(want), inputs), rtol=1e-10, atol=1e-10)
             first = (*outputs, *gradients)
         assert_same_bits((*outputs, *gradients), first)
+
+
+def test_tensors_many_times_the_cache():
+    # all samples are one, so that only the results take memory; 65 sites end lines and vectors in their midst
+    rows, _, op, *_ = example(16, 65, 65)(1, torch.float32)
+
+    def results(rows):
+        inputs = with_grad(rows)
+        outputs = op(inputs, [])
+        return *outputs, *torch.autograd.grad(outputs, inputs, [o.detach() for o in outputs])
+
+    n = 2**27 // rows[0].nbytes + 1
+    want = results(rows)
+    for g, w in zip(results([t.expand(n, -1, -1, -1) for t in rows]), want, strict=True):
+        assert torch.equal(g, w.expand_as(g))
 
 
 def test_threads_do_not_change_a_bit():
