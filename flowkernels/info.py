@@ -13,6 +13,7 @@ OPS = (
     "autoregressive",
     "autoregressive_stack",
     "channel_affine",
+    "channel_normalize",
     "coupling",
     "glow_step",
     "lu_fold",

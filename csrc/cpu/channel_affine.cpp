@@ -183,6 +183,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
   return {dx, dshift, dlog_scale, dbias};
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> channel_affine(const Tensor& x, std::optional<Tensor> shift, const Tensor& log_scale, std::optional<Tensor> bias,
                                           bool inverse) {
   check(x.dim() >= 2 && x.dim() <= kMaxDims, "x must have at least a batch and channels");
@@ -208,7 +210,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_affine_backward(const Tensor&
   }
 }
 
-}  // namespace
 }  // namespace flowkernels
 
 STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {

@@ -3,10 +3,19 @@
 import torch
 from torch import Tensor
 
+from ..._backend import wants_reference
+from ..._library import library
 from .._differentiation import apply_function, needs_autograd
+from .._layout import empty_in_layout_of
 from . import channel_affine, channel_affine_backward
 
 __all__ = ["log_scale_of", "normalize_channels", "statistics"]
+
+library.define("channel_normalize(Tensor x, Tensor? log_gain, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)")
+library.define(
+    "channel_normalize_backward(Tensor dz, Tensor dlogabsdet, Tensor x, Tensor? log_gain, Tensor variance, Tensor mean, float eps) "
+    "-> (Tensor, Tensor, Tensor)"
+)
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -15,6 +24,63 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     rows_and_sites = [0, *range(2, x.dim())]
     mean = x.mean(rows_and_sites, keepdim=True)
     return (x - mean).square().mean(rows_and_sites), mean.flatten()  # in half to a sixth of the time of torch.var_mean on a CPU
+
+
+def log_scale_of(variance: Tensor, log_gain: Tensor | None, eps: float) -> Tensor:
+    """log_gain - 1/2 log(v + eps)."""
+    log_scale = -0.5 * torch.log(variance + eps)
+    return log_scale if log_gain is None else log_gain + log_scale
+
+
+def _composite(x: Tensor, log_gain: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    variance, mean = statistics(x)
+    z, logabsdet = channel_affine(x, -mean, log_scale_of(variance, log_gain, eps), bias=bias)
+    return z, logabsdet, variance, mean
+
+
+def _composite_backward(
+    dz: Tensor, dlogabsdet: Tensor, x: Tensor, log_gain: Tensor | None, variance: Tensor, mean: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With n numbers in a channel: dm = -sum dz exp(log_scale), dv = -dlog_scale / (2 (v + eps)), and to x, besides the gradient at
+    fixed m and v, dm / n + dv 2 (x - m) / n."""
+    log_scale = log_scale_of(variance, log_gain, eps)
+    dx, dshift, dlog_scale, dbias = channel_affine_backward(dz, dlogabsdet, x, -mean, log_scale, None, False, False)
+    each = (-1, *[1] * (x.dim() - 2))
+    n = x.numel() // len(mean)
+    slope = dlog_scale / (variance + eps) / -n
+    dx = torch.addcmul(dx + (dshift / -n).view(each), x - mean.view(each), slope.view(each)).to(x.dtype)
+    return dx, dlog_scale, dbias
+
+
+library.impl("channel_normalize", _composite, "CompositeExplicitAutograd")
+library.impl("channel_normalize_backward", _composite_backward, "CompositeExplicitAutograd")
+_normalize = torch.ops.flowkernels.channel_normalize.default
+_normalize_backward = torch.ops.flowkernels.channel_normalize_backward.default
+
+
+@torch.library.register_fake("flowkernels::channel_normalize", lib=library)
+def _(x: Tensor, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    logabsdet, variance, mean = (x.new_empty(n, dtype=compute) for n in (x.shape[0], x.shape[1], x.shape[1]))
+    return empty_in_layout_of(x), logabsdet, variance, mean
+
+
+@torch.library.register_fake("flowkernels::channel_normalize_backward", lib=library)
+def _(dz: Tensor, dlogabsdet: Tensor, x: Tensor, log_gain: Tensor | None, variance: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_in_layout_of(x), *(variance.new_empty(variance.shape) for _ in range(2))
+
+
+def _register_vmap(name: str, op) -> None:
+    def rule(info, in_dims, *args):  # each batch has its own statistics
+        select = lambda i: (a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
+        each = [op(*select(i)) for i in range(info.batch_size)]
+        return tuple(torch.stack(outputs) for outputs in zip(*each, strict=True)), (0,) * len(each[0])
+
+    torch.library.register_vmap(f"flowkernels::{name}", rule, lib=library)
+
+
+_register_vmap("channel_normalize", _normalize)
+_register_vmap("channel_normalize_backward", _normalize_backward)
 
 
 def normalize_channels(x: Tensor, log_gain: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -35,16 +101,10 @@ def normalize_channels(x: Tensor, log_gain: Tensor | None, bias: Tensor | None, 
     return _forward(x, log_gain, bias, eps)
 
 
-def _forward(x: Tensor, log_gain: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    variance, mean = statistics(x)
-    z, logabsdet = channel_affine(x, -mean, log_scale_of(variance, log_gain, eps), bias=bias)
-    return z, logabsdet, variance, mean
-
-
-def log_scale_of(variance: Tensor, log_gain: Tensor | None, eps: float) -> Tensor:
-    """log_gain - 1/2 log(v + eps)."""
-    log_scale = -0.5 * torch.log(variance + eps)
-    return log_scale if log_gain is None else log_gain + log_scale
+def _forward(x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if wants_reference("channel_normalize", x.device):
+        return _composite(x, *others)
+    return _normalize(x, *others)
 
 
 class _NormalizeChannels(torch.autograd.Function):
@@ -58,20 +118,16 @@ class _NormalizeChannels(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         x, log_gain, bias, ctx.eps = inputs
         _, _, variance, mean = output
+        ctx.has_bias = bias is not None
         ctx.mark_non_differentiable(variance, mean)
-        ctx.save_for_backward(x, log_gain, bias, variance, mean)
+        ctx.save_for_backward(x, log_gain, variance, mean)
 
     @staticmethod
     def backward(ctx, dz: Tensor, dlogabsdet: Tensor, *_):
-        """With n numbers in a channel: dm = -sum dz exp(log_scale), dv = -dlog_scale / (2 (v + eps)), and to x, besides the gradient at
-        fixed m and v, dm / n + dv 2 (x - m) / n."""
-        x, log_gain, bias, variance, mean = ctx.saved_tensors
+        x, log_gain, variance, mean = ctx.saved_tensors
         if torch.is_grad_enabled():  # double backward: m and v vary with x
-            variance, mean = statistics(x)
-        log_scale = log_scale_of(variance, log_gain, ctx.eps)
-        dx, dshift, dlog_scale, dbias = channel_affine_backward(dz, dlogabsdet, x, -mean, log_scale, bias, False, False)
-        each = (-1, *[1] * (x.dim() - 2))
-        n = x.numel() // len(mean)
-        slope = dlog_scale / (variance + ctx.eps) / -n
-        dx = torch.addcmul(dx + (dshift / -n).view(each), x - mean.view(each), slope.view(each)).to(x.dtype)
-        return dx, None if log_gain is None else dlog_scale, None if bias is None else dbias, None
+            dx, dlog_gain, dbias = _composite_backward(dz, dlogabsdet, x, log_gain, *statistics(x), ctx.eps)
+        else:
+            backward = _composite_backward if wants_reference("channel_normalize_backward", dz.device) else _normalize_backward
+            dx, dlog_gain, dbias = backward(dz, dlogabsdet, x, log_gain, variance, mean, ctx.eps)
+        return dx, None if log_gain is None else dlog_gain, dbias if ctx.has_bias else None, None
