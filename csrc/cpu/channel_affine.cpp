@@ -24,6 +24,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kMostParameters = 4096;  // elements of each parameter repeated for a plain pass
+
 void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "flowkernels::channel_affine: ", what); }
 
 // before, scale and after, [3, channels], of y = (x + before) * scale + after
@@ -48,6 +50,14 @@ class Parameters {
   T* scale() const { return values_.get() + channels_; }
   T* after() const { return values_.get() + 2 * channels_; }
   double log_det() const { return log_det_; }  // of one site
+
+  // the three for `length` elements, of which `run` side by side are of one channel, [3, length]
+  std::unique_ptr<T[]> repeated(int64_t length, int64_t run) const {
+    std::unique_ptr<T[]> result(new T[3 * length]);
+    for (int64_t i = 0; i < length; ++i)
+      for (int64_t p = 0; p < 3; ++p) result[p * length + i] = values_[p * channels_ + i / run % channels_];
+    return result;
+  }
 
  private:
   void fits(const Tensor& t) const {
@@ -96,7 +106,7 @@ template <class E>
 bool forward_on_lines(const Tensor& x, const Parameters<E>& parameters, int64_t sites, const Tensor& y) {
   using T = compute_t<E>;
   if constexpr (!std::is_same_v<E, T>) return false;
-  constexpr int64_t kLine = 512, kMostParameters = 4096;  // elements of a line of rows, about; and of the parameters repeated for it
+  constexpr int64_t kRowsLine = 512;  // elements of a line of rows, about
   for (int64_t d = 0; d < x.dim(); ++d)
     if (x.size(d) > 1 && x.stride(d) != y.stride(d)) return false;
   const int64_t channels = x.size(1), elements = x.numel(), run = is_channels_last(x) ? 1 : sites;  // run: sites side by side
@@ -111,11 +121,9 @@ bool forward_on_lines(const Tensor& x, const Parameters<E>& parameters, int64_t 
                       true};
   std::unique_ptr<T[]> repeated;
   if (run < 64) {
-    const int64_t row = channels * run, length = (std::min(kLine, elements) + row - 1) / row * row;
+    const int64_t row = channels * run, length = (std::min(kRowsLine, elements) + row - 1) / row * row;
     if (length > kMostParameters) return false;
-    repeated.reset(new T[3 * length]);
-    for (int64_t i = 0; i < length; ++i)
-      for (int64_t p = 0; p < 3; ++p) repeated[p * length + i] = parameters.before()[p * channels + i / run % channels];
+    repeated = parameters.repeated(length, run);
     lines.before = repeated.get(), lines.scale = lines.before + length, lines.after = lines.scale + length;
     lines.length = length, lines.one_channel = false;
   }
@@ -142,6 +150,52 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>&
   return {y, logabsdet};
 }
 
+// of dy, and of what goes to the log scale: [2, parts, channels], `each` of either kind
+template <class T>
+struct Sums {
+  int64_t each;
+  std::unique_ptr<T[]> values;
+
+  explicit Sums(int64_t n) : each(n), values(new T[2 * n]) {}
+};
+
+template <class E>
+Sums<compute_t<E>> gradients_of_any(const Tensor& dy, const Tensor& kept, const Parameters<E>& parameters, bool from_output,
+                                    const Tensor& dx) {
+  const Tensor* in[] = {&dy, &kept};
+  Elementwise<E> args = describe<E>(dy, parameters, in, 2, dx);
+  plan(args, true);
+  args.n_terms = 2;
+  Sums<compute_t<E>> sums((args.one_site ? args.units : args.batch * args.lines) * args.channels);
+  args.sums[0] = sums.values.get();
+  args.sums[1] = sums.values.get() + sums.each;
+  if (args.batch > 0) run(args, true, from_output);
+  return sums;
+}
+
+// Vectors without gaps: one plain pass. The bits are the walk's.
+template <class T>
+Sums<T> gradients_of_vectors(const Tensor& dy, const Tensor& kept, const Parameters<T>& parameters, bool from_output, const Tensor& dx) {
+  const int64_t batch = dy.size(0), channels = dy.size(1), length = 16 * channels, units = (batch + kLine - 1) / kLine;
+  const std::unique_ptr<T[]> repeated = parameters.repeated(length, 1);
+  Sums<T> sums(units * channels);
+  const VectorGradients<T> gradients{static_cast<const T*>(dy.const_data_ptr()),
+                                     static_cast<const T*>(kept.const_data_ptr()),
+                                     static_cast<T*>(dx.mutable_data_ptr()),
+                                     repeated.get(),
+                                     repeated.get() + length,
+                                     repeated.get() + 2 * length,
+                                     {sums.values.get(), sums.values.get() + sums.each},
+                                     batch,
+                                     channels,
+                                     kLine,
+                                     from_output};
+  in_parallel(units, batch * channels, [&](int64_t first, int64_t last) {
+    FK_DISPATCH(run_vector_gradients<T>(gradients, static_cast<T*>(thread_scratch(2 * length * sizeof(T))), first, last));
+  });
+  return sums;
+}
+
 template <class E>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& dlogabsdet, const Tensor& kept,
                                                     const std::optional<Tensor>& shift, const Tensor& log_scale,
@@ -155,27 +209,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
   const Parameters<E> parameters(shift, log_scale, bias, inverse, channels);
   Tensor dx = empty_in_layout_of(dy), dshift = empty_vector(channels, compute_type<E>);
   Tensor dlog_scale = empty_vector(channels, compute_type<E>), dbias = empty_vector(channels, compute_type<E>);
-  const Tensor* in[] = {&dy, &kept};
-  Elementwise<E> args = describe<E>(dy, parameters, in, 2, dx);
-  plan(args, true);
-  args.n_terms = 2;
-  const int64_t parts = args.one_site ? args.units : args.batch * args.lines, each = parts * channels;
-  const std::unique_ptr<T[]> sums(new T[2 * each]);
-  args.sums[0] = sums.get();
-  args.sums[1] = sums.get() + each;
-  if (args.batch > 0) run(args, true, from_output);
+  int64_t sites = 1;
+  for (int64_t d = 2; d < dy.dim(); ++d) sites *= dy.size(d);
+  const Sums<T> sums = [&] {
+    if constexpr (std::is_same_v<E, T>) {
+      const bool plain = sites == 1 && 16 * channels <= kMostParameters && dy.is_contiguous() && kept.is_contiguous();
+      if (plain) return gradients_of_vectors<T>(dy, kept, parameters, from_output, dx);
+    }
+    return gradients_of_any<E>(dy, kept, parameters, from_output, dx);
+  }();
 
   const T* c = static_cast<const T*>(dlogabsdet.const_data_ptr());
   double by_logabsdet = 0;
-  for (int64_t b = 0; b < args.batch; ++b) by_logabsdet += c[b * dlogabsdet.stride(0)];
-  by_logabsdet *= static_cast<double>(args.sites);
+  for (int64_t b = 0; b < dy.size(0); ++b) by_logabsdet += c[b * dlogabsdet.stride(0)];
+  by_logabsdet *= static_cast<double>(sites);
   const double sign = inverse ? -1 : 1;
   T* dbefore = static_cast<T*>((inverse ? dbias : dshift).mutable_data_ptr());
   T* dafter = static_cast<T*>((inverse ? dshift : dbias).mutable_data_ptr());
   T* dlog = static_cast<T*>(dlog_scale.mutable_data_ptr());
   for (int64_t k = 0; k < channels; ++k) {
     double constant = 0, linear = by_logabsdet;
-    for (int64_t i = 0; i < parts; ++i) constant += sums[i * channels + k], linear += sums[each + i * channels + k];
+    for (int64_t i = k; i < sums.each; i += channels) constant += sums.values[i], linear += sums.values[sums.each + i];
     dafter[k] = static_cast<T>(sign * constant);
     dbefore[k] = static_cast<T>(sign * constant * parameters.scale()[k]);
     dlog[k] = static_cast<T>(sign * linear);

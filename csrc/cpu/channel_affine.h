@@ -33,4 +33,16 @@ struct DenseLines {
   int64_t lines() const { return (elements + length - 1) / length; }
 };
 
+// Backward on vectors: dx = dy * scale, and the sums over each `unit` rows of dy and of what goes to the log scale, [units, channels]
+// each. Parameters are repeated for 16 rows, down which the sums run in turn.
+template <class T>
+struct VectorGradients {
+  const T *dy, *kept;
+  T* dx;
+  const T *before, *scale, *after;
+  T* sums[2];
+  int64_t batch, channels, unit;
+  bool from_output;
+};
+
 }  // namespace flowkernels

@@ -83,6 +83,45 @@ FK_CALL void run_lines(const DenseLines<T>& a, int64_t first, int64_t last) {
   }
 }
 
+// lanes: room for 2 * 16 * channels
+template <class T>
+FK_CALL void run_vector_gradients(const VectorGradients<T>& a, T* lane_sums, int64_t first, int64_t last) {
+  const int64_t n = a.channels, sixteen = 16 * n;
+  T *constant = lane_sums, *linear = lane_sums + sixteen;
+  for (int64_t u = first; u < last; ++u) {
+    const int64_t end = n * smaller((u + 1) * a.unit, a.batch);
+    fill(lane_sums, 2 * sixteen, T(0));
+    for (int64_t block = u * a.unit * n; block < end; block += sixteen) {
+      const T *dy = a.dy + block, *kept = a.kept + block;
+      T* dx = a.dx + block;
+      const int64_t count = smaller(sixteen, end - block);
+      auto along = [&](int64_t i, Vec<T> g, Vec<T> dold, Vec<T> v) {
+        return a.from_output ? g * (v - load(a.after + i)) : dold * (v + load(a.before + i));
+      };
+      int64_t i = 0;
+      for (; i + lanes<T> <= count; i += lanes<T>) {
+        const Vec<T> g = load(dy + i), dold = g * load(a.scale + i);
+        store(dx + i, dold);
+        store(constant + i, load(constant + i) + g);
+        store(linear + i, load(linear + i) + along(i, g, dold, load(kept + i)));
+      }
+      if (const int k = static_cast<int>(count - i)) {
+        const Vec<T> g = load_partial(dy + i, k), dold = g * load(a.scale + i);
+        store_partial(dx + i, dold, k);
+        store_partial(constant + i, load(constant + i) + g, k);
+        store_partial(linear + i, load(linear + i) + along(i, g, dold, load_partial(kept + i, k)), k);
+      }
+    }
+    for (int s = 0; s < 2; ++s) {
+      T* sums = lane_sums + s * sixteen;
+      for (int64_t half = 8 * n; half >= n; half /= 2) {
+        for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
+      }
+      for (int64_t c = 0; c < n; ++c) a.sums[s][u * n + c] = sums[c];
+    }
+  }
+}
+
 // n values: to[i] = exp(sign * from[stride * i])
 template <class T>
 FK_CALL void exp_of(const T* from, int64_t stride, T sign, int64_t n, T* to) {

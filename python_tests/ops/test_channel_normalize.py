@@ -60,9 +60,10 @@ def test_error_in_float32_is_that_of_rounding(shape):
         assert g.dtype == torch.float32 and (g - w).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_layout_does_not_matter(shape):
-    x, log_gain, bias = example(shape, torch.float32)
+def test_layout_does_not_matter(shape, dtype):
+    x, log_gain, bias = example(shape, dtype)
     for layout in (LAYOUTS | IMAGE_LAYOUTS).values():
         strided = layout(x)
         assert_same_bits(results(normalize, strided, log_gain, bias), results(normalize, strided.contiguous(), log_gain, bias))
