@@ -41,9 +41,9 @@ void run_few(const AutoregressiveArgs<T>& args, int64_t first_row, const int64_t
   run_tile(state, args);
 }
 
-// One map on n rows from `row` on
+// One map on n rows from `row` on, where `most` rows are those of the largest tile: what is kept for it need not grow
 template <class T>
-FK_CALL void run_rows(const AutoregressiveArgs<T>& args, bool few, int64_t row, int64_t n) {
+FK_CALL void run_rows(const AutoregressiveArgs<T>& args, bool few, int64_t row, int64_t n, int64_t most) {
   const int64_t units = padded_units(args);
   int64_t* offsets = static_cast<int64_t*>(__builtin_alloca((args.n_layers + 1) * sizeof(int64_t)));
   offsets[0] = 0;
@@ -57,7 +57,7 @@ FK_CALL void run_rows(const AutoregressiveArgs<T>& args, bool few, int64_t row, 
     }
   }
   const int64_t padded = (n + lanes<T> - 1) / lanes<T> * lanes<T>;
-  T* scratch = static_cast<T*>(thread_scratch(RowLanes<T>::scratch(args, units, padded) * sizeof(T)));
+  T* scratch = static_cast<T*>(thread_scratch(RowLanes<T>::scratch(args, units, most) * sizeof(T)));
   RowLanes<T> state(args, offsets, units, row, n, padded, scratch);
   run_tile(state, args);
 }
@@ -67,7 +67,7 @@ template <class T>
 void run_tiles(const AutoregressiveArgs<T>* maps, int64_t n_maps, const Tiling& tiling, int64_t first, int64_t last) {
   for (int64_t tile = first; tile < last; ++tile) {
     const int64_t row = tiling.begin(tile), n = smaller(tiling.begin(tile + 1), maps[0].batch) - row;
-    for (int64_t i = 0; i < n_maps; ++i) run_rows(maps[i], tiling.few, row, n);
+    for (int64_t i = 0; i < n_maps; ++i) run_rows(maps[i], tiling.few, row, n, tiling.rows);
   }
 }
 
