@@ -47,7 +47,7 @@ def _draw(name: str, device: str, rows: list[Row], data: Path) -> Path:
     curves: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         curves[row["competitor"]].append(row)
-    figure = Figure(figsize=(7.2, 5.0), layout="constrained")
+    figure = Figure(figsize=(9.2, 5.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for competitor, points in sorted(curves.items(), key=lambda item: -item[1][-1]["seconds"]):
@@ -67,7 +67,7 @@ def _draw(name: str, device: str, rows: list[Row], data: Path) -> Path:
     axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.grid(which="major", color="#dddddd", lw=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)  # beside the curves, which leave no corner free
     axes.set_title(f"{name[0].upper()}{name[1:]}\n", loc="left", fontsize=12)
     axes.text(0, 1.02, _subtitle(rows[0]), transform=axes.transAxes, fontsize=8.5, color="#555555")
     slug = re.sub(r"[^a-z0-9]+", "-", f"{name} {device}".lower()).strip("-").removesuffix("-cpu")

@@ -77,7 +77,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _add_setting(group: argparse._ArgumentGroup, setting: Setting, entry: FlowEntry) -> None:
     flag = "--" + setting.name.replace("_", "-")
-    text = f"{setting.help} ({_defaults(setting.name, setting.default, entry)})"
+    text = f"{f'{setting.of}: ' if setting.of else ''}{setting.help} ({_defaults(setting.name, setting.default, entry)})"
     if setting.type is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         return
@@ -111,6 +111,7 @@ def run(options: argparse.Namespace) -> None:
     split = load_split(options.data, options.context, options.validation, training.seed, unconditional=options.unconditional)
     data = {name: getattr(options, name) for name in ("grey_levels", "alpha", "unconditional")}
     config = make_config(options.flow, settings, split, training, standardize=not options.no_standardize, **data)
+    entry.check(given, config["flow"]["shape"])
     width = config["flow"]["context_features"]
     context = f" given {width} of context" if width else ""
     rows = f"{len(split.train)} rows to train on, {len(split.validation)} held out"

@@ -28,7 +28,7 @@ ACTIVATIONS = tuple(code.name.lower() for code in Activation if code != Activati
 class Setting:
     """One hyper-parameter of a flow: an option of the command line and a key of config.json.
 
-    type: int, float, str or bool; many: a list of them.
+    type: int, float, str or bool; many: a list of them. of: "images" or "tables", where it means nothing for the other.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Setting:
     help: str
     many: bool = False
     choices: tuple[str, ...] | None = None
+    of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,14 @@ class FlowEntry:
         chosen = {**(self.digits if digits else {}), **given}
         flow = {setting.name: chosen.pop(setting.name, setting.default) for setting in self.settings}
         return flow, TrainingSettings(**chosen)
+
+    def check(self, given: Mapping[str, Any], shape: int | Sequence[int]) -> None:
+        """Raises ValueError where a setting is given that means nothing for data of this shape."""
+        data = "tables" if isinstance(shape, int) else "images"
+        for setting in self.settings:
+            if setting.name in given and setting.of not in (None, data):
+                option = "--" + setting.name.replace("_", "-")
+                raise ValueError(f"{option} is for {setting.of}; the data are {data}, of shape {shape}")
 
 
 Shape = int | Sequence[int]
@@ -142,11 +151,11 @@ FLOWS: dict[str, FlowEntry] = {
         "flow of affine couplings (RealNVP, Dinh et al. 2016)",
         (
             Setting("batch_norm", bool, True, "flow batch norm after each coupling"),
-            Setting("transforms", int, 6, "tables: number of couplings"),
-            Setting("hidden", int, [256, 256], "tables: widths of each conditioner's hidden layers", many=True),
-            Setting("levels", int, 2, "images: number of scales; height and width are halved between them"),
-            Setting("blocks", int, 8, "images: residual blocks of each conditioner"),
-            Setting("hidden_channels", int, 64, "images: channels inside the conditioners of the first scale"),
+            Setting("transforms", int, 6, "number of couplings", of="tables"),
+            Setting("hidden", int, [256, 256], "widths of each conditioner's hidden layers", many=True, of="tables"),
+            Setting("levels", int, 2, "number of scales; height and width are halved between them", of="images"),
+            Setting("blocks", int, 8, "residual blocks of each conditioner", of="images"),
+            Setting("hidden_channels", int, 64, "channels inside the conditioners of the first scale", of="images"),
         ),
         _build_realnvp,
         {"blocks": 1, "hidden_channels": 16, "epochs": 30, "learning_rate": 5e-3, "weight_decay": 1.0},
