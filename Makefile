@@ -84,7 +84,7 @@ sanitize: install
 	  LDFLAGS="$(SANITIZERS)" FLOWKERNELS_SKIP_CUDA=1 FLOWKERNELS_WERROR= $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell g++ -print-file-name=$(lib)))" \
-	  $(abspath $(PY)) -m pytest -q -p no:cacheprovider $(SANITIZE_ARGS) python_tests/ops
+	  OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n $(TEST_JOBS) --dist worksteal -p no:cacheprovider $(SANITIZE_ARGS) python_tests/ops
 
 clean:
 	rm -rf build dist *.egg-info flowkernels/_build.json flowkernels/*.so $(STAMPS)/installed
