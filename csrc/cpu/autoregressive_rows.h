@@ -46,14 +46,12 @@ struct RowLanes {
     if (args.context_features) read(args.context, args.context_features, nullptr, context);
     for (int l = 1; l <= args.n_layers; ++l) {
       const MaskedLayer<T>& layer = args.layers[l - 1];
-      if (layer.unitwise) continue;
-      if (layer.context_weight) {
-        const Tile<T> tile{context, layer_values(l), totals + offsets[l] * rows, rows, nullptr};
-        fill(tile.total, layer.own_context_term() ? layer.context_bias : layer.bias, layer.outputs);
-        push<T>(layer.context_weight, layer.context_ld, nullptr, tile, 0, args.context_features, 0, layer.outputs);
-        flush_chunk(tile, 0, layer.outputs, false);
-        if (layer.own_context_term()) finish_context(l, tile.total);
-      }
+      if (layer.unitwise || !layer.context_weight) continue;
+      const Tile<T> tile{context, layer_values(l), layer_totals(l), rows, nullptr};
+      fill(tile.total, layer.own_context_term() ? layer.context_bias : layer.bias, layer.outputs);
+      push<T>(layer.context_weight, layer.context_ld, nullptr, tile, 0, args.context_features, 0, layer.outputs);
+      flush_chunk(tile, 0, layer.outputs, false);
+      if (layer.own_context_term()) finish_context(l, tile.total);
     }
     for (int64_t r = 0; r < rows; r += lanes<T>) {
       store(log + r, zero<T>());
@@ -81,16 +79,19 @@ struct RowLanes {
     for (int64_t j = 0; j < layer.outputs; ++j)
       for (int64_t r = 0; r < rows; r += lanes<T>) {
         const int64_t at = j * rows + r;
-        const Vec<T> term = activate(static_cast<Activation>(layer.context_activation), load(total + at)), bias = broadcast<T>(layer.bias[j]);
-        if (layer.gate) store(layer_gates(l) + at, term);
-        store(total + at, layer.gate ? bias : bias + term);
+        const Vec<T> term = activate(static_cast<Activation>(layer.context_activation), load(total + at));
+        if (layer.gate)
+          store(layer_gates(l) + at, term);
+        else
+          store(total + at, broadcast<T>(layer.bias[j]) + term);
       }
   }
 
   void push_layer(int l, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
     const MaskedLayer<T>& layer = args.layers[l - 1];
     if (layer.unitwise) return;
-    push<T>(layer.weight, layer.ld, layer.visible, {layer_values(layer.source), layer_values(l), totals + offsets[l] * rows, rows, start(layer)}, k0, k1, j0, j1);
+    const Tile<T> tile{layer_values(layer.source), layer_values(l), layer_totals(l), rows, start(layer)};
+    push<T>(layer.weight, layer.ld, layer.visible, tile, k0, k1, j0, j1);
   }
 
   FK_INLINE Vec<T> sum(const MaskedLayer<T>& layer, const T* acc, const T* total, int64_t j, int64_t r) const {

@@ -137,9 +137,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>&
   using T = compute_t<E>;
   const Parameters<E> parameters(shift, log_scale, bias, inverse, x.size(1));
   Tensor y = empty_in_layout_of(x), logabsdet = empty_vector(x.size(0), compute_type<E>);
-  const int64_t batch = x.size(0);
-  int64_t sites = 1;
-  for (int64_t d = 2; d < x.dim(); ++d) sites *= x.size(d);
+  const int64_t batch = x.size(0), sites = sites_of(x);
   T* total = static_cast<T*>(logabsdet.mutable_data_ptr());
   std::fill(total, total + batch, static_cast<T>(sites * parameters.log_det()));
   if (x.numel() == 0 || forward_on_lines<E>(x, parameters, sites, y)) return {y, logabsdet};
@@ -209,8 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
   const Parameters<E> parameters(shift, log_scale, bias, inverse, channels);
   Tensor dx = empty_in_layout_of(dy), dshift = empty_vector(channels, compute_type<E>);
   Tensor dlog_scale = empty_vector(channels, compute_type<E>), dbias = empty_vector(channels, compute_type<E>);
-  int64_t sites = 1;
-  for (int64_t d = 2; d < dy.dim(); ++d) sites *= dy.size(d);
+  const int64_t sites = sites_of(dy);
   const Sums<T> sums = [&] {
     if constexpr (std::is_same_v<E, T>) {
       const bool plain = sites == 1 && 16 * channels <= kMostParameters && dy.is_contiguous() && kept.is_contiguous();

@@ -43,13 +43,10 @@ Tensor in_dtype_of(const Tensor& like, const Tensor& t) {
 }
 
 struct Sizes {
-  int64_t batch, channels, sites = 1;
+  int64_t batch, channels, sites;
   bool rows;  // channels lie side by side
 
-  explicit Sizes(const Tensor& x) : batch(x.size(0)), channels(x.size(1)) {
-    for (int64_t d = 2; d < x.dim(); ++d) sites *= x.size(d);
-    rows = sites == 1 || is_channels_last(x);
-  }
+  explicit Sizes(const Tensor& x) : batch(x.size(0)), channels(x.size(1)), sites(sites_of(x)), rows(sites == 1 || is_channels_last(x)) {}
   int64_t elements() const { return batch * channels * sites; }
 };
 

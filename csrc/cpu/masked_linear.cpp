@@ -6,12 +6,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <numeric>
 #include <optional>
 #include <vector>
 
 #include "cpu/masked_linear.h"
 #include "cpu/scratch.h"
+#include "cpu/shares.h"
 #include "cpu/staircase.h"
 #include "cpu/tensor.h"
 
@@ -70,41 +70,19 @@ struct Product {
   double multiply_adds() const { return seen_pairs(args.visible, args.outputs) * static_cast<double>(args.batch); }
 };
 
-// run(task) for every task. Each, the largest first, goes to the thread that has least work so far.
-template <class F>
-void for_each_task(const std::vector<double>& work, bool parallel, const F& run) {
-  const auto tasks = static_cast<int64_t>(work.size());
-  const int64_t threads = parallel ? std::min(static_cast<int64_t>(torch::stable::get_num_threads()), tasks) : 1;
-  if (threads <= 1) {
-    for (int64_t i = 0; i < tasks; ++i) run(i);
-    return;
-  }
-  std::vector<int64_t> order(tasks);
-  std::iota(order.begin(), order.end(), int64_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return work[a] > work[b]; });
-  std::vector<std::vector<int64_t>> lists(threads);
-  std::vector<double> sums(threads, 0);
-  for (int64_t task : order) {
-    const auto least = std::min_element(sums.begin(), sums.end()) - sums.begin();
-    lists[least].push_back(task);
-    sums[least] += work[task];
-  }
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t task : lists[i]) run(task);
-  });
-}
-
 constexpr double kParallelMultiplyAdds = 4e5;  // about 10 us of one thread, against 5 us to start the others
+
+int64_t threads_for(double multiply_adds) {
+  return multiply_adds > kParallelMultiplyAdds ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
+}
 
 // Rows and columns of one task of a product whose output is [batch, columns], in panels of `panel` columns
 struct Split {
   int64_t rows, columns, row_tasks, column_tasks;
 };
 
-Split split(int64_t batch, int64_t columns, int64_t panel, bool parallel) {
+Split split(int64_t batch, int64_t columns, int64_t panel, int64_t threads) {
   constexpr int64_t kRows = 512;  // what a packed panel is used for, and what it meets in the second-level cache
-  const int64_t threads = parallel ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
   const int64_t row_tasks = (batch + kRows - 1) / kRows, panels = (columns + panel - 1) / panel;
   // few blocks of rows: cut the columns too, four parts a thread
   const int64_t parts = row_tasks >= 2 * threads || threads == 1 ? 1 : std::min(panels, 4 * threads);
@@ -117,12 +95,12 @@ template <class T, class Terms, class F>
 void for_each_part(const Product<T>& product, int64_t columns, const Terms& terms_of, const F& run) {
   const int64_t batch = product.args.batch;
   if (batch == 0 || columns == 0) return;
-  const bool parallel = product.multiply_adds() > kParallelMultiplyAdds;
-  const Split s = split(batch, columns, FK_DISPATCH(panel_width<T>()), parallel);
+  const int64_t threads = threads_for(product.multiply_adds());
+  const Split s = split(batch, columns, FK_DISPATCH(panel_width<T>()), threads);
   std::vector<double> work(s.row_tasks * s.column_tasks, 0);
   for (int64_t c = 0; c < columns; ++c) work[c / s.columns * s.row_tasks] += terms_of(c);
   for (int64_t task = 0; task < static_cast<int64_t>(work.size()); ++task) work[task] = work[task / s.row_tasks * s.row_tasks];
-  for_each_task(work, parallel, [&](int64_t task) {
+  run_shares(share_out(work, threads), [&](int64_t task) {
     const int64_t r = task % s.row_tasks * s.rows, c = task / s.row_tasks * s.columns;
     run(r, std::min(r + s.rows, batch), c, std::min(c + s.columns, columns));
   });
@@ -193,13 +171,12 @@ Tensor dweight(const Tensor& x, const Tensor& dy, const Tensor& visible) {
   p.args.out = static_cast<T*>(out.mutable_data_ptr());
   p.args.out_ld = p.args.outputs;
   if (p.args.inputs == 0) return out;
-  const bool parallel = p.multiply_adds() > kParallelMultiplyAdds;
-  const int64_t threads = parallel ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
-  const int64_t rows = FK_DISPATCH(dweight_rows<T>(p.args.inputs, threads)), tasks = (p.args.inputs + rows - 1) / rows;
-  std::vector<double> work(tasks, 0);
-  for (int64_t j = 0; j < p.args.outputs; ++j)
-    for (int64_t task = 0; task * rows < p.args.visible[j]; ++task) work[task] += std::min<int64_t>(p.args.visible[j] - task * rows, rows);
-  for_each_task(work, parallel, [&](int64_t task) {
+  const int64_t threads = threads_for(p.multiply_adds());
+  const int64_t rows = FK_DISPATCH(dweight_rows<T>(p.args.inputs, threads));
+  std::vector<double> work;
+  for (int64_t k0 = 0; k0 < p.args.inputs; k0 += rows)
+    work.push_back(seen_pairs(p.args.visible, p.args.outputs, k0, std::min(k0 + rows, p.args.inputs)));
+  run_shares(share_out(work, threads), [&](int64_t task) {
     T* scratch = static_cast<T*>(thread_scratch(FK_DISPATCH(dweight_scratch_bytes<T>(rows))));
     FK_DISPATCH(masked_linear_dweight<T>(p.args, task * rows, std::min((task + 1) * rows, p.args.inputs), scratch));
   });

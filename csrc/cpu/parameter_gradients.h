@@ -9,6 +9,8 @@
 
 #include "cpu/autoregressive_training_network.h"
 #include "cpu/scratch.h"
+#include "cpu/shares.h"
+#include "cpu/staircase.h"
 
 namespace flowkernels {
 
@@ -21,14 +23,14 @@ class ParameterGradients {
   using Tensors = std::vector<Tensor>;
 
  public:
-  ParameterGradients(const TrainingNetwork<T>& net, const Tensor& like, int64_t threads) : net_(net), shares_(threads) {
+  ParameterGradients(const TrainingNetwork<T>& net, const Tensor& like, int64_t threads) : net_(net) {
     for (size_t l = 0; l < net.layers.size(); ++l) {
       const TrainingLayer<T>& layer = net.layers[l];
       weights_.push_back(add_product(net.product(layer, 0), l, false, like));
       if (layer.context_weight) context_weights_.push_back(add_product(net.context_product(layer, 0), l, true, like));
       biases_.push_back(empty(like, {layer.outputs}));
     }
-    share_out();
+    make_tasks(threads);
   }
 
   // Adds those of the next rows: a multiple of kChunkRows of them, but for the last.
@@ -42,14 +44,7 @@ class ParameterGradients {
       p.dy_ld = args.deltas_ld;
       p.finish.accumulate = begun_;
     }
-    auto some = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        for (const Task& task : shares_[i]) run(task, args);
-    };
-    if (shares_.size() > 1)
-      torch::stable::parallel_for(0, static_cast<int64_t>(shares_.size()), 1, some);
-    else
-      some(0, 1);
+    run_shares(shares_, [&](int64_t i) { run(tasks_[i], args); });
     begun_ = true;
   }
 
@@ -67,13 +62,13 @@ class ParameterGradients {
   struct Task {
     size_t product;
     int64_t k0, k1;
-    double cost;
   };
 
   const TrainingNetwork<T>& net_;
   Tensors weights_, biases_, context_weights_;
   std::vector<Product> products_;
-  std::vector<std::vector<Task>> shares_;  // of each thread
+  std::vector<Task> tasks_;
+  Shares shares_;
   int64_t largest_ = 0;                    // rows of a task
   bool begun_ = false;
 
@@ -85,30 +80,23 @@ class ParameterGradients {
     return dweight;
   }
 
-  // Spreads the tasks over the threads by cost: the dearest first, each to the thread with the least
-  void share_out() {
-    const int64_t threads = static_cast<int64_t>(shares_.size());
-    std::vector<Task> tasks;
+  void make_tasks(int64_t threads) {
+    std::vector<double> work;
     for (size_t i = 0; i < products_.size(); ++i) {
       const MaskedLinearArgs<T>& p = products_[i].args;
       const int64_t block = FK_DISPATCH(dweight_rows<T>(p.inputs, threads));
       largest_ = std::max(largest_, block);
       for (int64_t k0 = 0; k0 < p.inputs; k0 += block) {
         const int64_t k1 = std::min(k0 + block, p.inputs);
-        double cost = 0;
-        for (int64_t j = 0; j < p.outputs; ++j) cost += static_cast<double>(std::clamp<int64_t>(p.visible[j] - k0, 0, k1 - k0));
-        tasks.push_back({i, k0, k1, cost});
+        tasks_.push_back({i, k0, k1});
+        work.push_back(seen_pairs(p.visible, p.outputs, k0, k1));
       }
     }
-    for (size_t l = 0; l < net_.layers.size(); ++l)  // bound by memory: a row is worth some multiply-adds
-      tasks.push_back({l, 0, 0, 4.0 * static_cast<double>(net_.layers[l].outputs)});
-    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
-    std::vector<double> load(threads, 0);
-    for (const Task& task : tasks) {
-      const size_t least = std::min_element(load.begin(), load.end()) - load.begin();
-      shares_[least].push_back(task);
-      load[least] += task.cost;
+    for (size_t l = 0; l < net_.layers.size(); ++l) {
+      tasks_.push_back({l, 0, 0});
+      work.push_back(4.0 * static_cast<double>(net_.layers[l].outputs));  // bound by memory: a row is worth some multiply-adds
     }
+    shares_ = share_out(work, threads);
   }
 
   void run(const Task& task, const TrainingArgs<T>& args) {

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -24,6 +25,13 @@ inline std::vector<int32_t> first_seen_by(const int32_t* visible, int64_t output
     first[k] = static_cast<int32_t>(j);
   }
   return first;
+}
+
+// how many of the inputs [k0, k1) the outputs see, added up
+inline double seen_pairs(const int32_t* visible, int64_t outputs, int64_t k0, int64_t k1) {
+  double seen = 0;
+  for (int64_t j = 0; j < outputs; ++j) seen += static_cast<double>(std::clamp<int64_t>(visible[j] - k0, 0, k1 - k0));
+  return seen;
 }
 
 inline double seen_pairs(const int32_t* visible, int64_t outputs) {

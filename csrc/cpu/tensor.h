@@ -24,6 +24,13 @@ inline std::vector<int64_t> sizes_of(const torch::stable::Tensor& t) {
   return sizes;
 }
 
+// of [batch, channels, *sites]
+inline int64_t sites_of(const torch::stable::Tensor& t) {
+  int64_t sites = 1;
+  for (int64_t d = 2; d < t.dim(); ++d) sites *= t.size(d);
+  return sites;
+}
+
 // Uninitialised; new_empty would look its operator up by name. torch.use_deterministic_algorithms does not reach this memory: a
 // build with FK_FILL_NAN fills it with NaN, so that an element that no kernel writes cannot pass a test.
 inline torch::stable::Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {

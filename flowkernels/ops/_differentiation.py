@@ -1,6 +1,6 @@
 """Whether a call may go straight to its op, or has to be seen by autograd, torch.func or forward mode."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,3 +36,12 @@ def apply_function(function: type[torch.autograd.Function], *args):
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)
+
+
+def vmap_one_by_one(op: Callable, info, in_dims: Sequence[int | None], args: Sequence) -> tuple:
+    """The result of a vmap rule where batches cannot be joined: the op runs once for each."""
+    select = lambda i: (a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
+    results = [op(*select(i)) for i in range(info.batch_size)]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0,) * len(results[0])

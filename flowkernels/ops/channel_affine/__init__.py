@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..._backend import register_triton, wants_reference
 from ..._library import library
-from .._differentiation import apply_function, needs_autograd
+from .._differentiation import apply_function, needs_autograd, vmap_one_by_one
 from .._layout import empty_in_layout_of, in_layout_of
 from .reference import channel_affine_backward_reference, channel_affine_reference
 
@@ -62,9 +62,7 @@ def _register_vmap(name: str) -> None:
             y, logabsdet = op(args[0].movedim(in_dims[0], 0).flatten(0, 1), *args[1:])
             batch = args[0].movedim(in_dims[0], 0).shape[1]
             return (y.unflatten(0, (info.batch_size, batch)), logabsdet.view(info.batch_size, batch)), (0, 0)
-        select = lambda i: (a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
-        each = [op(*select(i)) for i in range(info.batch_size)]
-        return tuple(torch.stack(outputs) for outputs in zip(*each, strict=True)), (0,) * len(each[0])
+        return vmap_one_by_one(op, info, in_dims, args)
 
     torch.library.register_vmap(f"flowkernels::{name}", rule, lib=library)
 

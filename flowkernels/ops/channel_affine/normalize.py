@@ -1,11 +1,13 @@
 """Batch normalisation of channels by their own statistics: `channel_affine` with the gradient that also goes through them."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ..._backend import wants_reference
 from ..._library import library
-from .._differentiation import apply_function, needs_autograd
+from .._differentiation import apply_function, needs_autograd, vmap_one_by_one
 from .._layout import empty_in_layout_of
 from . import channel_affine, channel_affine_backward
 
@@ -70,17 +72,9 @@ def _(dz: Tensor, dlogabsdet: Tensor, x: Tensor, log_gain: Tensor | None, varian
     return empty_in_layout_of(x), *(variance.new_empty(variance.shape) for _ in range(2))
 
 
-def _register_vmap(name: str, op) -> None:
-    def rule(info, in_dims, *args):  # each batch has its own statistics
-        select = lambda i: (a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
-        each = [op(*select(i)) for i in range(info.batch_size)]
-        return tuple(torch.stack(outputs) for outputs in zip(*each, strict=True)), (0,) * len(each[0])
-
-    torch.library.register_vmap(f"flowkernels::{name}", rule, lib=library)
-
-
-_register_vmap("channel_normalize", _normalize)
-_register_vmap("channel_normalize_backward", _normalize_backward)
+# each batch has its own statistics
+for _op in (_normalize, _normalize_backward):
+    torch.library.register_vmap(_op, functools.partial(vmap_one_by_one, _op), lib=library)
 
 
 def normalize_channels(x: Tensor, log_gain: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

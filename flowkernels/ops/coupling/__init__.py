@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..._backend import register_triton, wants_reference
 from ..._library import library
-from .._differentiation import apply_function, needs_autograd
+from .._differentiation import apply_function, needs_autograd, vmap_one_by_one
 from .._layout import empty_in_layout_of, in_layout_of
 from ..scale_map import Form, ScaleKind, ScaleMap, parse_form
 from .part import Part, parse_part
@@ -86,8 +86,7 @@ def _register_vmap(name: str, op, n_rows: int, parameter: int) -> None:
                 o.unflatten(0, (size, -1)) if len(o) else o.new_empty((size, *(() if o.dim() == 1 else o.shape))) for o in outputs
             )
             return batched, (0,) * len(outputs)
-        each = [op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(size)]
-        return tuple(torch.stack(outputs) for outputs in zip(*each, strict=True)), (0,) * len(each[0])
+        return vmap_one_by_one(op, info, in_dims, args)
 
     torch.library.register_vmap(f"flowkernels::{name}", rule, lib=library)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..._backend import register_triton, wants_reference
 from ..._library import library
 from .._autocast import any_autocast, cast
-from .._differentiation import forward_mode, needs_autograd
+from .._differentiation import forward_mode, needs_autograd, vmap_one_by_one
 from .reference import masked_linear_dweight_reference, masked_linear_dx_reference, masked_linear_reference
 
 _DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
@@ -54,8 +54,7 @@ def _register_vmap(name: str, n_rows: int) -> None:
     def rule(info, in_dims, *args):
         if n_rows and all(d is None for d in in_dims[n_rows:]):
             return op(args[0].movedim(in_dims[0], 0), *args[n_rows:]), 0
-        each = (op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size))
-        return torch.stack(list(each)), 0
+        return vmap_one_by_one(op, info, in_dims, args)
 
     torch.library.register_vmap(f"flowkernels::{name}", rule, lib=library)
 
