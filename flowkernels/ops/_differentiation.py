@@ -38,7 +38,7 @@ def apply_function(function: type[torch.autograd.Function], *args):
     return super(torch.autograd.Function, function).apply(*args)
 
 
-def vmap_one_by_one(op: Callable, info, in_dims: Sequence[int | None], args: Sequence) -> tuple:
+def vmap_one_by_one(op: Callable, info, in_dims: Sequence[int | None], *args) -> tuple:
     """The result of a vmap rule where batches cannot be joined: the op runs once for each."""
     select = lambda i: (a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
     results = [op(*select(i)) for i in range(info.batch_size)]

@@ -62,7 +62,7 @@ def _register_vmap(name: str) -> None:
             y, logabsdet = op(args[0].movedim(in_dims[0], 0).flatten(0, 1), *args[1:])
             batch = args[0].movedim(in_dims[0], 0).shape[1]
             return (y.unflatten(0, (info.batch_size, batch)), logabsdet.view(info.batch_size, batch)), (0, 0)
-        return vmap_one_by_one(op, info, in_dims, args)
+        return vmap_one_by_one(op, info, in_dims, *args)
 
     torch.library.register_vmap(f"flowkernels::{name}", rule, lib=library)
 

@@ -86,7 +86,7 @@ def _register_vmap(name: str, op, n_rows: int, parameter: int) -> None:
                 o.unflatten(0, (size, -1)) if len(o) else o.new_empty((size, *(() if o.dim() == 1 else o.shape))) for o in outputs
             )
             return batched, (0,) * len(outputs)
-        return vmap_one_by_one(op, info, in_dims, args)
+        return vmap_one_by_one(op, info, in_dims, *args)
 
     torch.library.register_vmap(f"flowkernels::{name}", rule, lib=library)
 

@@ -54,7 +54,7 @@ def _register_vmap(name: str, n_rows: int) -> None:
     def rule(info, in_dims, *args):
         if n_rows and all(d is None for d in in_dims[n_rows:]):
             return op(args[0].movedim(in_dims[0], 0), *args[n_rows:]), 0
-        return vmap_one_by_one(op, info, in_dims, args)
+        return vmap_one_by_one(op, info, in_dims, *args)
 
     torch.library.register_vmap(f"flowkernels::{name}", rule, lib=library)
 
