@@ -48,12 +48,18 @@ class Status:
         """Why flowkernels::`op` has no compiled kernel on "CPU" or "CUDA"; None where it has one."""
         if has_kernel(op, device):
             return None
+        if device == "CUDA" and op in CPU_ALONE:
+            return f"{op} has a kernel for CPU alone"
         error = {"CPU": self.cpu_error, "CUDA": self.cuda_error}[device]
         if error is not None:
             return str(error)
         if device == "CPU" and build_info().get("instruction set of this CPU") == "none":
             return "this CPU has none of AVX2+FMA, AVX-512 and NEON"
         return f"{op} has no compiled {device} kernel in this version"
+
+
+# what no build has a CUDA kernel for, neither compiled nor in Triton; there these ops are composed of others
+CPU_ALONE = ("channel_normalize", "glow_step", "lu_fold")
 
 
 @functools.cache

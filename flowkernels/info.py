@@ -74,7 +74,8 @@ def _implementations() -> list[tuple[str, str, str, str]]:
             else:
                 kernel, why_not = compiled, _extension.status().why_not(op, device)
             rows.append((op, device, "reference" if why_not else kernel, why_not or ""))
-        rows.append((op, "others", "reference", "kernels exist for CPU and CUDA"))
+        kernels = "CPU" if op in _extension.CPU_ALONE else "CPU and CUDA"
+        rows.append((op, "others", "reference", f"kernels exist for {kernels}"))
     return rows
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import flowkernels
-from flowkernels import _backend, _extension, info
+from flowkernels import _backend, _extension, _triton, info
 
 PACKAGE = Path(flowkernels.__file__).parent
 
@@ -226,3 +226,10 @@ def test_report_names_every_op_and_device():
             served, _, why_not = row.partition(" ")
             assert served in ("cpp", "cuda", "triton", "reference")
             assert (served == "reference") == bool(why_not.strip())
+
+
+def test_ops_for_cpu_alone_are_those_without_a_cuda_kernel():
+    sources = (Path(__file__).parents[1] / "csrc" / "cuda").glob("*.cu")
+    compiled = {op for source in sources for op in re.findall(r'm\.impl\("(\w+)"', source.read_text())}
+    assert set(info.OPS) - compiled - set(_triton.ops()) == set(_extension.CPU_ALONE)
+    assert re.search(r"^glow_step +CUDA +reference +glow_step has a kernel for CPU alone$", info.report(), re.MULTILINE)
