@@ -139,5 +139,7 @@ def test_gradients_are_those_of_the_composed_path(make, inverse, seed):
     with backend("reference"):
         outputs = op(leaves[: len(rows)], leaves[len(rows) :])
     want = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True, materialize_grads=True)
+    # a random network's inverse may overflow, and where a scale does, by which step is each path's own affair
+    assume(all(t.isfinite().all() for t in want) and all((o.detach().abs() < 700).all() for o in outputs[-1:]))
     largest = max([1.0, *(w.abs().max().item() for w in want if w.numel())])
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10 * largest)
