@@ -35,11 +35,11 @@ inline int64_t sites_of(const torch::stable::Tensor& t) {
 // build with FK_FILL_NAN fills it with NaN, so that an element that no kernel writes cannot pass a test.
 inline torch::stable::Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   torch::stable::Tensor t(handle);
 #ifdef FK_FILL_NAN
   int64_t bytes = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
   if (bytes > 0) std::memset(t.mutable_data_ptr(), 0xff, bytes);
 #endif
   return t;
@@ -50,7 +50,7 @@ inline torch::stable::Tensor empty(const torch::stable::Tensor& like, const std:
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   return empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype);
 }
 

@@ -148,7 +148,7 @@ void launch(const Tensor& given, const Tensor& sign, const Tensor& logabsdet, co
   const int32_t device = w.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   int shared_limit = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   const LuPlan plan = lu_plan(n, batch, sizeof(T), shared_limit);
