@@ -111,7 +111,7 @@ def why_no_cuda(torch, cuda_home: str | None) -> str | None:
 
 def host_flags() -> list[str]:
     # No -march and no -ffast-math: kernels choose their instruction set at run time, and NaN, infinity and the order of a sum count.
-    flags = ["-O3", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+    flags = ["-std=c++20", "-O3", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
     flags += ["-Werror"] if switch("FLOWKERNELS_WERROR") else []
     flags += [] if "-g" in os.environ.get("CFLAGS", "") else ["-g0"]  # Python's own flags ask for it, and it is most of the file
     return flags
@@ -156,7 +156,16 @@ def plan() -> tuple[list, dict, dict]:
         record["cuda_version"] = nvcc_version(CUDA_HOME)
         # torch would ask the visible GPUs instead, and fail where there is none
         record["arch_list"] = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCH_LIST
-        nvcc = [*common[:1], *system, "-DUSE_CUDA", "-O3", "-fmad=false", "-Xcompiler=-fvisibility=hidden", "-Xcompiler=-ffp-contract=off"]
+        nvcc = [
+            *common[:1],
+            *system,
+            "-std=c++20",
+            "-DUSE_CUDA",
+            "-O3",
+            "-fmad=false",
+            "-Xcompiler=-fvisibility=hidden",
+            "-Xcompiler=-ffp-contract=off",
+        ]
         nvcc += ["-Werror=all-warnings"] if switch("FLOWKERNELS_WERROR") else []
         flags = {"cxx": [*common, "-DUSE_CUDA", *system, *host_flags()], "nvcc": nvcc}
         extensions.append(CUDAExtension("flowkernels._C_cuda", sources("cuda/*.cu"), extra_compile_args=flags, **deepcopy(options)))
