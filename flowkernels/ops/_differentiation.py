@@ -38,6 +38,11 @@ def apply_function(function: type[torch.autograd.Function], *args):
     return super(torch.autograd.Function, function).apply(*args)
 
 
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype). torch 2.11's compiler loses the gradient of an autograd function whose result comes from a `to` that changes nothing."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def vmap_one_by_one(op: Callable, info, in_dims: Sequence[int | None], *args) -> tuple:
     """The result of a vmap rule where batches cannot be joined: the op runs once for each."""
     select = lambda i: (a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))

@@ -95,4 +95,4 @@ def parse_activation(activation: "str | Activation | Callable | nn.Module | type
 
 def apply_activation(code: Activation, x: Tensor) -> Tensor:
     """Apply the activation of that code, elementwise."""
-    return _FUNCTIONS[Activation(code)](x)
+    return _FUNCTIONS[code](x)

@@ -62,7 +62,7 @@ class Wiring(NamedTuple):
     def of(cls, number: int, layer: MaskedLayer) -> "Wiring":
         use = ContextUse.NONE if layer.context_weight is None else ContextUse.GATE if layer.gate else ContextUse.ADD
         source = number if layer.source is None else layer.source
-        return cls(source, -1 if layer.residual is None else layer.residual, use, Activation(layer.context_activation))
+        return cls(source, -1 if layer.residual is None else layer.residual, use, layer.context_activation)
 
 
 class Conditioner(NamedTuple):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .._differentiation import as_dtype
+
 
 def channel_affine_reference(
     x: Tensor, shift: Tensor | None, log_scale: Tensor, bias: Tensor | None, inverse: bool
@@ -11,7 +13,7 @@ def channel_affine_reference(
     before, scale, after = _terms(x, shift, log_scale, bias, inverse)
     y = (x.to(scale.dtype) + before) * scale + after
     logabsdet = x.shape[2:].numel() * log_scale.sum()
-    return y.to(x.dtype), (-logabsdet if inverse else logabsdet).expand(x.shape[0])
+    return as_dtype(y, x.dtype), (-logabsdet if inverse else logabsdet).expand(x.shape[0])
 
 
 def channel_affine_backward_reference(
@@ -36,8 +38,8 @@ def channel_affine_backward_reference(
     dbefore, dafter, dlog = (t.transpose(0, 1).flatten(1).sum(1) for t in (dold, dnew, along))
     dlog = dlog + kept.shape[2:].numel() * dlogabsdet.sum()
     if inverse:
-        return dold.to(dy.dtype), -dafter, -dlog, -dbefore
-    return dold.to(dy.dtype), dbefore, dlog, dafter
+        return as_dtype(dold, dy.dtype), -dafter, -dlog, -dbefore
+    return as_dtype(dold, dy.dtype), dbefore, dlog, dafter
 
 
 def _terms(

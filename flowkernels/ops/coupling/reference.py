@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._differentiation import as_dtype
 from ..scale_map import Form, ScaleMap, apply_form, invert_form
 from .part import Part
 
@@ -60,7 +61,7 @@ def coupling_reference(
     new, log = (invert_form if inverse else apply_form)(form, old, shift, s, scale)
     if mask is not None:
         log = torch.where(mask, log, 0)
-    return part.replace(x, new.to(x.dtype)), log.flatten(1).sum(1)
+    return part.replace(x, as_dtype(new, x.dtype)), log.flatten(1).sum(1)
 
 
 def coupling_backward_reference(
@@ -127,7 +128,7 @@ def coupling_backward_reference(
         dscale_parameter = dscale_parameter.view_as(scale_parameter)
     if mask is not None:
         dshift, draw = torch.where(mask, dshift, 0), torch.where(mask, draw, 0)
-    return part.replace(dy, dold.to(dy.dtype)), dshift.to(shift.dtype), draw.to(raw_scale.dtype), dscale_parameter
+    return part.replace(dy, as_dtype(dold, dy.dtype)), as_dtype(dshift, shift.dtype), as_dtype(draw, raw_scale.dtype), dscale_parameter
 
 
 def _prepare(x: Tensor, shift: Tensor, raw_scale: Tensor | None, scale_parameter: Tensor | None, options: Coupling):

@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from .._differentiation import as_dtype
+
 
 def slogdet_reference(w: Tensor, in_float64: bool = False) -> tuple[Tensor, Tensor]:
     """Sign and log|det| of w, [*, n, n] -> [*], [*]."""
     sign, logabsdet = torch.linalg.slogdet(w.double() if in_float64 else w)
-    return sign.to(w.dtype), logabsdet.to(w.dtype)
+    return as_dtype(sign, w.dtype), as_dtype(logabsdet, w.dtype)
 
 
 def slogdet_inverse_reference(w: Tensor, in_float64: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,7 +19,7 @@ def slogdet_inverse_reference(w: Tensor, in_float64: bool = False) -> tuple[Tens
     # inv would raise; inv_ex leaves the columns that it did not reach as they were
     inverse, info = torch.linalg.inv_ex(factored)
     inverse = torch.where((info == 0)[..., None, None], inverse, torch.nan)
-    return sign.to(w.dtype), logabsdet.to(w.dtype), inverse.to(w.dtype).contiguous()
+    return as_dtype(sign, w.dtype), as_dtype(logabsdet, w.dtype), as_dtype(inverse, w.dtype).contiguous()
 
 
 def lu_fold_reference(
@@ -37,7 +39,7 @@ def lu_fold_reference(
         through = torch.linalg.solve_triangular(lower, permutation.mT, upper=False, unitriangular=True)
         weight = torch.linalg.solve_triangular(upper, through, upper=True)
         weight = weight if log_scale is None else weight * (-log_scale.double()).exp()[:, :, None]
-        return weight.to(factors.dtype), -logabsdet
+        return as_dtype(weight, factors.dtype), -logabsdet
 
 
 def lu_fold_backward_reference(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .._autocast import autocast_off
+from .._differentiation import as_dtype
 
 
 def staircase_mask(visible: Tensor, inputs: int) -> Tensor:
@@ -25,7 +26,7 @@ def masked_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, visi
     if inputs:
         first_bad = torch.where(finite.all(-1), inputs, finite.to(torch.int32).argmin(-1))
         y = torch.where(visible > first_bad[..., None], torch.nan, y)
-    return y.to(dtype)
+    return as_dtype(y, dtype)
 
 
 @autocast_off
