@@ -113,7 +113,7 @@ class Lists(NamedTuple):
             lists.activations.extend(activations)
             lists.wiring.extend(wiring)
             contexts = len(context_weights)
-            lists.stages.extend((len(weights), contexts, bool(context_biases), bool(wiring), int(scale.kind), int(form), inverse))
+            lists.stages.extend((len(weights), contexts, len(context_biases) > 0, len(wiring) > 0, int(scale.kind), int(form), inverse))
             lists.scales.extend(scale.packed)
         return lists
 
