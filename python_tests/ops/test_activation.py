@@ -95,4 +95,5 @@ def test_compiled_values_and_derivatives(code: Activation, target: str) -> None:
 def test_compiled_infinities_and_nan(code: Activation, target: str, dtype: torch.dtype) -> None:
     x = torch.tensor([math.inf, -math.inf, math.nan], dtype=dtype)
     y = torch.ops.flowkernels._elementwise(x, "activation", target, [float(code)])
-    torch.testing.assert_close(y, apply_activation(code, x), equal_nan=True)
+    exact = apply_activation(code, x.double())  # torch's SiLU in float32 has been seen to give NaN for infinity, with AVX-512
+    torch.testing.assert_close(y, exact.to(dtype), equal_nan=True)
