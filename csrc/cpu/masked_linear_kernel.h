@@ -75,41 +75,71 @@ Store store_of(const Finish<T>& finish, bool last) {
   return Store::any;
 }
 
-// n columns from j on of row r: sum is this chunk's, and may be the first
+// n columns from j on of row r, of which `sum` has everything
 template <Store STORE, class T>
-FK_INLINE void store_sum(const MaskedLinearArgs<T>& args, Vec<T> sum, int64_t r, int64_t j, int64_t n, bool first) {
-  const Finish<T>& finish = args.finish;
-  T* to = args.out + r * args.out_ld + j;
-  if (!first || finish.accumulate)
-    sum = load_some(to, n) + sum;
-  else if (finish.bias)
-    sum = load_some(finish.bias + j, n) + sum;
-  if constexpr (STORE == Store::relu) sum = activate<Activation::relu>(sum);
+FK_INLINE Vec<T> finished(const Finish<T>& finish, Vec<T> sum, int64_t r, int64_t j, int64_t n) {
+  if constexpr (STORE == Store::relu) return activate<Activation::relu>(sum);
   if constexpr (STORE == Store::relu_derivative)
-    sum = sum * derivative_at<Activation::relu>(load_some(finish.values + r * finish.values_ld + j, n));
+    return sum * derivative_at<Activation::relu>(load_some(finish.values + r * finish.values_ld + j, n));
   if constexpr (STORE == Store::any) {
     if (finish.pre) store_some(finish.pre + r * finish.pre_ld + j, sum, n);
-    sum = finish.values ? sum * derivative_at(finish.activation, load_some(finish.values + r * finish.values_ld + j, n))
-                        : activate(finish.activation, sum);
+    return finish.values ? sum * derivative_at(finish.activation, load_some(finish.values + r * finish.values_ld + j, n))
+                         : activate(finish.activation, sum);
   }
-  store_some(to, sum, n);
+  return sum;
 }
 
+template <class T>
+constexpr T kZeros[kPanel<T>] = {};
+
+// What a tile's sums are added to: the sums so far, a bias or zeros
+template <class T>
+struct Begun {
+  const T* data;
+  int64_t ld;
+  Begun(const MaskedLinearArgs<T>& args, int64_t r, int64_t j, bool first) : data(args.finish.bias ? args.finish.bias + j : kZeros<T>), ld(0) {
+    if (!first || args.finish.accumulate) data = args.out + r * args.out_ld + j, ld = args.out_ld;
+  }
+};
+
+template <Store STORE, class T>
+void store_rows(const MaskedLinearArgs<T>& args, const Vec<T>* sum, int64_t rows, int64_t r, int64_t j, int64_t n, bool first) {
+  const Begun<T> begun(args, r, j, first);
+  for (int64_t u = 0; u < rows; ++u, sum += kRowVectors)
+    for (int64_t v = 0, i = 0; i < n; ++v, i += lanes<T>) {
+      const Vec<T> all = load_some(begun.data + u * begun.ld + i, n - i) + sum[v];
+      store_some(args.out + (r + u) * args.out_ld + j + i, finished<STORE>(args.finish, all, r + u, j + i, n - i), n - i);
+    }
+}
+
+// Any tile, from memory
+template <class T>
+FK_CALL void store_any(const MaskedLinearArgs<T>& args, Store store, const Vec<T>* sum, int64_t rows, int64_t r, int64_t j, int64_t n, bool first) {
+  switch (store) {
+    case Store::plain: return store_rows<Store::plain>(args, sum, rows, r, j, n, first);
+    case Store::relu: return store_rows<Store::relu>(args, sum, rows, r, j, n, first);
+    case Store::relu_derivative: return store_rows<Store::relu_derivative>(args, sum, rows, r, j, n, first);
+    default: return store_rows<Store::any>(args, sum, rows, r, j, n, first);
+  }
+}
+
+// A whole tile, from registers: nothing here takes the address of `sum`, or it would be kept in memory
 template <int U, Store STORE, class T>
-FK_INLINE void store_tile(const MaskedLinearArgs<T>& args, const Vec<T> (&sum)[U][kRowVectors], int64_t r, int64_t j, int64_t n, bool first) {
-  if (n == kPanel<T>) {
-    for (int u = 0; u < U; ++u)
-      for (int v = 0; v < kRowVectors; ++v) store_sum<STORE>(args, sum[u][v], r + u, j + v * lanes<T>, lanes<T>, first);
-  } else {
-    for (int u = 0; u < U; ++u)
-      for (int v = 0; v < kRowVectors; ++v)
-        if (v * lanes<T> < n) store_sum<STORE>(args, sum[u][v], r + u, j + v * lanes<T>, n - v * lanes<T>, first);
-  }
+FK_INLINE void store_tile(const MaskedLinearArgs<T>& args, const Vec<T> (&sum)[U][kRowVectors], int64_t r, int64_t j, bool first) {
+  const Begun<T> begun(args, r, j, first);
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u)
+#pragma GCC unroll 3
+    for (int v = 0; v < kRowVectors; ++v) {
+      const Vec<T> all = load(begun.data + u * begun.ld + v * lanes<T>) + sum[u][v];
+      store(args.out + (r + u) * args.out_ld + j + v * lanes<T>, finished<STORE>(args.finish, all, r + u, j + v * lanes<T>, lanes<T>));
+    }
 }
 
-// The sums of a tile term by term, seeing nothing outside the staircase
+// A tile computed term by term, seeing nothing outside the staircase, and stored
 template <int U, bool kFrom, class T>
-void careful_sums(const T* x, int64_t ld, const Panel<T>& p, Vec<T> (&sum)[U][kRowVectors]) {
+FK_CALL void careful_tile(const MaskedLinearArgs<T>& args, const T* x, int64_t ld, const Panel<T>& p, int64_t r, int64_t j, bool first, Store store) {
+  Vec<T> sum[U][kRowVectors];
   for (int u = 0; u < U; ++u)
     for (int64_t i = 0; i < p.n; ++i) {
       T one = 0;
@@ -117,6 +147,7 @@ void careful_sums(const T* x, int64_t ld, const Panel<T>& p, Vec<T> (&sum)[U][kR
         if ((k >= p.limits[i]) == kFrom) one = fma(x[u * ld + k], p.data[(k - p.k0) * kPanel<T> + i], one);
       sum[u][i / lanes<T>][i % lanes<T>] = one;
     }
+  store_any(args, store, sum[0], U, r, j, p.n, first);
 }
 
 // One chunk of the sums of U rows. kFrom: see limits above
@@ -157,18 +188,20 @@ FK_INLINE void panel_sums(const T* x, int64_t ld, const Panel<T>& p, Vec<T> (&su
 template <int U, bool kFrom, class T>
 FK_INLINE void panel_tile(const MaskedLinearArgs<T>& args, const T* x, int64_t ld, const Panel<T>& p, int64_t r, int64_t j, bool first,
                           Store store) {
-  Vec<T> sum[U][kRowVectors];
+  Vec<T> sum[U][kRowVectors], nan[kRowVectors];
   panel_sums<U, kFrom>(x, ld, p, sum);
-  IVec<T> bad{};
+  for (int v = 0; v < kRowVectors; ++v) nan[v] = zero<T>();
   for (int u = 0; u < U; ++u)
-    for (int v = 0; v < kRowVectors; ++v) bad |= sum[u][v] != sum[u][v];
-  if (__builtin_expect(any(bad), 0)) careful_sums<U, kFrom>(x, ld, p, sum);
-  switch (store) {
-    case Store::plain: return store_tile<U, Store::plain>(args, sum, r, j, p.n, first);
-    case Store::relu: return store_tile<U, Store::relu>(args, sum, r, j, p.n, first);
-    case Store::relu_derivative: return store_tile<U, Store::relu_derivative>(args, sum, r, j, p.n, first);
-    default: return store_tile<U, Store::any>(args, sum, r, j, p.n, first);
-  }
+    for (int v = 0; v < kRowVectors; ++v) nan[v] = fma(sum[u][v], zero<T>(), nan[v]);  // of an infinity too
+  const Vec<T> bad = nan[0] + nan[1] + nan[2];
+  if (__builtin_expect(any(bad != bad), 0)) return careful_tile<U, kFrom>(args, x, ld, p, r, j, first, store);
+  if (p.n == kPanel<T> && store == Store::plain) return store_tile<U, Store::plain>(args, sum, r, j, first);
+  if (p.n == kPanel<T> && store == Store::relu) return store_tile<U, Store::relu>(args, sum, r, j, first);
+  if (p.n == kPanel<T> && store == Store::relu_derivative) return store_tile<U, Store::relu_derivative>(args, sum, r, j, first);
+  Vec<T> kept[U][kRowVectors];
+  for (int u = 0; u < U; ++u)
+    for (int v = 0; v < kRowVectors; ++v) kept[u][v] = sum[u][v];
+  store_any(args, store, kept[0], U, r, j, p.n, first);
 }
 
 template <bool kFrom, class T>
@@ -208,15 +241,47 @@ void masked_linear_dx(const MaskedLinearArgs<T>& args, int64_t r0, int64_t r1, i
   }
 }
 
-// [rows][kUnits] from n <= kUnits columns of x, zeros behind them
+// elements from one packed group of kUnits columns to the next: an odd number of cache lines, which do not share a set
 template <class T>
-void pack_broadcasts(const T* x, int64_t ld, int64_t rows, int64_t n, T* to) {
-  if (n == kUnits) {
-    for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(to + r * kUnits, x + r * ld, kUnits * sizeof(T));
-  } else {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t u = 0; u < kUnits; ++u) to[r * kUnits + u] = u < n ? x[r * ld + u] : T(0);
+constexpr int64_t kGroup = kChunk * kUnits + 64 / int64_t(sizeof(T));
+
+// [group of columns][row][kUnits] of x, zeros beyond the last column
+template <class T>
+void pack_broadcasts(const T* x, int64_t ld, int64_t rows, int64_t columns, T* to) {
+  const int64_t whole = columns / kUnits * kUnits;
+  for (int64_t r = 0; r < rows; ++r, x += ld, to += kUnits) {
+    T* group = to;
+    for (int64_t c = 0; c < whole; c += kUnits, group += kGroup<T>) __builtin_memcpy(group, x + c, kUnits * sizeof(T));
+    for (int64_t u = 0; whole < columns && u < kUnits; ++u) group[u] = whole + u < columns ? x[whole + u] : T(0);
   }
+}
+
+constexpr int64_t kPanels = 4;  // panels of dy that are packed together: rows so long are read at the memory's rate
+
+// [panel][kChunk rows][kPanel] of dy, zeros beyond the last column
+template <class T>
+void pack_panels(const T* dy, int64_t ld, int64_t rows, int64_t columns, T* to) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; c += kPanel<T>) {
+      T* at = to + c * kChunk + r * kPanel<T>;
+      if (c + kPanel<T> <= columns)
+        copy_row(dy + r * ld + c, kPanel<T>, at);
+      else
+        copy_row(dy + r * ld + c, columns - c, at);
+    }
+}
+
+// Adds what lies inside the staircase to rows of dweight from row k on
+template <class T>
+void add_inside(const Vec<T>* sum, int64_t rows, const MaskedLinearArgs<T>& args, int64_t k, int64_t j, int64_t n) {
+  for (int64_t u = 0; u < rows && k + u < args.inputs; ++u, sum += kRowVectors)
+    for (int64_t v = 0, i = 0; i < n; ++v, i += lanes<T>) {
+      Vec<T> inside = sum[v];
+      for (int l = 0; l < lanes<T>; ++l)
+        if (i + l >= n || args.visible[j + i + l] <= k + u) inside[l] = T(0);
+      T* at = args.out + (k + u) * args.out_ld + j + i;
+      store_some(at, load_some(at, n - i) + inside, n - i);
+    }
 }
 
 // U rows of dweight from row k on, one chunk of the batch
@@ -242,9 +307,10 @@ FK_INLINE void dweight_tile(const T* x, const T* dy, int64_t rows, const MaskedL
       }
     return;
   }
+  Vec<T> kept[U][kRowVectors];
   for (int u = 0; u < U; ++u)
-    for (int64_t i = 0; i < n; ++i)
-      if (k + u < args.visible[j + i]) to[u * args.out_ld + i] += sum[u][i / lanes<T>][i % lanes<T>];
+    for (int v = 0; v < kRowVectors; ++v) kept[u][v] = sum[u][v];
+  add_inside(kept[0], U, args, k, j, n);
 }
 
 // Rows [k0, k1) of dweight
@@ -252,19 +318,20 @@ template <class T>
 void masked_linear_dweight(const MaskedLinearArgs<T>& args, int64_t k0, int64_t k1, T* scratch) {
   for (int64_t k = k0; k < k1 && !args.finish.accumulate; ++k)
     for (int64_t j = 0; j < args.outputs; ++j) args.out[k * args.out_ld + j] = T(0);
-  T *panel = scratch, *broadcasts = scratch + kChunk * kPanel<T>;  // broadcasts: [group of kUnits inputs][row][kUnits]
+  T *panels = scratch, *broadcasts = scratch + kPanels * kChunk * kPanel<T>;
+  int64_t begin = 0;  // the first panel of which a column sees input k0
+  while (begin < args.outputs && args.visible[smaller(begin + kPanel<T>, args.outputs) - 1] <= k0) begin += kPanel<T>;
   for (int64_t b = 0; b < args.batch; b += kChunk) {
     const int64_t rows = smaller(kChunk, args.batch - b);
-    for (int64_t k = k0; k < k1; k += kUnits)
-      pack_broadcasts(args.x + b * args.x_ld + k, args.x_ld, rows, smaller(kUnits, k1 - k), broadcasts + (k - k0) * kChunk);
-    for (int64_t j = 0; j < args.outputs; j += kPanel<T>) {
-      const int64_t n = smaller(kPanel<T>, args.outputs - j), end = smaller(k1, args.visible[j + n - 1]);
-      if (end <= k0) continue;
-      if (n == kPanel<T>)
-        for (int64_t r = 0; r < rows; ++r) copy_row(args.dy + (b + r) * args.dy_ld + j, kPanel<T>, panel + r * kPanel<T>);
-      else
-        for (int64_t r = 0; r < rows; ++r) copy_row(args.dy + (b + r) * args.dy_ld + j, n, panel + r * kPanel<T>);
-      for (int64_t k = k0; k < end; k += kUnits) dweight_tile<kUnits>(broadcasts + (k - k0) * kChunk, panel, rows, args, k, j, n);
+    pack_broadcasts(args.x + b * args.x_ld + k0, args.x_ld, rows, k1 - k0, broadcasts);
+    for (int64_t j0 = begin; j0 < args.outputs; j0 += kPanels * kPanel<T>) {
+      const int64_t j1 = smaller(j0 + kPanels * kPanel<T>, args.outputs);
+      pack_panels(args.dy + b * args.dy_ld + j0, args.dy_ld, rows, j1 - j0, panels);
+      for (int64_t j = j0; j < j1; j += kPanel<T>) {
+        const int64_t n = smaller(kPanel<T>, j1 - j), end = smaller(k1, args.visible[j + n - 1]);
+        const T* panel = panels + (j - j0) * kChunk;
+        for (int64_t k = k0; k < end; k += kUnits) dweight_tile<kUnits>(broadcasts + (k - k0) / kUnits * kGroup<T>, panel, rows, args, k, j, n);
+      }
     }
   }
 }

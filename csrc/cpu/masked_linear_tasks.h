@@ -23,7 +23,7 @@ int64_t dweight_rows(int64_t inputs, int64_t threads) {
 
 template <class T>
 size_t dweight_scratch_bytes(int64_t rows) {
-  return kChunk * (kPanel<T> + rows) * sizeof(T);
+  return (kPanels * kChunk * kPanel<T> + (rows + kUnits - 1) / kUnits * kGroup<T>) * sizeof(T);
 }
 
 }  // namespace FK_TARGET
