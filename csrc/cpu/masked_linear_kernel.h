@@ -258,12 +258,16 @@ void pack_broadcasts(const T* x, int64_t ld, int64_t rows, int64_t columns, T* t
 
 constexpr int64_t kPanels = 4;  // panels of dy that are packed together: rows so long are read at the memory's rate
 
+// elements from one packed panel to the next
+template <class T>
+constexpr int64_t kPackedPanel = kChunk * kPanel<T> + 5 * 64 / int64_t(sizeof(T));
+
 // [panel][kChunk rows][kPanel] of dy, zeros beyond the last column
 template <class T>
 void pack_panels(const T* dy, int64_t ld, int64_t rows, int64_t columns, T* to) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; c += kPanel<T>) {
-      T* at = to + c * kChunk + r * kPanel<T>;
+      T* at = to + c / kPanel<T> * kPackedPanel<T> + r * kPanel<T>;
       if (c + kPanel<T> <= columns)
         copy_row(dy + r * ld + c, kPanel<T>, at);
       else
@@ -271,22 +275,22 @@ void pack_panels(const T* dy, int64_t ld, int64_t rows, int64_t columns, T* to) 
     }
 }
 
-// Adds what lies inside the staircase to rows of dweight from row k on
+// Stores sums of rows of dweight from row k on, or adds them to what is there; zeros outside the staircase
 template <class T>
-void add_inside(const Vec<T>* sum, int64_t rows, const MaskedLinearArgs<T>& args, int64_t k, int64_t j, int64_t n) {
+void store_inside(const Vec<T>* sum, int64_t rows, const MaskedLinearArgs<T>& args, int64_t k, int64_t j, int64_t n, bool first) {
   for (int64_t u = 0; u < rows && k + u < args.inputs; ++u, sum += kRowVectors)
     for (int64_t v = 0, i = 0; i < n; ++v, i += lanes<T>) {
       Vec<T> inside = sum[v];
       for (int l = 0; l < lanes<T>; ++l)
         if (i + l >= n || args.visible[j + i + l] <= k + u) inside[l] = T(0);
       T* at = args.out + (k + u) * args.out_ld + j + i;
-      store_some(at, load_some(at, n - i) + inside, n - i);
+      store_some(at, first ? inside : load_some(at, n - i) + inside, n - i);
     }
 }
 
-// U rows of dweight from row k on, one chunk of the batch
+// U rows of dweight from row k on, one chunk of the batch; the first one is not added to what was there
 template <int U, class T>
-FK_INLINE void dweight_tile(const T* x, const T* dy, int64_t rows, const MaskedLinearArgs<T>& args, int64_t k, int64_t j, int64_t n) {
+FK_INLINE void dweight_tile(const T* x, const T* dy, int64_t rows, const MaskedLinearArgs<T>& args, int64_t k, int64_t j, int64_t n, bool first) {
   Vec<T> sum[U][kRowVectors];
   for (int u = 0; u < U; ++u)
     for (int v = 0; v < kRowVectors; ++v) sum[u][v] = zero<T>();
@@ -298,39 +302,53 @@ FK_INLINE void dweight_tile(const T* x, const T* dy, int64_t rows, const MaskedL
     multiply<U, 1>(x, 1, kUnits, dy, kPanel<T>, rows, sum);
   else
     multiply<U, kRowVectors>(x, 1, kUnits, dy, kPanel<T>, rows, sum);
-  T* to = args.out + k * args.out_ld + j;
   if (n == kPanel<T> && k + U <= args.visible[j]) {
+    T* to = args.out + k * args.out_ld + j;
+#pragma GCC unroll 8
     for (int u = 0; u < U; ++u)
+#pragma GCC unroll 3
       for (int v = 0; v < kRowVectors; ++v) {
         T* at = to + u * args.out_ld + v * lanes<T>;
-        store(at, load(at) + sum[u][v]);
+        store(at, first ? sum[u][v] : load(at) + sum[u][v]);
       }
     return;
   }
   Vec<T> kept[U][kRowVectors];
   for (int u = 0; u < U; ++u)
     for (int v = 0; v < kRowVectors; ++v) kept[u][v] = sum[u][v];
-  add_inside(kept[0], U, args, k, j, n);
+  store_inside(kept[0], U, args, k, j, n, first);
 }
 
 // Rows [k0, k1) of dweight
 template <class T>
 void masked_linear_dweight(const MaskedLinearArgs<T>& args, int64_t k0, int64_t k1, T* scratch) {
-  for (int64_t k = k0; k < k1 && !args.finish.accumulate; ++k)
-    for (int64_t j = 0; j < args.outputs; ++j) args.out[k * args.out_ld + j] = T(0);
-  T *panels = scratch, *broadcasts = scratch + kPanels * kChunk * kPanel<T>;
-  int64_t begin = 0;  // the first panel of which a column sees input k0
-  while (begin < args.outputs && args.visible[smaller(begin + kPanel<T>, args.outputs) - 1] <= k0) begin += kPanel<T>;
+  constexpr int64_t kBlockColumns = kPanels * kPanel<T>;
+  T *panels = scratch, *broadcasts = scratch + kPanels * kPackedPanel<T>;
+  // the first panel of which a column sees input k; none before it is written by tiles
+  int64_t begin = 0;
+  const auto begin_at = [&](int64_t k) {
+    while (begin < args.outputs && args.visible[smaller(begin + kPanel<T>, args.outputs) - 1] <= k) begin += kPanel<T>;
+    return smaller(begin, args.outputs);
+  };
+  const int64_t j_begin = begin_at(k0);
+  const bool writes = !args.finish.accumulate;
+  for (int64_t k = k0; k < k1 && writes; k += kUnits) {
+    const int64_t end = args.batch > 0 ? begin_at(k) : args.outputs;
+    for (int64_t i = k; i < smaller(k + kUnits, k1); ++i)
+      for (int64_t j = 0; j < end; ++j) args.out[i * args.out_ld + j] = T(0);
+  }
   for (int64_t b = 0; b < args.batch; b += kChunk) {
     const int64_t rows = smaller(kChunk, args.batch - b);
+    const bool first = b == 0 && writes;
     pack_broadcasts(args.x + b * args.x_ld + k0, args.x_ld, rows, k1 - k0, broadcasts);
-    for (int64_t j0 = begin; j0 < args.outputs; j0 += kPanels * kPanel<T>) {
-      const int64_t j1 = smaller(j0 + kPanels * kPanel<T>, args.outputs);
+    for (int64_t j0 = j_begin; j0 < args.outputs; j0 += kBlockColumns) {
+      const int64_t j1 = smaller(j0 + kBlockColumns, args.outputs);
       pack_panels(args.dy + b * args.dy_ld + j0, args.dy_ld, rows, j1 - j0, panels);
       for (int64_t j = j0; j < j1; j += kPanel<T>) {
         const int64_t n = smaller(kPanel<T>, j1 - j), end = smaller(k1, args.visible[j + n - 1]);
-        const T* panel = panels + (j - j0) * kChunk;
-        for (int64_t k = k0; k < end; k += kUnits) dweight_tile<kUnits>(broadcasts + (k - k0) / kUnits * kGroup<T>, panel, rows, args, k, j, n);
+        const T* panel = panels + (j - j0) / kPanel<T> * kPackedPanel<T>;
+        for (int64_t k = k0; k < end; k += kUnits)
+          dweight_tile<kUnits>(broadcasts + (k - k0) / kUnits * kGroup<T>, panel, rows, args, k, j, n, first);
       }
     }
   }

@@ -14,16 +14,17 @@ size_t scratch_bytes() {
   return kChunk * kPanel<T> * sizeof(T);
 }
 
-// inputs of one task: 128 at most, whose chunk of x stays in the second-level cache; two tasks a thread where there are fewer
+// Inputs of one task: at most so many that their chunk of x takes half a second-level cache, which has 1 MB or more where there are 32
+// registers; two tasks a thread where there are fewer.
 template <class T>
 int64_t dweight_rows(int64_t inputs, int64_t threads) {
   const int64_t even = (inputs + 2 * threads - 1) / (2 * threads);
-  return (smaller(even, 128) + kUnits - 1) / kUnits * kUnits;
+  return (smaller(even, FK_REGISTERS >= 32 ? 256 : 128) + kUnits - 1) / kUnits * kUnits;
 }
 
 template <class T>
 size_t dweight_scratch_bytes(int64_t rows) {
-  return (kPanels * kChunk * kPanel<T> + (rows + kUnits - 1) / kUnits * kGroup<T>) * sizeof(T);
+  return (kPanels * kPackedPanel<T> + (rows + kUnits - 1) / kUnits * kGroup<T>) * sizeof(T);
 }
 
 }  // namespace FK_TARGET
