@@ -172,7 +172,7 @@ Tensor dweight(const Tensor& x, const Tensor& dy, const Tensor& visible) {
   p.args.out_ld = p.args.outputs;
   if (p.args.inputs == 0) return out;
   const int64_t threads = threads_for(p.multiply_adds());
-  const int64_t rows = FK_DISPATCH(dweight_rows<T>(p.args.inputs, threads));
+  const int64_t rows = FK_DISPATCH(dweight_rows<T>(p.args.inputs, threads, 1));
   std::vector<double> work;
   for (int64_t k0 = 0; k0 < p.args.inputs; k0 += rows)
     work.push_back(seen_pairs(p.args.visible, p.args.outputs, k0, std::min(k0 + rows, p.args.inputs)));

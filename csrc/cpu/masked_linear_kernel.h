@@ -278,14 +278,16 @@ void pack_panels(const T* dy, int64_t ld, int64_t rows, int64_t columns, T* to) 
 // Stores sums of rows of dweight from row k on, or adds them to what is there; zeros outside the staircase
 template <class T>
 void store_inside(const Vec<T>* sum, int64_t rows, const MaskedLinearArgs<T>& args, int64_t k, int64_t j, int64_t n, bool first) {
-  for (int64_t u = 0; u < rows && k + u < args.inputs; ++u, sum += kRowVectors)
-    for (int64_t v = 0, i = 0; i < n; ++v, i += lanes<T>) {
-      Vec<T> inside = sum[v];
-      for (int l = 0; l < lanes<T>; ++l)
-        if (i + l >= n || args.visible[j + i + l] <= k + u) inside[l] = T(0);
-      T* at = args.out + (k + u) * args.out_ld + j + i;
+  rows = smaller(rows, args.inputs - k);
+  for (int64_t v = 0, i = 0; i < n; ++v, i += lanes<T>) {
+    IVec<T> seen{};  // how many of the rows from k on each column sees
+    for (int l = 0; l < lanes<T>; ++l) seen[l] = i + l < n ? args.visible[j + i + l] - k : 0;
+    T* at = args.out + k * args.out_ld + j + i;
+    for (int64_t u = 0; u < rows; ++u, at += args.out_ld, seen -= 1) {
+      const Vec<T> inside = select(seen > 0, sum[u * kRowVectors + v], zero<T>());
       store_some(at, first ? inside : load_some(at, n - i) + inside, n - i);
     }
+  }
 }
 
 // U rows of dweight from row k on, one chunk of the batch; the first one is not added to what was there

@@ -84,7 +84,7 @@ class ParameterGradients {
     std::vector<double> work;
     for (size_t i = 0; i < products_.size(); ++i) {
       const MaskedLinearArgs<T>& p = products_[i].args;
-      const int64_t block = FK_DISPATCH(dweight_rows<T>(p.inputs, threads));
+      const int64_t block = FK_DISPATCH(dweight_rows<T>(p.inputs, threads, 64));  // the products together are tasks enough
       largest_ = std::max(largest_, block);
       for (int64_t k0 = 0; k0 < p.inputs; k0 += block) {
         const int64_t k1 = std::min(k0 + block, p.inputs);
