@@ -19,7 +19,8 @@ void push_back_rows(const T* weight, int64_t ld, const T* above, T* below, int64
   int64_t r = 0;
   auto some = [&](auto vectors) {
     constexpr int V = decltype(vectors)::value;
-    for (; r + V * lanes<T> <= rows; r += V * lanes<T>) {
+    // four vectors are better two and two than three and one
+    for (; r + V * lanes<T> <= rows && !(V == kRowVectors && rows - r == (V + 1) * lanes<T>); r += V * lanes<T>) {
       Vec<T> sum[U][V];
       for (int u = 0; u < U; ++u)
         for (int v = 0; v < V; ++v) sum[u][v] = zero<T>();
@@ -32,6 +33,7 @@ void push_back_rows(const T* weight, int64_t ld, const T* above, T* below, int64
     }
   };
   some(Count<kRowVectors>{});
+  some(Count<2>{});
   some(Count<1>{});
 }
 
