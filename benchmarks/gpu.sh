@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # On a machine with a CUDA GPU: build, test, check memory accesses, benchmark, in under ten minutes. Needs torch with CUDA, pytest and
 # nvcc; installs nothing, and leaves out peers that are not installed.
-# usage: benchmarks/gpu.sh [--quick] [BENCHMARK...]      --quick: two minutes, fewer cases
+# usage: benchmarks/gpu.sh [--quick] [--no-build] [BENCHMARK...]
+#   --quick     two minutes, fewer cases
+#   --no-build  the libraries that are in flowkernels/ already, built elsewhere for this GPU (CONTRIBUTING.md)
 # Results go to $OUT, or to benchmarks/results: gpu.jsonl, and what each step printed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -9,12 +11,16 @@ cd "$(dirname "$0")/.."
 py="${PYTHON:-python3}"
 out="${OUT:-benchmarks/results}"
 quick=""
+build=1
 total=590
-if [ "${1:-}" = --quick ]; then
-  quick=--quick
-  total=120
+while [[ "${1:-}" == --* ]]; do
+  case "$1" in
+    --quick) quick=--quick total=120 ;;
+    --no-build) build=0 ;;
+    *) echo "gpu.sh: no option $1"; exit 2 ;;
+  esac
   shift
-fi
+done
 
 "$py" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || {
   echo "gpu.sh: torch sees no CUDA GPU here ($("$py" -c 'import torch; print("torch", torch.__version__)' 2>/dev/null || echo "$py has no torch")); nothing was run"
@@ -55,9 +61,12 @@ note() {
 }
 
 arch="$("$py" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')"
-step build 240 env FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$arch}" "$py" setup.py -q build_ext --inplace
+[ "$build" -eq 0 ] || step build 240 env FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$arch}" "$py" setup.py -q build_ext --inplace
 step info 30 "$py" -m flowkernels info
-step tests 150 "$py" -m pytest -q -m gpu -k "$([ -n "$quick" ] && echo sanitizer || echo gpu)" python_tests
+# most of a test is compiling, which several processes do at once where pytest-xdist is there
+jobs=$(($(nproc) > 16 ? 8 : ($(nproc) + 1) / 2))
+"$py" -c 'import xdist' 2>/dev/null && parallel="-n $jobs --dist worksteal" || parallel=""
+step tests 150 "$py" -m pytest -q $parallel -m gpu -k "$([ -n "$quick" ] && echo sanitizer || echo gpu)" python_tests
 
 # Small cases. Every allocation of its own, or an access beyond a tensor stays inside torch's block
 if command -v compute-sanitizer >/dev/null; then
@@ -77,6 +86,10 @@ if [ "${#benchmarks[@]}" -eq 0 ]; then
 fi
 for name in "${benchmarks[@]}"; do
   step "bench_$name" 90 "$py" -m benchmarks "$name" --device cuda ${quick:+"$quick"} --seconds 0.25 --out "$out/gpu.jsonl"
+  if [ -s "$out/gpu.jsonl.unfinished" ]; then  # the clock stopped it: the cases that it finished count
+    cat "$out/gpu.jsonl.unfinished" >>"$out/gpu.jsonl"
+    rm "$out/gpu.jsonl.unfinished"
+  fi
 done
 
 echo
