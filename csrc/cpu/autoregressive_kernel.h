@@ -9,6 +9,7 @@ namespace flowkernels {
 namespace FK_TARGET {
 
 constexpr int64_t kLogChunk = 16;  // log-derivatives are summed in chunks, as inputs are
+constexpr int64_t kFewSteps = 8;   // so many are run one after the other
 
 template <class T>
 FK_INLINE ValueAndLog<Vec<T>> transform(const AutoregressiveArgs<T>& args, Vec<T> x, Vec<T> shift, Vec<T> raw) {
@@ -46,14 +47,15 @@ FK_INLINE int64_t step_begin(const AutoregressiveArgs<T>& args, int64_t s, int l
   return s == 0 ? 0 : step_end(args, s - 1, l);
 }
 
-// One step: the hidden units that the newest features complete, layer by layer, then the features that those complete.
+// One step: the hidden units that the newest features complete, layer by layer, then the features that those complete. Units read what
+// has become known since step `from` at once, so that their sums are loaded and stored once for several steps.
 template <class State, class T>
-void run_step(State& state, const AutoregressiveArgs<T>& args, int64_t s) {
+void run_step(State& state, const AutoregressiveArgs<T>& args, int64_t s, int64_t from) {
   for (int l = 1; l <= args.n_layers; ++l) {
     const int64_t j0 = step_begin(args, s, l), j1 = step_end(args, s, l);
     if (j0 == j1) continue;
     const int source = args.layers[l - 1].source;
-    state.push_layer(l, step_begin(args, s, source), step_end(args, s, source), j0, j1);
+    state.push_layer(l, step_begin(args, from, source), step_end(args, s, source), j0, j1);
     if (l < args.n_layers)
       state.finish_hidden(l, j0, j1);
     else
@@ -63,7 +65,10 @@ void run_step(State& state, const AutoregressiveArgs<T>& args, int64_t s) {
 
 template <class State, class T>
 void run_steps(State& state, const AutoregressiveArgs<T>& args, int64_t a, int64_t b) {
-  if (b - a == 1) return run_step(state, args, a);
+  if (b - a <= kFewSteps) {
+    for (int64_t s = a; s < b; ++s) run_step(state, args, s, a);
+    return;
+  }
   const int64_t middle = a + (b - a) / 2;
   run_steps(state, args, a, middle);
   for (int l = 1; l <= args.n_layers; ++l) {

@@ -68,6 +68,10 @@ template <int U, class T>
 void multiply_add_rows(const T* weight, int64_t ld, const T* h, T* acc, int64_t rows, int64_t K, bool first) {
   constexpr int64_t L = lanes<T>;
   int64_t r = 0;
+  if constexpr (U <= 2) {  // a few units make up for it with more vectors
+    constexpr int V = 2 * kRowVectors;
+    for (; r + V * L <= rows; r += V * L) multiply_add<U, V>(weight, 1, ld, h + r, rows, acc + r, rows, K, first);
+  }
   if constexpr (U <= kUnits) {
     // four vectors are better two and two than three and one
     for (; r + kRowVectors * L <= rows && rows - r != (kRowVectors + 1) * L; r += kRowVectors * L)
@@ -88,6 +92,18 @@ void flush_chunk(const Tile<T>& tile, int64_t j0, int64_t j1, bool first) {
   for (int64_t i = j0 * tile.rows; i < j1 * tile.rows; i += lanes<T>) store(tile.total + i, load(tile.total + i) + load(tile.acc + i));
 }
 
+// K more inputs for n units from j on
+template <class T>
+FK_INLINE void push_units(const T* weight, int64_t ld, const T* h, const Tile<T>& tile, int64_t j, int n, int64_t K) {
+  const auto some = [&](auto units) {
+    multiply_add_rows<decltype(units)::value>(weight + j, ld, h, tile.acc + j * tile.rows, tile.rows, K, false);
+    j += decltype(units)::value;
+  };
+  if (n & 4) some(Count<4>{});
+  if (n & 2) some(Count<2>{});
+  if (n & 1) some(Count<1>{});
+}
+
 // K inputs from k0 for the units [j0, j1), of which unit j sees min(K, visible[j] - k0) > 0
 template <int U, class T>
 void push_block(const T* weight, int64_t ld, const int32_t* visible, const Tile<T>& tile, int64_t k0, int64_t K, int64_t j0, int64_t j1) {
@@ -97,11 +113,12 @@ void push_block(const T* weight, int64_t ld, const int32_t* visible, const Tile<
     const int64_t shared = visible ? smaller(K, visible[j] - k0) : K;  // what all units from j on see
     if (j + U <= j1) {
       multiply_add_rows<U>(weight + k0 * ld + j, ld, h, tile.acc + j * tile.rows, tile.rows, shared, first);
-      for (int u = 1; shared < K && u < U; ++u) {  // the step of the staircase inside these units
+      for (int u = 1; shared < K && u < U;) {  // the step of the staircase inside these units
         const int64_t seen = smaller(K, visible[j + u] - k0);
-        if (seen > shared)
-          multiply_add_rows<1>(weight + (k0 + shared) * ld + j + u, ld, h + shared * tile.rows, tile.acc + (j + u) * tile.rows,
-                               tile.rows, seen - shared, false);
+        int n = 1;
+        while (u + n < U && smaller(K, visible[j + u + n] - k0) == seen) ++n;
+        if (seen > shared) push_units(weight + (k0 + shared) * ld, ld, h + shared * tile.rows, tile, j + u, n, seen - shared);
+        u += n;
       }
       j += U;
     } else if (U > 2 && j + 2 <= j1 && (!visible || smaller(K, visible[j + 1] - k0) == shared)) {
