@@ -24,7 +24,10 @@ class Chain(nn.Module):
             raise ValueError("layers must hold at least one layer; got none")
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return run(self.layers, x, context, inverse=False)
+        return run(self._each(), x, context, inverse=False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return run(reversed(self.layers), z, context, inverse=True)
+        return run(reversed(self._each()), z, context, inverse=True)
+
+    def _each(self) -> list[nn.Module]:
+        return list(self.layers._modules.values())  # a module list finds each by its number, at a microsecond and more
