@@ -31,6 +31,8 @@ class _Coupling(nn.Module):
         checkerboard = part >= Part.CHECKERBOARD_EVEN
         if len(shape) < 2 or (shape[1] < 2 and not checkerboard):
             raise ValueError(f"x must have at least 2 channels, [batch, channels, *sites], to split; got {list(shape)}")
+        if 0 in shape[2:] or not x.is_floating_point():  # before the conditioner stumbles over it
+            raise ValueError(f"x must be floating-point and have at least one site; got {x.dtype}, {list(shape)}")
         if checkerboard and len(shape) == 4 and not torch.compiler.is_compiling():
             untouched = torch.where(_mask(part, *shape[2:], x.device), 0, x)
         else:
@@ -72,7 +74,8 @@ class AdditiveCoupling(_Coupling):
         x, z: [batch, channels, *sites]; context: what the conditioner takes; logabsdet: zeros, [batch].
 
     Raises:
-        ValueError: x has fewer than two channels to split, or the conditioner returns another shape, dtype or device.
+        ValueError: x has fewer than two channels to split, no sites or no floating-point dtype, or the conditioner returns another
+            shape, dtype or device.
     """
 
     _outputs = ("shift",)
@@ -107,7 +110,8 @@ class AffineCoupling(_Coupling):
         x, z: [batch, channels, *sites]; context: what the conditioner takes; logabsdet: [batch], in nats.
 
     Raises:
-        ValueError: x has fewer than two channels to split, or the conditioner returns another shape, dtype or device.
+        ValueError: x has fewer than two channels to split, no sites or no floating-point dtype, or the conditioner returns another
+            shape, dtype or device.
     """
 
     _outputs = ("shift", "raw scale")

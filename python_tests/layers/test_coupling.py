@@ -206,13 +206,13 @@ class Returns(nn.Module):
             "conditioner must return torch.float32 on cpu, like x; got torch.float64 on cpu",
         ),
         (AffineCoupling(Returns(torch.zeros(2, 6, device="meta"))), torch.zeros(2, 6), "like x; got torch.float32 on meta"),
-        (AffineCoupling(Returns(torch.zeros(2, 6, dtype=torch.int64))), torch.zeros(2, 6, dtype=torch.int64), "x must be float64"),
+        (AffineCoupling(nn.Linear(3, 6)), torch.zeros(2, 6, dtype=torch.int64), "x must be floating-point .* got torch.int64"),
         (
             AffineCoupling(Returns((torch.zeros(2, 3), torch.zeros(2, 3)))),
             torch.zeros(2, 6),
             "conditioner must return one tensor, shift and raw scale along dimension 1; got tuple",
         ),
-        (AdditiveCoupling(Returns(torch.zeros(2, 2, 0, 4))), torch.zeros(2, 4, 0, 4), "at least one site"),
+        (AdditiveCoupling(nn.Conv2d(2, 2, 1)), torch.zeros(2, 4, 0, 4), "at least one site"),
     ],
 )
 def test_what_does_not_fit_is_named(layer, x, message):
