@@ -83,9 +83,9 @@ struct LoopArgs {
   int columns;
   const int32_t* visible_above[kMaxLayers];  // the staircase that layer l is the mirror of
 
-  LoopLayer<T> layers[kMaxLayers];  // at the end: of a stack's maps, only the layers in use are given to a kernel
   int32_t* schedule;  // ScheduleSpace
   T* workspace;       // [blocks][units][rows] where the state is not in shared memory
+  LoopLayer<T> layers[kMaxLayers];  // at the end: of a stack's maps, only the layers in use are given to a kernel
 
   FK_INLINE const LoopLayer<T>& layer(int l) const { return layers[l - 1]; }
   FK_INLINE int first_unit(int l) const { return l == 0 ? 0 : layer(l).first; }

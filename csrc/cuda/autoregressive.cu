@@ -58,14 +58,19 @@ int packed_size(const LoopArgs<T>& args) {
   return static_cast<int>(reinterpret_cast<const unsigned char*>(&args.layers[args.n_layers]) - reinterpret_cast<const unsigned char*>(&args));
 }
 
+// By all threads of a block, as bytes: what is written as integers may not be read as pointers.
+__device__ __forceinline__ void copy_arguments(void* to, const void* from, int bytes) {
+  for (int i = 4 * threadIdx.x; i < bytes; i += 4 * blockDim.x)
+    memcpy(__builtin_assume_aligned(static_cast<unsigned char*>(to) + i, 4), __builtin_assume_aligned(static_cast<const unsigned char*>(from) + i, 4), 4);
+}
+
 // One block for each map
 template <class T>
 __global__ void __launch_bounds__(kScheduleThreads, 1) autoregressive_stack_schedule(const __grid_constant__ PackedArgs packed, LoopArgs<T>* maps, bool chain_in_shared) {
   extern __shared__ int32_t shared_chain[];
   const int first = packed.first[blockIdx.x], size = packed.first[blockIdx.x + 1] - first;
   LoopArgs<T>& args = maps[blockIdx.x];
-  for (int i = threadIdx.x; i < size / 4; i += blockDim.x)
-    reinterpret_cast<int32_t*>(&args)[i] = *reinterpret_cast<const int32_t*>(packed.bytes + first + 4 * i);
+  copy_arguments(&args, packed.bytes + first, size);
   __syncthreads();
   if (args.inverse) find_steps<T>(args, chain_in_shared ? shared_chain : nullptr);
 }
@@ -78,8 +83,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) autoregressive_stack_loop(cons
   const int64_t tiles = (maps->batch + ROWS - 1) / ROWS;
   for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x)
     for (int m = 0; m < n; ++m) {
-      for (int i = threadIdx.x; i < static_cast<int>(sizeof(LoopArgs<T>) / 4); i += blockDim.x)
-        reinterpret_cast<int32_t*>(memory)[i] = reinterpret_cast<const int32_t*>(maps + m)[i];
+      copy_arguments(memory, maps + m, static_cast<int>(sizeof(LoopArgs<T>)));
       __syncthreads();
       const BlockMemory<T> block = enter_network<T>(args, rest);
       T* state = reinterpret_cast<T*>(memory + plan.shared_bytes) - static_cast<int64_t>(args.units) * ROWS;
