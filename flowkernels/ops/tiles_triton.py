@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import Launch, cdiv
+
 TILE = 1024  # elements; with 4 warps, 8 a thread: two 16-byte loads of float32, one of half precision
 FLOATS = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -32,6 +34,7 @@ class Tiling(NamedTuple):
     BB: int
     BC: int
     BS: int
+    tiles_s: int
     per_segment: int
     segments: int
     channels_first: bool
@@ -47,12 +50,14 @@ class Tiling(NamedTuple):
         else:
             BC = min(triton.next_power_of_2(channels), TILE)
             BS = min(triton.next_power_of_2(sites), TILE // BC)
-        tiles = triton.cdiv(channels, BC) * triton.cdiv(sites, BS)
-        per_segment = tiles if tiles <= 8 else max(4, triton.cdiv(tiles, 1024))
-        return cls(TILE // (BC * BS), BC, BS, per_segment, triton.cdiv(tiles, per_segment), channels_first)
+        tiles_s = cdiv(sites, BS)
+        tiles = cdiv(channels, BC) * tiles_s
+        per_segment = tiles if tiles <= 8 else max(2, cdiv(tiles, 1024))
+        return cls(TILE // (BC * BS), BC, BS, tiles_s, per_segment, cdiv(tiles, per_segment), channels_first)
 
     def grid(self, batch: int) -> tuple[int, int]:
-        return triton.cdiv(batch, self.BB), self.segments
+        """One sample's segments follow one another: programs that run side by side read one stretch of memory, not many far apart."""
+        return cdiv(batch, self.BB) * self.segments, 1
 
     def layout(self, x: Tensor, all_strides: list[tuple[int, int, int, int]]) -> "Layout":
         flat = x.dim() < 4 or x.shape[2:-1].numel() == 1 or all(s[2] == x.shape[-1] * s[3] for s in all_strides)
@@ -109,11 +114,16 @@ def _sum_segments_kernel(parts_ptr, total_ptr, B, SEGMENTS, ROWS: tl.constexpr, 
     tl.store(total_ptr + b, tree_sum(parts, ROWS, N, LOG2_N), mask=b < B)
 
 
-def sum_segments(parts: Tensor) -> Tensor:
+class SumSegments:
     """[batch, segments] to [batch]."""
-    batch, segments = parts.shape
-    n = triton.next_power_of_2(segments)
-    rows = max(1, TILE // n)
-    total = parts.new_empty(batch)
-    _sum_segments_kernel[(triton.cdiv(batch, rows),)](parts, total, batch, segments, ROWS=rows, N=n, LOG2_N=n.bit_length() - 1, **OPTIONS)
-    return total
+
+    def __init__(self, segments: int) -> None:
+        n = triton.next_power_of_2(segments)
+        self.rows = max(1, TILE // n)
+        self.launch = Launch(_sum_segments_kernel, segments, ROWS=self.rows, N=n, LOG2_N=n.bit_length() - 1, **OPTIONS)
+
+    def __call__(self, parts: Tensor) -> Tensor:
+        batch = parts.shape[0]
+        total = parts.new_empty(batch)
+        self.launch((cdiv(batch, self.rows), 1), (parts, total), batch)
+        return total

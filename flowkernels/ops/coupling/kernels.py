@@ -12,17 +12,19 @@ With the factor v, which is sigma(s), or 1 / sigma(s) where the form or its inve
     else    new = (old + shift) v          shift_scale, divide, and the inverse of scale_shift
 """
 
-import functools
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._layout import empty_in_layout_of
+from ..._launch import Launch, Plans, cdiv
+from .._layout import empty_in_layout_of, memory_format_of
 from ..scale_map import Form, ScaleMap
 from ..scale_map_triton import Map, complement, dlog_scale, exp, log_sigma, scale_and_log
-from ..tiles_triton import FLOATS, OPTIONS, Tiling, four_dimensional, offsets, strides, sum_segments, tree_sum
+from ..tiles_triton import FLOATS, OPTIONS, SumSegments, Tiling, four_dimensional, offsets, strides, tree_sum
 from .part import Part
 
 
@@ -55,18 +57,18 @@ def _is_transformed(s, W, CHECKERBOARD: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B"])
 def _coupling_kernel(
-    x_ptr, shift_ptr, raw_ptr, a_ptr, y_ptr, log_ptr, x_strides, shift_strides, raw_strides, y_strides, a_stride,
-    B, sites, W, per_segment,
+    x_ptr, shift_ptr, raw_ptr, a_ptr, y_ptr, log_ptr,
+    B, sites, W, tiles_s, per_segment, segments, x_strides, shift_strides, raw_strides, y_strides, a_stride,
     T: tl.constexpr, T_FIRST: tl.constexpr, U: tl.constexpr, U_FIRST: tl.constexpr, STEP: tl.constexpr, CHECKERBOARD: tl.constexpr,
     MAP: tl.constexpr, DIVIDES: tl.constexpr, AFTER: tl.constexpr, GATE: tl.constexpr,
     AFFINE: tl.constexpr, HAS_A: tl.constexpr, LAYOUT: tl.constexpr, FLOAT: tl.constexpr,
     BB: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, LOG2_TILE: tl.constexpr,
 ):  # fmt: skip
     # BB samples, one segment of their T transformed and U untouched channels; log-determinants go to [batch, segments]
-    b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
-    tiles_s = tl.cdiv(sites, BS)
+    b_tile, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
+    b = b_tile.to(tl.int64) * BB + tl.arange(0, BB)
     tiles = tl.cdiv(tl.maximum(T, U), BC) * tiles_s
-    first = tl.program_id(1) * per_segment
+    first = segment * per_segment
     total = tl.zeros((BB, BC, BS), FLOAT)
     for tile in range(first, tl.minimum(first + per_segment, tiles)):
         c = tile // tiles_s * BC + tl.arange(0, BC)
@@ -78,6 +80,10 @@ def _coupling_kernel(
         shift = -shift if DIVIDES else shift
         if AFFINE:
             raw = tl.load(raw_ptr + offsets(raw_strides, b, c, s, W, LAYOUT), mask=inside, other=0.0).to(FLOAT)
+        if CHECKERBOARD < 0:  # loaded with the others, before anything is stored: so all of them are under way at once
+            passes = ((b < B)[:, None] & (c < U)[None, :])[:, :, None] & (s < sites)[None, None, :]
+            copied = tl.load(x_ptr + offsets(x_strides, b, c * STEP + U_FIRST, s, W, LAYOUT), mask=passes)
+        if AFFINE:
             a = tl.load(a_ptr + c.to(tl.int64) * a_stride, mask=c < T, other=0.0)[None, :, None] if HAS_A else 0.0
             v, log = _factor(raw, a, MAP, DIVIDES, HAS_A)
             counts = inside & _is_transformed(s, W, CHECKERBOARD) if CHECKERBOARD >= 0 else inside
@@ -96,29 +102,29 @@ def _coupling_kernel(
         y_at = offsets(y_strides, b, c * STEP + T_FIRST, s, W, LAYOUT)
         tl.store(y_ptr + y_at, new.to(y_ptr.dtype.element_ty), mask=inside)
         if CHECKERBOARD < 0:
-            inside = ((b < B)[:, None] & (c < U)[None, :])[:, :, None] & (s < sites)[None, None, :]
-            x = tl.load(x_ptr + offsets(x_strides, b, c * STEP + U_FIRST, s, W, LAYOUT), mask=inside)
-            tl.store(y_ptr + offsets(y_strides, b, c * STEP + U_FIRST, s, W, LAYOUT), x, mask=inside)
+            tl.store(y_ptr + offsets(y_strides, b, c * STEP + U_FIRST, s, W, LAYOUT), copied, mask=passes)
     if AFFINE:
         logabsdet = tree_sum(tl.reshape(total, (BB, BC * BS)), BB, BC * BS, LOG2_TILE)
-        tl.store(log_ptr + b * tl.num_programs(1) + tl.program_id(1), logabsdet, mask=b < B)
+        tl.store(log_ptr + b * segments + segment, logabsdet, mask=b < B)
+    elif segment == 0:
+        tl.store(log_ptr + b, tl.zeros((BB,), FLOAT), mask=b < B)
 
 
 @triton.jit(do_not_specialize=["B"])
 def _coupling_backward_kernel(
     dy_ptr, dlog_ptr, kept_ptr, shift_ptr, raw_ptr, a_ptr, dx_ptr, dshift_ptr, draw_ptr, da_ptr,
+    B, sites, W, tiles_s, per_segment, segments,
     dy_strides, dlog_stride, kept_strides, shift_strides, raw_strides, dx_strides, dshift_strides, draw_strides, a_stride,
-    B, sites, W, per_segment,
     T: tl.constexpr, T_FIRST: tl.constexpr, U: tl.constexpr, U_FIRST: tl.constexpr, STEP: tl.constexpr, CHECKERBOARD: tl.constexpr,
     MAP: tl.constexpr, DIVIDES: tl.constexpr, AFTER: tl.constexpr, GATE: tl.constexpr,
     FROM_OUTPUT: tl.constexpr, HAS_A: tl.constexpr, LAYOUT: tl.constexpr, FLOAT: tl.constexpr,
     BB: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     # the same tiles; gradients to a learned a go to [batch tiles, site tiles, T], each summed over one tile
-    b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
-    tiles_s = tl.cdiv(sites, BS)
+    b_tile, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
+    b = b_tile.to(tl.int64) * BB + tl.arange(0, BB)
     tiles = tl.cdiv(tl.maximum(T, U), BC) * tiles_s
-    first = tl.program_id(1) * per_segment
+    first = segment * per_segment
     dlogabsdet = tl.load(dlog_ptr + b * dlog_stride, mask=b < B, other=0.0)[:, None, None]
     for tile in range(first, tl.minimum(first + per_segment, tiles)):
         c = tile // tiles_s * BC + tl.arange(0, BC)
@@ -129,6 +135,9 @@ def _coupling_backward_kernel(
         shift = tl.load(shift_ptr + offsets(shift_strides, b, c, s, W, LAYOUT), mask=inside, other=0.0).to(FLOAT)
         raw = tl.load(raw_ptr + offsets(raw_strides, b, c, s, W, LAYOUT), mask=inside, other=0.0).to(FLOAT)
         a = tl.load(a_ptr + c.to(tl.int64) * a_stride, mask=c < T, other=0.0)[None, :, None] if HAS_A else 1.0
+        if CHECKERBOARD < 0:
+            passes = ((b < B)[:, None] & (c < U)[None, :])[:, :, None] & (s < sites)[None, None, :]
+            copied = tl.load(dy_ptr + offsets(dy_strides, b, c * STEP + U_FIRST, s, W, LAYOUT), mask=passes)
         shift = -shift if DIVIDES else shift
         v, _ = _factor(raw, a, MAP, DIVIDES, HAS_A)
         dold = dnew * v
@@ -170,59 +179,111 @@ def _coupling_backward_kernel(
         tl.store(draw_ptr + offsets(draw_strides, b, c, s, W, LAYOUT), draw.to(draw_ptr.dtype.element_ty), mask=inside)
         if HAS_A:
             da = tl.sum(tl.sum(tl.where(counts, da, 0.0), 2), 0)
-            da_row = tl.program_id(0).to(tl.int64) * tiles_s + tile % tiles_s
+            da_row = b_tile.to(tl.int64) * tiles_s + tile % tiles_s
             tl.store(da_ptr + da_row * T + c, da, mask=c < T)
         if CHECKERBOARD < 0:
-            inside = ((b < B)[:, None] & (c < U)[None, :])[:, :, None] & (s < sites)[None, None, :]
-            dy = tl.load(dy_ptr + offsets(dy_strides, b, c * STEP + U_FIRST, s, W, LAYOUT), mask=inside)
-            tl.store(dx_ptr + offsets(dx_strides, b, c * STEP + U_FIRST, s, W, LAYOUT), dy, mask=inside)
+            tl.store(dx_ptr + offsets(dx_strides, b, c * STEP + U_FIRST, s, W, LAYOUT), copied, mask=passes)
+
+
+Options = tuple[int | float | bool, ...]
+
+
+class _Plan(NamedTuple):
+    """What a call needs and its batch does not change."""
+
+    launch: Launch
+    tiling: Tiling
+    memory_formats: tuple[torch.memory_format, ...]
+    compute: torch.dtype
+    sum_segments: SumSegments | None
+
+
+_forward_plans, _backward_plans = Plans(), Plans()
 
 
 def coupling_triton(
     x: Tensor, shift: Tensor, raw_scale: Tensor | None, scale_parameter: Tensor | None, *options: int | float | bool
 ) -> tuple[Tensor, Tensor]:
-    y, compute = empty_in_layout_of(x), torch.promote_types(x.dtype, torch.float32)
-    tiling, sizes, meta = _launch(x, *options)
-    parts = None if raw_scale is None else x.new_empty((len(x), tiling.segments), dtype=compute)
-    if y.numel():
-        tensors = [four_dimensional(t) for t in (x, shift, shift if raw_scale is None else raw_scale, y)]
-        all_strides = [strides(t) for t in tensors]
-        _coupling_kernel[tiling.grid(len(x))](
-            *tensors[:3], scale_parameter, tensors[3], parts, *all_strides, _stride(scale_parameter), *sizes, **meta,
-            AFFINE=raw_scale is not None, HAS_A=scale_parameter is not None, LAYOUT=tiling.layout(x, all_strides),
-            LOG2_TILE=(tiling.BC * tiling.BS).bit_length() - 1,
-        )  # fmt: skip
-    if parts is None:
-        return y, x.new_zeros(len(x), dtype=compute)
-    return y, parts.squeeze(1) if tiling.segments == 1 else sum_segments(parts)
+    if not x.numel():
+        return empty_in_layout_of(x), x.new_zeros(x.shape[:1], dtype=torch.promote_types(x.dtype, torch.float32))
+    key = (
+        options,
+        x.dtype,
+        x.shape[1:],
+        x.stride(),
+        *_traits(shift),
+        *_traits(raw_scale),
+        *_traits(scale_parameter),
+        _stride(scale_parameter),
+    )
+    plan = _forward_plans.get(key) or _forward_plans.add(key, _plan_forward(x, shift, raw_scale, scale_parameter, options))
+    batch = x.shape[0]
+    y = torch.empty_like(x, memory_format=plan.memory_formats[0])
+    log = x.new_empty(batch if plan.sum_segments is None else (batch, plan.tiling.segments), dtype=plan.compute)
+    tensors = (x, shift, raw_scale, scale_parameter, y, log)
+    plan.launch(plan.tiling.grid(batch), tensors if x.dim() <= 4 else list(map(four_dimensional, tensors)), batch)
+    return y, log if plan.sum_segments is None else plan.sum_segments(log)
 
 
 def coupling_backward_triton(
     dy: Tensor, dlogabsdet: Tensor, kept: Tensor, shift: Tensor, raw_scale: Tensor, scale_parameter: Tensor | None,
     *options: int | float | bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    *options, from_output = options
-    dx, dshift, draw_scale = empty_in_layout_of(dy), empty_in_layout_of(shift), empty_in_layout_of(raw_scale)
-    tiling, sizes, meta = _launch(kept, *options)
-    parts = None
+    if not dy.numel():
+        none = torch.zeros_like(scale_parameter) if scale_parameter is not None else shift.new_empty(0)
+        return empty_in_layout_of(dy), empty_in_layout_of(shift), empty_in_layout_of(raw_scale), none
+    key = (
+        options, dy.dtype, dy.shape[1:], dy.stride(), dlogabsdet.dtype, dlogabsdet.stride(), kept.dtype, kept.stride(),
+        *_traits(shift), *_traits(raw_scale), *_traits(scale_parameter), _stride(scale_parameter),
+    )  # fmt: skip
+    plan = _backward_plans.get(key)
+    if plan is None:
+        plan = _backward_plans.add(key, _plan_backward(dy, dlogabsdet, kept, shift, raw_scale, scale_parameter, options))
+    batch, parts = dy.shape[0], None
     if scale_parameter is not None:
-        rows = triton.cdiv(len(dy), tiling.BB) * triton.cdiv(dy.shape[2:].numel(), tiling.BS)
-        parts = scale_parameter.new_empty((rows, shift.shape[1]))
-    if dx.numel():
-        tensors = [four_dimensional(t) for t in (dy, kept, shift, raw_scale, dx, dshift, draw_scale)]
-        dy_s, *all_strides = [strides(t) for t in tensors]
-        _coupling_backward_kernel[tiling.grid(len(dy))](
-            tensors[0], dlogabsdet, *tensors[1:4], scale_parameter, *tensors[4:], parts,
-            dy_s, dlogabsdet.stride(0), *all_strides, _stride(scale_parameter), *sizes, **meta,
-            FROM_OUTPUT=from_output, HAS_A=parts is not None, LAYOUT=tiling.layout(dy, [dy_s, *all_strides]),
-        )  # fmt: skip
+        parts = scale_parameter.new_empty((cdiv(batch, plan.tiling.BB) * plan.tiling.tiles_s, shift.shape[1]))
+    dx, dshift, draw_scale = map(_empty_like, (dy, shift, raw_scale), plan.memory_formats)
+    tensors = (dy, dlogabsdet, kept, shift, raw_scale, scale_parameter, dx, dshift, draw_scale, parts)
+    plan.launch(plan.tiling.grid(batch), tensors if dy.dim() <= 4 else list(map(four_dimensional, tensors)), batch)
     if parts is None:
         return dx, dshift, draw_scale, shift.new_empty(0)
     da = parts.sum(0) if scale_parameter.numel() == parts.shape[1] else parts.sum()
     return dx, dshift, draw_scale, da.view_as(scale_parameter)
 
 
-def _launch(
+def _plan_forward(x: Tensor, shift: Tensor, raw_scale: Tensor | None, a: Tensor | None, options: Options) -> _Plan:
+    memory_format = memory_format_of(x)
+    y = _empty_like(x, memory_format, device="meta")
+    tensors = [four_dimensional(t) for t in (x, shift, shift if raw_scale is None else raw_scale, y)]
+    all_strides = [strides(t) for t in tensors]
+    tiling, sizes, meta = _common(x, *options)
+    launch = Launch(
+        _coupling_kernel, *sizes, *all_strides, _stride(a), **meta,
+        AFFINE=raw_scale is not None, HAS_A=a is not None, LAYOUT=tiling.layout(tensors[0], all_strides),
+        LOG2_TILE=(tiling.BC * tiling.BS).bit_length() - 1,
+    )  # fmt: skip
+    sums = raw_scale is not None and tiling.segments > 1
+    compute = torch.promote_types(x.dtype, torch.float32)
+    return _Plan(launch, tiling, (memory_format,), compute, SumSegments(tiling.segments) if sums else None)
+
+
+def _plan_backward(
+    dy: Tensor, dlogabsdet: Tensor, kept: Tensor, shift: Tensor, raw_scale: Tensor, a: Tensor | None, options: Options
+) -> _Plan:
+    *options, from_output = options
+    memory_formats = tuple(memory_format_of(t) for t in (dy, shift, raw_scale))
+    gradients = map(partial(_empty_like, device="meta"), (dy, shift, raw_scale), memory_formats)
+    tensors = [four_dimensional(t) for t in (dy, kept, shift, raw_scale, *gradients)]
+    dy_strides, *others = all_strides = [strides(t) for t in tensors]
+    tiling, sizes, meta = _common(kept, *options)
+    launch = Launch(
+        _coupling_backward_kernel, *sizes, dy_strides, dlogabsdet.stride(0), *others, _stride(a), **meta,
+        FROM_OUTPUT=from_output, HAS_A=a is not None, LAYOUT=tiling.layout(tensors[0], all_strides),
+    )  # fmt: skip
+    return _Plan(launch, tiling, memory_formats, dlogabsdet.dtype, None)
+
+
+def _common(
     x: Tensor, part: int, kind: int, p0: float, p1: float, form: int, inverse: bool
 ) -> tuple[Tiling, tuple[int, ...], dict[str, object]]:
     """The tiling, the sizes and the compile-time arguments that forward and backward share."""
@@ -239,7 +300,7 @@ def _launch(
         "U_FIRST": 0 if first else 1 if step == 2 else T,
         "STEP": step,
         "CHECKERBOARD": part - Part.CHECKERBOARD_EVEN if part.is_checkerboard else -1,
-        "MAP": _map(kind, p0, p1),
+        "MAP": Map.of(ScaleMap.from_packed(kind, p0, p1)),
         "DIVIDES": divides,
         "AFTER": inverse if form == Form.SHIFT_SCALE else not divides if form == Form.SCALE_SHIFT else inverse,
         "GATE": form == Form.GATE,
@@ -250,12 +311,16 @@ def _launch(
         **OPTIONS,
     }
     width = x.shape[-1] if x.dim() > 2 else 1
-    return tiling, (len(x), x.shape[2:].numel(), width, tiling.per_segment), meta
+    return tiling, (x.shape[2:].numel(), width, tiling.tiles_s, tiling.per_segment, tiling.segments), meta
 
 
-@functools.cache
-def _map(kind: int, p0: float, p1: float) -> Map:
-    return Map.of(ScaleMap.from_packed(kind, p0, p1))
+def _empty_like(t: Tensor, memory_format: torch.memory_format, **options) -> Tensor:
+    return torch.empty_like(t, memory_format=memory_format, **options)
+
+
+def _traits(t: Tensor | None) -> tuple[object, ...]:
+    """What a plan depends on of a tensor whose shape follows from others."""
+    return (None, None) if t is None else (t.dtype, t.stride())
 
 
 def _stride(scale_parameter: Tensor | None) -> int:

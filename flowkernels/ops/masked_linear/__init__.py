@@ -16,7 +16,7 @@ from torch import Tensor
 from ..._backend import register_triton, wants_reference
 from ..._library import library
 from .._autocast import any_autocast, cast
-from .._differentiation import forward_mode, needs_autograd, vmap_one_by_one
+from .._differentiation import apply_function, forward_mode, needs_autograd, vmap_one_by_one
 from .reference import masked_linear_dweight_reference, masked_linear_dx_reference, masked_linear_reference
 
 _DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
@@ -67,19 +67,19 @@ _register_vmap("masked_linear_dweight", 0)
 def _bare(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
     if wants_reference("masked_linear", x.device):
         return masked_linear_reference(x, weight, bias, visible)
-    return torch.ops.flowkernels.masked_linear(x, weight, bias, visible)
+    return torch.ops.flowkernels.masked_linear.default(x, weight, bias, visible)
 
 
 def _bare_dx(dy: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
     if wants_reference("masked_linear_dx", dy.device):
         return masked_linear_dx_reference(dy, weight, visible)
-    return torch.ops.flowkernels.masked_linear_dx(dy, weight, visible)
+    return torch.ops.flowkernels.masked_linear_dx.default(dy, weight, visible)
 
 
 def _bare_dweight(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
     if wants_reference("masked_linear_dweight", x.device):
         return masked_linear_dweight_reference(x, dy, visible)
-    return torch.ops.flowkernels.masked_linear_dweight(x, dy, visible)
+    return torch.ops.flowkernels.masked_linear_dweight.default(x, dy, visible)
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -160,19 +160,19 @@ def _with_jvp(function: type, call: Callable) -> type:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
     if not needs_autograd((x, weight, bias)):
         return _bare(x, weight, bias, visible)
-    return (_MaskedLinearWithJvp if forward_mode() else _MaskedLinear).apply(x, weight, bias, visible)
+    return apply_function(_MaskedLinearWithJvp if forward_mode() else _MaskedLinear, x, weight, bias, visible)
 
 
 def _dx(dy: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
     if not needs_autograd((dy, weight)):
         return _bare_dx(dy, weight, visible)
-    return (_DxWithJvp if forward_mode() else _Dx).apply(dy, weight, visible)
+    return apply_function(_DxWithJvp if forward_mode() else _Dx, dy, weight, visible)
 
 
 def _dweight(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
     if not needs_autograd((x, dy)):
         return _bare_dweight(x, dy, visible)
-    return (_DweightWithJvp if forward_mode() else _Dweight).apply(x, dy, visible)
+    return apply_function(_DweightWithJvp if forward_mode() else _Dweight, x, dy, visible)
 
 
 _MaskedLinearWithJvp, _DxWithJvp, _DweightWithJvp = map(_with_jvp, (_MaskedLinear, _Dx, _Dweight), (_product, _dx, _dweight))

@@ -15,11 +15,15 @@ Block sizes never change the order of a sum: contracted blocks lie at absolute p
 order, and what a mask removes is added as an exact zero. So a row of y or dx has the same bits in any batch.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._launch import Launch, Plans, cdiv
 from ..._triton import interpreting
 from .reference import masked_linear_dweight_reference
 
@@ -126,14 +130,15 @@ def _dx_kernel(
     tl.store(dx, acc.to(dx_ptr.dtype.element_ty), mask=(m[:, None] < M) & (k[None, :] < K))
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "blocks"])
 def _dweight_kernel(
     x_ptr, dy_ptr, visible_ptr, out_ptr,
-    M, N, K, rows, x_stride_m, x_stride_k, dy_stride_m, dy_stride_n,
+    M, blocks, N, K, x_stride_m, x_stride_k, dy_stride_m, dy_stride_n,
     DOT: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    # dweight [BM, BN], whose rows are inputs k, summed over `rows` rows of the batch; out is [splits, K, N]
+    # dweight [BM, BN], whose rows are inputs k, summed over `blocks` blocks of BK rows of the batch; out is [splits, K, N]
+    rows = blocks * BK
     tiles_n = tl.cdiv(N, BN)
     k_first = tl.program_id(0) // tiles_n * BM
     k = k_first + tl.arange(0, BM)
@@ -159,8 +164,8 @@ def _dweight_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(k[:, None] < K) & (n[None, :] < N))
 
 
-@triton.jit
-def _sum_splits_kernel(parts_ptr, visible_ptr, dweight_ptr, N, K, splits, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["splits"])
+def _sum_splits_kernel(parts_ptr, visible_ptr, dweight_ptr, splits, N, K, BLOCK: tl.constexpr):
     # dweight = sum of [splits, K, N] in ascending order, inside the staircase
     k = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -173,46 +178,84 @@ def _sum_splits_kernel(parts_ptr, visible_ptr, dweight_ptr, N, K, splits, BLOCK:
     tl.store(dweight_ptr + k * N + n, total.to(dweight_ptr.dtype.element_ty), mask=n < N)
 
 
+class _Plan(NamedTuple):
+    """What a call needs and its batch does not change, but for the choice of large tiles."""
+
+    launch: Launch
+    sum_splits: Launch
+    BM: int
+    BN: int
+
+    @classmethod
+    def of(cls, kernel: Callable, x: Tensor, constants: tuple[int, ...], large: bool, flags: dict[str, bool]) -> "_Plan":
+        meta = _meta(x, large)
+        launch = Launch(kernel, *constants, **flags, **meta)
+        return cls(launch, Launch(_sum_splits_kernel, *constants[:2], BLOCK=1024), meta["BM"], meta["BN"])
+
+
+_forward_plans, _dx_plans, _dweight_plans = Plans(), Plans(), Plans()
+
+
 def masked_linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
-    (K, N), rows = weight.shape, x.flatten(0, -2)
+    (K, N), rows = weight.shape, _rows(x)
     y = x.new_empty((*x.shape[:-1], N))
     if y.numel():
-        M = len(rows)
-        meta = _meta(x, large=_fills_the_gpu(M, N))
-        strides = (*rows.stride(), *weight.stride(), 0 if bias is None else bias.stride(0))
-        grid = (triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]),)
-        _forward_kernel[grid](rows, weight, bias, visible.contiguous(), y, M, N, K, *strides, HAS_BIAS=bias is not None, **meta)
+        M, has_bias = rows.shape[0], bias is not None
+        dtypes = (x.dtype, weight.dtype, bias.dtype if has_bias else None)
+        constants = (N, K, *rows.stride(), *weight.stride(), bias.stride(0) if has_bias else 0)
+        plan = _planned(_forward_plans, _forward_kernel, x, dtypes, constants, _fills_the_gpu(M, N), HAS_BIAS=has_bias)
+        plan.launch((cdiv(M, plan.BM) * cdiv(N, plan.BN), 1), (rows, weight, bias, visible.contiguous(), y), M)
     return y
 
 
 def masked_linear_dx_triton(dy: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
-    (K, N), rows = weight.shape, dy.flatten(0, -2)
+    (K, N), rows = weight.shape, _rows(dy)
     dx = dy.new_empty((*dy.shape[:-1], K))
     if dx.numel():
-        M = len(rows)
-        meta = _meta(dy, large=_fills_the_gpu(M, K))
-        grid = (triton.cdiv(M, meta["BM"]) * triton.cdiv(K, meta["BN"]),)
-        _dx_kernel[grid](rows, weight, visible.contiguous(), dx, M, N, K, *rows.stride(), *weight.stride(), **meta)
+        M = rows.shape[0]
+        constants = (N, K, *rows.stride(), *weight.stride())
+        plan = _planned(_dx_plans, _dx_kernel, dy, (dy.dtype, weight.dtype), constants, _fills_the_gpu(M, K))
+        plan.launch((cdiv(M, plan.BM) * cdiv(K, plan.BN), 1), (rows, weight, visible.contiguous(), dx), M)
     return dx
 
 
 def masked_linear_dweight_triton(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
-    x, dy = x.flatten(0, -2), dy.flatten(0, -2)
+    x, dy = _rows(x), _rows(dy)
     (M, K), N = x.shape, dy.shape[1]
     if _dense_is_faster(M, K, N, _kind(x)):
         return masked_linear_dweight_reference(x, dy, visible)
     dweight = x.new_empty((K, N))
     if dweight.numel():
-        visible, meta = visible.contiguous(), _meta(x, large=min(K, N) >= 128)
-        tiles = triton.cdiv(K, meta["BM"]) * triton.cdiv(N, meta["BN"])
+        visible, large = visible.contiguous(), min(K, N) >= 128
+        BM, BN, BK, _ = _TILES[_kind(x)][large]
+        tiles = cdiv(K, BM) * cdiv(N, BN)
         # about half of the tiles lie inside: two waves of programs, of at least 8 blocks of rows each
-        rows = meta["BK"] * max(8, triton.cdiv(M * tiles, 4 * _WAVE * meta["BK"]))
-        splits = max(1, triton.cdiv(M, rows))
+        blocks = max(8, cdiv(M * tiles, 4 * _WAVE * BK))
+        splits = max(1, cdiv(M, blocks * BK))
+        constants = (N, K, *x.stride(), *dy.stride())
+        plan = _planned(_dweight_plans, _dweight_kernel, x, (x.dtype, dy.dtype), constants, large, SPLIT=splits > 1)
         out = dweight if splits == 1 else x.new_empty((splits, K, N), dtype=torch.promote_types(x.dtype, torch.float32))
-        _dweight_kernel[tiles, splits](x, dy, visible, out, M, N, K, rows, *x.stride(), *dy.stride(), SPLIT=splits > 1, **meta)
+        plan.launch((tiles, splits), (x, dy, visible, out), M, blocks)
         if splits > 1:
-            _sum_splits_kernel[K, triton.cdiv(N, 1024)](out, visible, dweight, N, K, splits, BLOCK=1024)
+            plan.sum_splits((K, cdiv(N, 1024)), (out, visible, dweight), splits)
     return dweight
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.flatten(0, -2)
+
+
+def _planned(
+    plans: Plans,
+    kernel: Callable,
+    x: Tensor,
+    dtypes: tuple[torch.dtype | None, ...],
+    constants: tuple[int, ...],
+    large: bool,
+    **flags: bool,
+) -> _Plan:
+    key = (dtypes, constants, large, _kind(x), *flags.values())
+    return plans.get(key) or plans.add(key, _Plan.of(kernel, x, constants, large, flags))
 
 
 def _kind(x: Tensor) -> str:
@@ -233,7 +276,7 @@ def _meta(x: Tensor, large: bool) -> dict[str, object]:
 
 
 def _fills_the_gpu(rows: int, columns: int) -> bool:
-    return triton.cdiv(rows, 128) * triton.cdiv(columns, 128) >= 2 * _WAVE
+    return cdiv(rows, 128) * cdiv(columns, 128) >= 2 * _WAVE
 
 
 def _dense_is_faster(M: int, K: int, N: int, kind: str) -> bool:
@@ -245,5 +288,5 @@ def _dense_is_faster(M: int, K: int, N: int, kind: str) -> bool:
     There is no such rule for y and dx: switching to cuBLAS as the batch grows would change a row's bits.
     """
     rate = {"half": 0.8, "tf32": 0.8, "float32": 0.7, "float64": 0.7}[kind]
-    n = triton.cdiv(min(K, N), 128)
+    n = cdiv(min(K, N), 128)
     return M * K * N >= 2**33 and n + 1 > 2 * n * rate
