@@ -10,6 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .._triton import interpreting
 from .scale_map import ScaleKind, ScaleMap
 
 _EXP_HALF = tl.constexpr(int(ScaleKind.EXP_HALF))
@@ -19,6 +20,8 @@ _EXP_ATAN = tl.constexpr(int(ScaleKind.EXP_ATAN))
 _SOFTCLIP = tl.constexpr(int(ScaleKind.SOFTCLIP))
 _SIGMOID = tl.constexpr(int(ScaleKind.SIGMOID))
 _SOFTPLUS = tl.constexpr(int(ScaleKind.SOFTPLUS))
+_TO_INTEGER = tl.constexpr(12583039.0)  # 1.5 * 2^23 + 127: a float32 near it has no fraction
+_INTERPRETED = tl.constexpr(interpreting())
 _LOG1P = tl.constexpr(
     (-0.0135251526, 0.0419222564, -0.0832259208, 0.124957435, -0.161508277, 0.199063808, -0.249903351, 0.333328635, -0.49999994)
 )
@@ -51,6 +54,21 @@ def _divide(a, b):
 
 
 @triton.jit
+def _quick_divide(a, b):
+    """_divide without its branch for operands near the ends of the range; within, the same bits. It needs 2^-100 < b < 2^126."""
+    if b.dtype == tl.float64:
+        return a / b
+    else:
+        if _INTERPRETED:
+            r = tl.full(b.shape, 1.0, b.dtype) / b
+        else:
+            r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], tl.float32, is_pure=True, pack=1)
+        r = tl.fma(tl.fma(-b, r, 1.0), r, r)
+        q = a * r
+        return tl.fma(tl.fma(-b, q, a), r, q)
+
+
+@triton.jit
 def _reciprocal(v):
     return _divide(tl.full(v.shape, 1.0, v.dtype), v)
 
@@ -61,17 +79,11 @@ def exp(x):
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
-        n = tl.floor(x * 1.4426950408889634 + 0.5)
-        n = tl.minimum(tl.maximum(n, -160.0), 160.0)
+        t = tl.fma(x, 1.4426950408889634, _TO_INTEGER)  # rounded to an integer n, whose biased exponent is in the lowest bits
+        t = tl.minimum(tl.maximum(t, _TO_INTEGER - 126.0), _TO_INTEGER + 127.0)  # beyond it r grows, and subnormals are rounded once
+        n = t - _TO_INTEGER
         r = tl.fma(n, 2.12194440e-4, tl.fma(n, -0.693359375, x))  # x - n log 2, the first product exact
-        n = n.to(tl.int32)
-        half = n >> 1  # 2^n as two factors, since results may be subnormal
-        return tl.exp2(r * 1.4426950408889634) * _power_of_2(half) * _power_of_2(n - half)
-
-
-@triton.jit
-def _power_of_2(n):
-    return ((n + 127) << 23).to(tl.float32, bitcast=True)
+        return tl.exp2(r * 1.4426950408889634) * (t.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -101,8 +113,8 @@ def _tanh(x):
     y = tl.where(y > 44.0, 44.0, y)
     u = exp(y)
     exact = u > 1.0
-    t = tl.where(exact, (u - 1.0) * _divide(y, tl.log(tl.where(exact, u, 2.0))), y)
-    t = _divide(t, t + 2.0)
+    t = tl.where(exact, (u - 1.0) * _quick_divide(y, tl.log(tl.where(exact, u, 2.0))), y)
+    t = _quick_divide(t, t + 2.0)
     return tl.where(x < 0, -t, t)
 
 
@@ -135,7 +147,7 @@ def _atan(x):
 @triton.jit
 def _sigmoid(x, e):
     """sigmoid(x), given e = exp(-|x|)."""
-    return _divide(tl.where(x > 0, 1.0, e), e + 1.0)
+    return _quick_divide(tl.where(x > 0, 1.0, e), e + 1.0)
 
 
 @triton.jit
@@ -156,7 +168,8 @@ def log_sigma(s, MAP: tl.constexpr):
     elif MAP.kind == _EXP_ATAN:
         log = _atan(s) * MAP.p0
     elif MAP.kind == _SOFTCLIP:
-        log = _divide(s, tl.abs(s) * MAP.p0 + 1.0)
+        d = tl.abs(s) * MAP.p0 + 1.0
+        log = _quick_divide(s, d) if MAP.p0 <= 0.25 else _divide(s, d)
     else:
         log = s
     return log
@@ -213,7 +226,9 @@ def dlog_scale(s, MAP: tl.constexpr, DIVIDES: tl.constexpr):
         d = _reciprocal(s * s + 1.0) * MAP.p0
     elif MAP.kind == _SOFTCLIP:
         d = tl.abs(s) * MAP.p0 + 1.0
-        d = _reciprocal(d * d)
+        one = tl.full(s.shape, 1.0, s.dtype)
+        d = _quick_divide(one, d) if MAP.p0 <= 0.25 else _divide(one, d)
+        d = d * d
     elif MAP.kind == _SIGMOID:
         x = s + MAP.p0
         e = exp(-tl.abs(x))

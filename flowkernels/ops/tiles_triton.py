@@ -11,6 +11,7 @@ from torch import Tensor
 from .._launch import Launch, cdiv
 
 TILE = 1024  # elements; with 4 warps, 8 a thread: two 16-byte loads of float32, one of half precision
+STAGES = tl.constexpr(3)  # two tiles are copied to shared memory while one is computed: ptxas would load each tensor where it is first used
 FLOATS = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.float32, torch.float64: tl.float64}
 
 # A multiply and an add are never fused: the GPU rounds as the interpreter does, which runs the tests

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..._launch import Launch, Plans, cdiv
 from .._layout import empty_in_layout_of, memory_format_of
 from ..scale_map_triton import exp
-from ..tiles_triton import FLOATS, OPTIONS, Tiling, four_dimensional, offsets, strides, tree_sum
+from ..tiles_triton import FLOATS, OPTIONS, STAGES, Tiling, four_dimensional, offsets, strides, tree_sum
 
 _BLOCK = tl.constexpr(1024)
 _ROWS = tl.constexpr(32)
@@ -79,7 +79,7 @@ def _channel_affine_backward_kernel(
     b_tile, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     b = b_tile.to(tl.int64) * BB + tl.arange(0, BB)
     first = segment * per_segment
-    for tile in range(first, tl.minimum(first + per_segment, tl.cdiv(C, BC) * tiles_s)):
+    for tile in tl.range(first, tl.minimum(first + per_segment, tl.cdiv(C, BC) * tiles_s), num_stages=STAGES):
         c = tile // tiles_s * BC + tl.arange(0, BC)
         s = tile % tiles_s * BS + tl.arange(0, BS)
         inside = ((b < B)[:, None] & (c < C)[None, :])[:, :, None] & (s < sites)[None, None, :]

@@ -24,7 +24,7 @@ from ..._launch import Launch, Plans, cdiv
 from .._layout import empty_in_layout_of, memory_format_of
 from ..scale_map import Form, ScaleMap
 from ..scale_map_triton import Map, complement, dlog_scale, exp, log_sigma, scale_and_log
-from ..tiles_triton import FLOATS, OPTIONS, SumSegments, Tiling, four_dimensional, offsets, strides, tree_sum
+from ..tiles_triton import FLOATS, OPTIONS, STAGES, SumSegments, Tiling, four_dimensional, offsets, strides, tree_sum
 from .part import Part
 
 
@@ -70,7 +70,7 @@ def _coupling_kernel(
     tiles = tl.cdiv(tl.maximum(T, U), BC) * tiles_s
     first = segment * per_segment
     total = tl.zeros((BB, BC, BS), FLOAT)
-    for tile in range(first, tl.minimum(first + per_segment, tiles)):
+    for tile in tl.range(first, tl.minimum(first + per_segment, tiles), num_stages=STAGES):
         c = tile // tiles_s * BC + tl.arange(0, BC)
         s = tile % tiles_s * BS + tl.arange(0, BS)
         inside = ((b < B)[:, None] & (c < T)[None, :])[:, :, None] & (s < sites)[None, None, :]
@@ -80,7 +80,7 @@ def _coupling_kernel(
         shift = -shift if DIVIDES else shift
         if AFFINE:
             raw = tl.load(raw_ptr + offsets(raw_strides, b, c, s, W, LAYOUT), mask=inside, other=0.0).to(FLOAT)
-        if CHECKERBOARD < 0:  # loaded with the others, before anything is stored: so all of them are under way at once
+        if CHECKERBOARD < 0:
             passes = ((b < B)[:, None] & (c < U)[None, :])[:, :, None] & (s < sites)[None, None, :]
             copied = tl.load(x_ptr + offsets(x_strides, b, c * STEP + U_FIRST, s, W, LAYOUT), mask=passes)
         if AFFINE:
@@ -126,7 +126,7 @@ def _coupling_backward_kernel(
     tiles = tl.cdiv(tl.maximum(T, U), BC) * tiles_s
     first = segment * per_segment
     dlogabsdet = tl.load(dlog_ptr + b * dlog_stride, mask=b < B, other=0.0)[:, None, None]
-    for tile in range(first, tl.minimum(first + per_segment, tiles)):
+    for tile in tl.range(first, tl.minimum(first + per_segment, tiles), num_stages=STAGES):
         c = tile // tiles_s * BC + tl.arange(0, BC)
         s = tile % tiles_s * BS + tl.arange(0, BS)
         inside = ((b < B)[:, None] & (c < T)[None, :])[:, :, None] & (s < sites)[None, None, :]
