@@ -187,9 +187,9 @@ class _Plan(NamedTuple):
     BN: int
 
     @classmethod
-    def of(cls, kernel: Callable, x: Tensor, constants: tuple[int, ...], large: bool, flags: dict[str, bool]) -> "_Plan":
+    def of(cls, kernel: Callable, x: Tensor, constants: tuple[int, ...], large: bool, flags: dict[str, int]) -> "_Plan":
         meta = _meta(x, large)
-        launch = Launch(kernel, *constants, **flags, **meta)
+        launch = Launch(kernel, *constants, **(meta | flags))
         return cls(launch, Launch(_sum_splits_kernel, *constants[:2], BLOCK=1024), meta["BM"], meta["BN"])
 
 
@@ -233,7 +233,9 @@ def masked_linear_dweight_triton(x: Tensor, dy: Tensor, visible: Tensor) -> Tens
         blocks = max(8, cdiv(M * tiles, 4 * _WAVE * BK))
         splits = max(1, cdiv(M, blocks * BK))
         constants = (N, K, *x.stride(), *dy.stride())
-        plan = _planned(_dweight_plans, _dweight_kernel, x, (x.dtype, dy.dtype), constants, large, SPLIT=splits > 1)
+        # float32 on three stages spills registers; predicted: a block takes longer to compute than to load
+        flags = {"SPLIT": splits > 1, "num_stages": 2 if _kind(x) == "float32" else 3}
+        plan = _planned(_dweight_plans, _dweight_kernel, x, (x.dtype, dy.dtype), constants, large, **flags)
         out = dweight if splits == 1 else x.new_empty((splits, K, N), dtype=torch.promote_types(x.dtype, torch.float32))
         plan.launch((tiles, splits), (x, dy, visible, out), M, blocks)
         if splits > 1:
