@@ -60,12 +60,15 @@ class Launch:
         run(*grid, 1, stream, function, metadata, None, None, None, *pointers, *varying, *constants)
 
     def _launch_and_keep(self, key: Hashable, grid: tuple[int, int], tensors: Sequence[Tensor | None], varying: tuple[int, ...]) -> None:
-        compiled = self._kernel[grid](*tensors, *varying, *self._constants, **self._options)
+        compiled = self._ordinarily(grid, tensors, varying)
         if not (_KNOWN and isinstance(compiled, CompiledKernel) and max(varying) <= _LARGEST) or _is_watched(self._kernel):
             return
         names = self._kernel.arg_names[len(tensors) + len(varying) + len(self._constants) :]
         constants = (*self._constants, *(self._options[name] for name in names))
         self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, constants
+
+    def _ordinarily(self, grid: tuple[int, int], tensors: Sequence[Tensor | None], varying: tuple[int, ...]) -> CompiledKernel | None:
+        return self._kernel[grid](*tensors, *varying, *self._constants, **self._options)
 
 
 def _is_watched(kernel: JITFunction) -> bool:
