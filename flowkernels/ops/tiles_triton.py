@@ -53,7 +53,8 @@ class Tiling(NamedTuple):
             BS = min(triton.next_power_of_2(sites), TILE // BC)
         tiles_s = cdiv(sites, BS)
         tiles = cdiv(channels, BC) * tiles_s
-        per_segment = tiles if tiles <= 8 else max(2, cdiv(tiles, 1024))
+        # up to 8 tiles need no second kernel for their sum; more are split finely, as a small batch has no other programs
+        per_segment = tiles if tiles <= 8 else max(2, min(4, tiles // 64), cdiv(tiles, 1024))
         return cls(TILE // (BC * BS), BC, BS, tiles_s, per_segment, cdiv(tiles, per_segment), channels_first)
 
     def grid(self, batch: int) -> tuple[int, int]:
