@@ -8,7 +8,8 @@ to the driver. The ordinary way is left to whatever is not known here: the inter
 
 import functools
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import triton
 from torch import Tensor
@@ -42,7 +43,7 @@ class Launch:
 
     __slots__ = ("_compiled", "_constants", "_kernel", "_options")
 
-    def __init__(self, kernel: Callable, *constants: object, **options: object) -> None:
+    def __init__(self, kernel: Any, *constants: object, **options: object) -> None:
         self._kernel, self._constants, self._options = kernel, constants, options
         self._compiled: dict[Hashable, tuple] = {}
 
@@ -50,7 +51,7 @@ class Launch:
         """On the current stream of the tensors' device, which is the current one. Plans fix the tensors' dtypes, and which are None."""
         pointers = [0 if t is None else t.data_ptr() for t in tensors]
         device = tensors[0].get_device()
-        key = (device, *[p & 15 for p in pointers]) if functools.reduce(operator.or_, pointers) & 15 else device
+        key = (device, *[p & 15 == 0 for p in pointers]) if functools.reduce(operator.or_, pointers) & 15 else device
         found = self._compiled.get(key)
         if found is None or max(varying) > _LARGEST or _is_watched(self._kernel):
             self._launch_and_keep(key, grid, tensors, varying)

@@ -179,7 +179,7 @@ def _sum_splits_kernel(parts_ptr, visible_ptr, dweight_ptr, splits, N, K, BLOCK:
 
 
 class _Plan(NamedTuple):
-    """What a call needs and its batch does not change, but for the choice of large tiles."""
+    """What a call needs. The batch only chooses between small and large tiles."""
 
     launch: Launch
     sum_splits: Launch
@@ -254,9 +254,10 @@ def _planned(
     dtypes: tuple[torch.dtype | None, ...],
     constants: tuple[int, ...],
     large: bool,
-    **flags: bool,
+    **flags: int,
 ) -> _Plan:
-    key = (dtypes, constants, large, _kind(x), *flags.values())
+    kind = _kind(x)
+    key = (dtypes, constants, _TILES[kind][large], kind, *flags.values())
     return plans.get(key) or plans.add(key, _Plan.of(kernel, x, constants, large, flags))
 
 
