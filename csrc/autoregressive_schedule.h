@@ -10,8 +10,8 @@
 //   stage  what one slot of weights in shared memory feeds: a whole panel, or a block of one layer's weights.
 //
 // The order of a sum: bias (or context), then products as the blocks come, each cut at absolute multiples of kRun inputs; a run is one
-// chain of multiply-adds that begins at zero. Steps and panels depend on the network alone, so neither the batch nor the layout of a
-// launch changes the order.
+// chain of multiply-adds that begins at zero. What a panel itself has made comes last, in 8 chains (cuda/autoregressive_phases.h).
+// Steps and panels depend on the network alone, so neither the batch nor the layout of a launch changes the order.
 //
 // The gradient of the inverse is the loop of a mirrored network (args.mirrored): the same layers from the last to the first, weights
 // transposed, units and features from the last to the first. Its features are pairs, the deltas of a raw scale and a shift, and its
@@ -26,12 +26,12 @@ namespace flowkernels {
 
 constexpr int kMaxLayers = 32;  // beyond them Python runs the reference: all layers are one kernel argument
 constexpr int kRun = 32;        // inputs in one chain of multiply-adds
+constexpr int kRowsApart = 16;
 constexpr int kSlots = 3;       // stages in shared memory: one is used, one has landed or is landing, one is asked for
-constexpr int kSlotUnits = 512;  // units of one stage whose `visible` is in its slot
 constexpr int kBlockUnits = 256;  // units of one block of weights
 constexpr int kMirroredBlockUnits = 252;  // 4 less than a multiple of the banks: a transposed copy meets each bank once
 template <class T>
-constexpr int kMostRows = sizeof(T) == 8 ? 4 : 16;  // of a tile; and of each whose state is not in shared memory
+constexpr int kMostRows = sizeof(T) == 8 ? 4 : 32;  // of a tile; and of each whose state is not in shared memory
 
 FK_INLINE int smaller(int a, int b) { return a < b ? a : b; }
 FK_INLINE int larger(int a, int b) { return a > b ? a : b; }
@@ -52,6 +52,7 @@ struct LoopLayer {
   int source, residual;  // residual -1 for none
   int first, gates;      // first unit of its values, and of its gates, in the state of a tile; gates -1 for none
   int column;            // mirrored: first column of its values in args.made
+  int copy, context_copy;  // elements of a row of weights that one copy into a slot takes: 1, 2 or 4, as they are aligned
   bool unitwise, gate;
 
   // whether the context term is finished before it meets the sum
@@ -63,8 +64,9 @@ struct LoopArgs {
   int n_layers, features, context_features;
   int context;      // first unit of the context in the state of a tile
   int units;        // of the state
-  int panel_steps;  // steps of a panel
-  int capacity;     // elements of weights in a slot
+  int panel_steps, panel_capacity;  // steps of a panel, and how many elements its weights may have to be one stage
+  int capacity;                     // elements of weights in a slot
+  bool ends_in_shared;              // a copy of the table of steps
   bool inverse;
   const T *x, *context_rows;
   int64_t x_row, x_column, context_row, context_column, batch;
@@ -84,7 +86,7 @@ struct LoopArgs {
   const int32_t* visible_above[kMaxLayers];  // the staircase that layer l is the mirror of
 
   int32_t* schedule;  // ScheduleSpace
-  T* workspace;       // [blocks][units][rows] where the state is not in shared memory
+  T* workspace;       // [blocks][units][rows]: what of the state is not in shared memory
   LoopLayer<T> layers[kMaxLayers];  // at the end: of a stack's maps, only the layers in use are given to a kernel
 
   FK_INLINE const LoopLayer<T>& layer(int l) const { return layers[l - 1]; }
@@ -93,6 +95,7 @@ struct LoopArgs {
   FK_INLINE int sums_per_feature() const { return mirrored ? 1 : 2; }  // of the last layer
   FK_INLINE int width(int l) const { return l == 0 ? per_feature() * features : layer(l).outputs; }
   // steps of the inverse, at most; after the last feature, a mirrored network has units that only its deltas reach
+  FK_INLINE int units_in_shared(bool apart) const { return units - (apart ? layer(n_layers).outputs : 0); }  // the last layer's are last
   FK_INLINE int most_steps() const { return inverse ? features + (mirrored ? 1 : 0) : 1; }
   FK_INLINE int column(int l) const { return l == 0 ? columns - 2 * features : layer(l).column; }
 };
@@ -226,10 +229,25 @@ struct Stage {
   int k0, inputs, j0, units;
   bool finish;    // the sums are whole after this
   int row, rows;  // panel: first row of `ends`, and how many follow
+  int lead;       // columns in the slot before unit j0: copies begin where memory is aligned
 };
+
+// A layer's part in one step of a panel, as its warps need it: the units [unit, unit + n) of values `layer`
+struct alignas(16) PanelWork {
+  int weights, ld;     // where the weight of the panel's first input and of the first unit is in the slot, and the stride of an input
+  int inputs, values;  // the panel's first input and the first unit in the state of a tile
+  int unit;
+  int16_t n, layer;
+  int16_t sees;        // of the panel's inputs, every unit; -1: `visible` tells
+  int16_t activation;  // kThroughHidden: there is more to it than an activation; kFeatures: the layer is the last
+};
+constexpr int kThroughHidden = -1, kFeatures = -2;
+constexpr int kMostPanelWorks = 128;
 
 // Row stride of a block of weights in its slot: lanes read aligned groups of units
 FK_INLINE int block_ld(int units) { return up_to_multiple(units, 4); }
+// and of a panel's weights, whose lead is one of 0 to 3 columns: what fits does not depend on how memory is aligned
+FK_INLINE int panel_ld(int units) { return block_ld(units + 3); }
 
 // The sequence of a tile's stages, cut to what a slot holds. Every thread that fills slots runs a copy of its own.
 template <class T>
@@ -239,8 +257,8 @@ struct Cursor {
   int steps;
   enum Phase { kContext, kPanel, kStep, kPush, kDone } phase = kContext;
   int panel = 0, step = 0, l = 0;
-  Stage block{StageKind::end, 0, 0, 0, 0, 0, false, 0, 0};  // the product that is being cut, from input k on
-  int k = 0;
+  Stage block{StageKind::end, 0, 0, 0, 0, 0, false, 0, 0, 0};  // the product that is being cut, from input k on
+  int k = 0, seen = 0;  // and what of its inputs the units that are in turn see
 
   FK_INLINE Cursor(const LoopArgs<T>& args, const int32_t* ends, int steps) : args(args), ends(ends), steps(steps) {}
 
@@ -249,7 +267,7 @@ struct Cursor {
 
   FK_INLINE Stage next() {
     while (block.units == 0) {
-      if (!advance()) return {StageKind::end, 0, 0, 0, 0, 0, false, 0, 0};
+      if (!advance()) return {StageKind::end, 0, 0, 0, 0, 0, false, 0, 0, 0};
       if (block.kind == StageKind::panel) {
         const Stage whole = block;
         block.units = 0;
@@ -263,8 +281,15 @@ struct Cursor {
   FK_INLINE Stage cut() {
     Stage piece = block;
     const int widest = args.mirrored ? kMirroredBlockUnits : kBlockUnits;
-    piece.units = smaller(block.units, smaller(widest, args.capacity / kRun / 4 * 4));
-    const int most = args.capacity / block_ld(piece.units), end = block.k0 + block.inputs;
+    piece.units = smaller(block.units, smaller(widest, args.capacity / kRun / 4 * 4 - 4));
+    piece.lead = block.j0 % (block.kind == StageKind::context ? args.layer(block.layer).context_copy : args.layer(block.layer).copy);
+    const int most = args.capacity / block_ld(piece.lead + piece.units);
+    if (k == block.k0) {
+      seen = k + block.inputs;
+      if (!args.inverse && block.kind == StageKind::step && block.inputs > 0)  // half of the products
+        seen = larger(k, smaller(seen, args.layer(block.layer).visible[block.j0 + piece.units - 1]));
+    }
+    const int end = seen;
     piece.k0 = k;
     k = end - k <= most ? end : (k + most) / kRun * kRun;  // runs are whole: most >= kRun
     piece.inputs = k - piece.k0;
@@ -278,26 +303,25 @@ struct Cursor {
   }
 
   FK_INLINE void multiply(StageKind kind, int k0, int k1, int j0, int j1, bool finish) {
-    block = {kind, l, k0, k1 - k0, j0, j1 - j0, finish, 0, 0};
+    block = {kind, l, k0, k1 - k0, j0, j1 - j0, finish, 0, 0, 0};
     k = k0;
   }
 
-  // whether all weights that a panel's steps need fit into a slot
-  FK_INLINE bool fits_slot(const int32_t* from, const int32_t* to) const {
-    int64_t elements = 0, units = 0;
+  // whether all weights that a panel's steps need are one stage. A panel that is not sums in another order, so capacity has no say.
+  FK_INLINE bool is_one_stage(const int32_t* from, const int32_t* to) const {
+    int64_t elements = 0;
     for (int i = 1; i <= args.n_layers; ++i) {
       const LoopLayer<T>& layer = args.layer(i);
       if (layer.unitwise) continue;
-      elements += static_cast<int64_t>(to[layer.source] - from[layer.source]) * (to[i] - from[i]);
-      units += to[i] - from[i];
+      elements += static_cast<int64_t>(to[layer.source] - from[layer.source]) * panel_ld(to[i] - from[i]);
     }
-    return elements <= args.capacity && units <= kSlotUnits;
+    return elements <= args.panel_capacity;
   }
 
   FK_INLINE void enter_panel() {
     l = 0;
     step = panel_row(panel);
-    phase = step == steps ? kDone : fits_slot(row(step), row(panel_row(panel + 1))) ? kPanel : kStep;
+    phase = step == steps ? kDone : is_one_stage(row(step), row(panel_row(panel + 1))) ? kPanel : kStep;
   }
 
   // the next product; false after the last
@@ -313,7 +337,7 @@ struct Cursor {
           }
           break;
         case kPanel:
-          block = {StageKind::panel, 0, 0, 0, 0, 1, false, step, panel_row(panel + 1) - step};
+          block = {StageKind::panel, 0, 0, 0, 0, 1, false, step, panel_row(panel + 1) - step, 0};
           phase = kPush;
           return true;
         case kStep: {
@@ -351,10 +375,11 @@ struct Cursor {
 // ---- the layout of a launch
 
 struct LoopPlan {
-  int rows;              // of one tile: 4, 8 or 16, in float64 4
+  int rows;              // of one tile: 4, 8, 16 or 32, in float64 4
   int capacity;          // elements of weights in a slot
   int consumers, producers;  // warps that compute, and warps that bring weights
-  bool state_in_shared;
+  bool state_in_shared, narrow;
+  bool apart;  // the last layer's sums are in a workspace, all else of the state in shared memory
   int64_t shared_bytes, slot_bytes;
   int64_t blocks;        // each takes every blocks-th tile
 };
@@ -364,39 +389,53 @@ constexpr int64_t kEndsInShared = 16 * 1024;  // bytes; a longer table is read t
 FK_INLINE int64_t ends_bytes(int steps, int n_layers) { return int64_t(steps + 1) * (n_layers + 1) * int64_t(sizeof(int32_t)); }
 
 template <class T>
-FK_INLINE bool ends_in_shared(const LoopArgs<T>& args) {
-  return ends_bytes(args.most_steps(), args.n_layers) <= kEndsInShared;
+FK_INLINE bool ends_in_shared(const LoopArgs<T>& args, bool apart) {
+  return !apart && ends_bytes(args.most_steps(), args.n_layers) <= kEndsInShared;
 }
 
-// A slot: its stage, the rows of `ends` that a panel reads, `visible` of its units, weights
+// A slot: its stage, the works of a panel and one more that is never done, `visible` of the units, weights
 struct SlotLayout {
-  int64_t ends, visible, weights, size;  // bytes
+  int64_t works, visible, weights, size;  // bytes
 };
 
 FK_INLINE SlotLayout slot_layout(int panel_steps, int n_layers, int capacity, int64_t item_bytes) {
   SlotLayout layout{};
-  layout.ends = 64;
-  layout.visible = layout.ends + int64_t(panel_steps + 1) * (n_layers + 1) * 4;
-  layout.weights = (layout.visible + kSlotUnits * 4 + 15) / 16 * 16;
+  layout.works = 64;
+  layout.visible = layout.works + (int64_t(panel_steps) * n_layers + 1) * int64_t(sizeof(PanelWork));
+  layout.weights = (layout.visible + kBlockUnits * 4 + 15) / 16 * 16;
   layout.size = layout.weights + capacity * item_bytes;
   return layout;
 }
 
-// Steps of a panel, from the network alone. Their blocks should hold some 2,000 weights: a panel's steps cost no barrier of the thread
-// block, but each unit sums over what its panel has made, so that panels of many units per degree must be short.
+// Panels, from the network alone. Their blocks should hold some 2,000 weights: a panel's steps cost no barrier of the thread block, but
+// each unit sums over what its panel has made, so that panels of many units per degree must be short. A network of no more than
+// 16 KB of weights is one panel.
 template <class T>
-inline int choose_panel_steps(const LoopArgs<T>& args) {
-  if (!args.inverse) return 1;
-  double weights = 0;  // of the block of one average step
-  for (int l = 1; l <= args.n_layers; ++l)
-    if (!args.layer(l).unitwise) weights += double(args.layer(l).inputs) * args.layer(l).outputs;
-  weights /= double(larger(args.features, 1)) * larger(args.features, 1);
-  int steps = 1;
-  while (steps < 16 && 4 * steps * steps * weights <= 2048) steps *= 2;
-  return steps;
+inline void choose_panels(LoopArgs<T>& args) {
+  constexpr int kUsual = 2048, kWhole = 16384 / sizeof(T);
+  args.panel_steps = 1;
+  args.panel_capacity = kUsual;
+  if (!args.inverse) return;
+  int64_t padded = 0;
+  double weights = 0;
+  for (int l = 1; l <= args.n_layers; ++l) {
+    const LoopLayer<T>& layer = args.layer(l);
+    if (layer.unitwise) continue;
+    padded += int64_t(layer.inputs) * panel_ld(layer.outputs);
+    weights += double(layer.inputs) * layer.outputs;
+  }
+  if (padded <= kWhole && args.most_steps() * args.n_layers <= kMostPanelWorks) {
+    args.panel_steps = args.most_steps();
+    args.panel_capacity = larger(static_cast<int>(padded), 1024);
+    return;
+  }
+  weights /= double(larger(args.features, 1)) * larger(args.features, 1);  // of the block of one average step
+  while (2 * args.panel_steps * args.n_layers <= kMostPanelWorks && args.panel_steps < 16 &&
+         4 * args.panel_steps * args.panel_steps * weights <= kUsual)
+    args.panel_steps *= 2;
 }
 
-constexpr int kResidentThreads = 448;  // that 65,536 registers hold at up to 144 each; where a kernel takes more, some blocks wait
+constexpr int kResidentThreads = 512;  // that 65,536 registers hold at 128 each
 
 struct Device {
   int multiprocessors;
@@ -411,20 +450,28 @@ inline void choose_blocks(LoopPlan& plan, int64_t batch, const Device& device) {
   plan.blocks = tiles < resident * device.multiprocessors ? tiles : resident * device.multiprocessors;
 }
 
+// A panel gives work to one warp for each 4 rows; wide layers give more to all. A narrow network leaves room for several blocks.
+inline void set_warps(LoopPlan& plan, bool narrow) {
+  plan.narrow = narrow;
+  plan.consumers = narrow ? larger(plan.rows / 4, 2) : 8;
+  plan.producers = narrow ? 1 : 4;
+}
+
 // The arguments of one map in shared memory
 template <class T>
 constexpr int64_t kStackArgsBytes = (sizeof(LoopArgs<T>) + 15) / 16 * 16;
 
-// Rows: the fewest of 4, 8, 16 with which one wave of blocks takes the batch, as every row of a block shares its weights and a block
-// alone is as slow as all of them. Fewer where the state of more does not fit; where not even 4 rows do, the state lies in a
-// workspace. Slots: 32 KB each, or what the largest layer needs, or what the state leaves.
+// Rows: the fewest of 4, 8, 16, 32 with which one wave of blocks takes the batch, as every row of a block shares its weights and a block
+// alone is as slow as all of them. Fewer where the state of more does not fit, unless 16 do without the last layer's sums, which a
+// step needs one feature of and can ask for ahead; where not even 4 rows fit, the state lies in a workspace. Slots: 32 KB each, or what
+// the largest layer needs, or what the state leaves.
 template <class T>
-inline LoopPlan plan_loop(const LoopArgs<T>& args, const Device& device) {
+inline LoopPlan plan_loop(const LoopArgs<T>& args, const Device& device, bool may_be_apart) {
   const int64_t item = sizeof(T);
   LoopPlan plan{};
-  const int64_t ends = ends_in_shared(args) ? (ends_bytes(args.most_steps(), args.n_layers) + 15) / 16 * 16 : 0;
+  int64_t ends = ends_in_shared(args, false) ? (ends_bytes(args.most_steps(), args.n_layers) + 15) / 16 * 16 : 0;
 
-  int64_t largest = 1024;
+  int64_t largest = args.panel_capacity;
   int widest = args.features;
   for (int l = 1; l <= args.n_layers; ++l) {
     const LoopLayer<T>& layer = args.layer(l);
@@ -433,22 +480,31 @@ inline LoopPlan plan_loop(const LoopArgs<T>& args, const Device& device) {
     const int64_t all = inputs * block_ld(layer.outputs);
     if (all > largest) largest = all < most ? all : most;
   }
-  plan.consumers = widest <= 128 ? 2 : 8;  // a narrow network leaves room for several blocks
-  plan.producers = plan.consumers / 2;
 
   auto slots = [&](int64_t capacity) { return kSlots * slot_layout(args.panel_steps, args.n_layers, static_cast<int>(capacity), item).size; };
-  auto state = [&](int rows) { return int64_t(args.units) * rows * item; };
-  const int64_t limit = device.shared_per_block, least = largest < 2048 ? largest : 2048;
+  auto state = [&](int rows) { return int64_t(args.units_in_shared(plan.apart)) * rows * item; };
+  const int64_t limit = device.shared_per_block, least = args.panel_capacity;
   plan.rows = 4;
   while (plan.rows < kMostRows<T> && (args.batch + plan.rows - 1) / plan.rows > device.multiprocessors) plan.rows *= 2;
-  while (plan.rows > 4 && ends + slots(least) + state(plan.rows) > limit) plan.rows /= 2;
-  plan.state_in_shared = ends + slots(least) + state(plan.rows) <= limit;
+  const int wanted = plan.rows;
+  while (plan.rows > 4 && ends + slots(least + 3) + state(plan.rows) > limit) plan.rows /= 2;
+  if (may_be_apart && kMostRows<T> >= kRowsApart && args.inverse && !args.mirrored && plan.rows < kRowsApart && wanted >= kRowsApart) {
+    plan.apart = true;
+    if (slots(least + 3) + state(kRowsApart) <= limit) {
+      plan.rows = kRowsApart;
+      ends = 0;
+    } else {
+      plan.apart = false;
+    }
+  }
+  plan.state_in_shared = ends + slots(least + 3) + state(plan.rows) <= limit;
   if (!plan.state_in_shared) plan.rows = kMostRows<T>;
+  set_warps(plan, widest <= 128);
   const int64_t fixed = ends + (plan.state_in_shared ? state(plan.rows) : 0);
   int64_t capacity = largest;
-  while (capacity > least && fixed + slots(capacity) > limit) capacity -= 128;
+  while (capacity > least && fixed + slots(capacity + 3) > limit) capacity -= 128;
   if (capacity < least) capacity = least;
-  plan.capacity = static_cast<int>(capacity / 4 * 4);
+  plan.capacity = up_to_multiple(static_cast<int>(capacity), 4);
   plan.slot_bytes = slots(plan.capacity) / kSlots;
   plan.shared_bytes = fixed + kSlots * plan.slot_bytes;
 
@@ -458,18 +514,21 @@ inline LoopPlan plan_loop(const LoopArgs<T>& args, const Device& device) {
 
 // One launch for all maps of a stack: what each of them needs at most. state_in_shared is false where that does not fit.
 template <class T>
-inline LoopPlan plan_stack(const LoopArgs<T>* const* maps, int n, Device device) {
+inline LoopPlan plan_stack(const LoopArgs<T>* const* maps, int n, Device device, bool may_be_apart = true) {
+  const Device given = device;
   device.shared_per_block -= kStackArgsBytes<T>;
-  LoopPlan plan = plan_loop(*maps[0], device);
+  LoopPlan plan = plan_loop(*maps[0], device, may_be_apart);
+  bool narrow = plan.narrow;
   for (int i = 1; i < n; ++i) {
-    const LoopPlan own = plan_loop(*maps[i], device);
+    const LoopPlan own = plan_loop(*maps[i], device, may_be_apart);
+    if (own.apart != plan.apart) return plan_stack(maps, n, given, false);
     plan.rows = smaller(plan.rows, own.rows);
     plan.capacity = smaller(plan.capacity, own.capacity);
-    plan.consumers = larger(plan.consumers, own.consumers);
+    narrow = narrow && own.narrow;
     plan.state_in_shared = plan.state_in_shared && own.state_in_shared;
     if (own.shared_bytes > plan.shared_bytes) plan.shared_bytes = own.shared_bytes;
   }
-  plan.producers = plan.consumers / 2;
+  set_warps(plan, narrow);
   plan.shared_bytes += kStackArgsBytes<T>;
   choose_blocks(plan, maps[0]->batch, device);
   return plan;

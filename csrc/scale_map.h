@@ -15,7 +15,8 @@ enum class Form : int { scale_shift, shift_scale, divide, gate };
 struct ScaleMapParams {
   int kind;
   double p0, p1;  // ScaleMap.packed
-  double log_p0 = ::log(p0), log_p1 = ::log(p1);  // of use to some maps, and too dear to take once per vector
+  // of use to some maps, and too dear to take once per vector
+  double log_p0 = ::log(p0), log_p1 = ::log(p1), inverse_p1 = 1 / p1, ratio = p0 / p1, inverse_log_p0 = 1 / log_p0;
 };
 
 template <Form F>
@@ -107,7 +108,7 @@ template <class V>
 struct ExpTanhMap : ExpOf<V, ExpTanhMap<V>> {
   using T = scalar_t<V>;
   T bound, inverse_inner, slope;
-  FK_INLINE explicit ExpTanhMap(const ScaleMapParams& p) : bound(T(p.p0)), inverse_inner(T(1 / p.p1)), slope(T(p.p0 / p.p1)) {}
+  FK_INLINE explicit ExpTanhMap(const ScaleMapParams& p) : bound(T(p.p0)), inverse_inner(T(p.inverse_p1)), slope(T(p.ratio)) {}
   FK_INLINE V log_sigma(V s) const { return bound * tanh(s * inverse_inner); }
   FK_INLINE V dlog_sigma(V s) const {
     const V t = tanh(s * inverse_inner);
@@ -140,7 +141,7 @@ template <class V>
 struct SoftclipMap : ExpOf<V, SoftclipMap<V>> {
   using T = scalar_t<V>;
   T inverse_bound;  // 1 / |log slope|
-  FK_INLINE explicit SoftclipMap(const ScaleMapParams& p) : inverse_bound(T(-1 / p.log_p0)) {}
+  FK_INLINE explicit SoftclipMap(const ScaleMapParams& p) : inverse_bound(T(-p.inverse_log_p0)) {}
   FK_INLINE V log_sigma(V s) const { return s / fma(abs(s), inverse_bound, T(1)); }
   FK_INLINE V dlog_sigma(V s) const {
     const V d = T(1) / fma(abs(s), inverse_bound, T(1));

@@ -1,6 +1,6 @@
 // A twin of the CUDA loop (cuda/autoregressive.cu) on the CPU, by which the tests reach its schedule, its indices and its arithmetic:
 //   flowkernels::_autoregressive_twin(<arguments of autoregressive>, int[] layout) -> (Tensor, Tensor)
-//     layout: rows, capacity, consumers, producers, panel_steps (0: the rule's), backwards
+//     layout: rows, capacity, consumers, producers, panel_steps (0: the rule's, and its panel_capacity), backwards, panel_capacity, apart
 //   flowkernels::_autoregressive_steps(<arguments of autoregressive>) -> Tensor       `ends`, [steps + 1, layers + 1]
 //   flowkernels::_autoregressive_plan(<arguments of autoregressive>, int[] device) -> int[]
 //     device: multiprocessors, shared memory of a block and of a multiprocessor, batch. The plan's members, panel_steps, units
@@ -11,6 +11,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <deque>
 #include <limits>
@@ -50,9 +52,29 @@ struct LateCopies {
 
 struct SerialLanes {
   bool backwards;
+  template <class T>
+  struct Local {  // a variable of each lane
+    T lanes[32];
+    T& at(int lane) { return lanes[lane]; }
+    const T& at(int lane) const { return lanes[lane]; }
+  };
   template <class F>
   void each(F&& f) const {
     for (int i = 0; i < 32; ++i) f(backwards ? 31 - i : i);
+  }
+  template <int LANES, class T, class First, class Second>
+  void sum(First&& first, Second&& second) const {
+    constexpr int rows = kRowsOfLane<LANES>;
+    Partial<T, rows> part[32];
+    each([&](int lane) { part[lane] = first(lane); });
+    for (int apart = LANES / 2; apart > 0; apart /= 2)
+      for (int lane = 0; lane < 32; ++lane)
+        if ((lane & apart) == 0)
+          for (int r = 0; r < 4; ++r) part[lane].run.at[r] = part[lane + apart].run.at[r] = part[lane].run.at[r] + part[lane + apart].run.at[r];
+    T sums[32][rows];
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0, r = first_row_of_lane<LANES>(lane); i < rows; ++i) sums[lane][i] = r < 0 ? T(NAN) : part[lane].pending[i] + part[lane].run.at[r + i];
+    each([&](int lane) { second(lane, sums[lane], sums[lane ^ LANES]); });
   }
 };
 
@@ -83,22 +105,27 @@ std::vector<int32_t> find_steps(LoopArgs<T>& args, int threads, bool backwards) 
 
 struct Layout {
   int rows, capacity, consumers, producers;
-  bool backwards;
+  bool backwards, apart;
 };
 
 // autoregressive_loop of the kernel for one tile
-template <class T, int ROWS, bool MIRRORED>
+template <class T, int ROWS, bool MIRRORED, bool APART = false>
 void run_tile(const LoopArgs<T>& args, const Layout& layout, const int32_t* ends, int steps, int64_t first_row) {
   const int threads = 32 * (layout.consumers + layout.producers), copiers = 32 * layout.producers;
   const bool backwards = layout.backwards;
-  std::vector<Pack<T, 4>> state(static_cast<size_t>(args.units) * ROWS / 4);
-  for (Pack<T, 4>& pack : state) std::fill_n(pack.at, 4, std::numeric_limits<T>::quiet_NaN());
+  auto empty_units = [](int units) {
+    std::vector<Pack<T, 4>> packs(static_cast<size_t>(units) * ROWS / 4);
+    for (Pack<T, 4>& pack : packs) std::fill_n(pack.at, 4, std::numeric_limits<T>::quiet_NaN());
+    return packs;
+  };
+  const int in_shared = args.units_in_shared(APART);
+  std::vector<Pack<T, 4>> state = empty_units(in_shared), outputs = empty_units(args.units - in_shared);
   const SlotLayout slot_bytes = slot_layout(args.panel_steps, args.n_layers, args.capacity, sizeof(T));
   std::vector<Pack<double, 2>> memory(kSlots * slot_bytes.size / 16 + 1);
   std::memset(memory.data(), 0xff, memory.size() * 16);
   auto slot = [&](int i) { return Slot<T>(reinterpret_cast<unsigned char*>(memory.data()) + (i % kSlots) * slot_bytes.size, slot_bytes); };
 
-  const Tile<T, ROWS, MIRRORED> tile{args, state[0].at, ends, steps, first_row};
+  const Tile<T, ROWS, MIRRORED, APART> tile{args, state[0].at, ends, steps, first_row, APART ? outputs[0].at : nullptr};
   std::vector<Cursor<T>> cursors(copiers, Cursor<T>(args, ends, steps));
   std::vector<LateCopies> copies(copiers);
   const SerialLanes lanes{backwards};
@@ -122,13 +149,21 @@ void run_tile(const LoopArgs<T>& args, const Layout& layout, const int32_t* ends
 
 template <class T, bool MIRRORED>
 void run_loop(LoopArgs<T>& args, const std::vector<int64_t>& numbers) {
-  const Layout layout{static_cast<int>(numbers[0]), static_cast<int>(numbers[1]), static_cast<int>(numbers[2]), static_cast<int>(numbers[3]), numbers[5] != 0};
-  args.capacity = layout.capacity;
-  if (numbers[4] > 0) args.panel_steps = static_cast<int>(numbers[4]);
+  const Layout layout{static_cast<int>(numbers[0]), static_cast<int>(numbers[1]), static_cast<int>(numbers[2]), static_cast<int>(numbers[3]), numbers[5] != 0, numbers[7] != 0};
+  if (numbers[4] > 0) {
+    args.panel_steps = static_cast<int>(numbers[4]);
+    args.panel_capacity = static_cast<int>(numbers[6]);
+  }
+  args.capacity = std::max(layout.capacity, args.panel_capacity);
   const std::vector<int32_t> schedule = find_steps(args, 96, layout.backwards);
   const int32_t* ends = schedule.data() + schedule_space(args).ends;
   for (int64_t row = 0; row < args.batch; row += layout.rows) {
-    auto tile = layout.rows == 4 ? run_tile<T, 4, MIRRORED> : layout.rows == 8 ? run_tile<T, 8, MIRRORED> : run_tile<T, 16, MIRRORED>;
+    auto tile = layout.rows == 4    ? run_tile<T, 4, MIRRORED>
+                : layout.rows == 8  ? run_tile<T, 8, MIRRORED>
+                : layout.rows == 16 ? run_tile<T, 16, MIRRORED>
+                                    : run_tile<T, 32, MIRRORED>;
+    if constexpr (!MIRRORED)
+      if (layout.apart) tile = run_tile<T, kRowsApart, false, true>;
     tile(args, layout, ends, schedule[0], row);
   }
 }
@@ -169,9 +204,9 @@ template <class T>
 std::vector<int64_t> plan(const LoopTensors& tensors, const std::vector<int64_t>& device) {
   LoopNetwork<T> network(tensors);
   network.args.batch = device[3];
-  const LoopPlan p = plan_loop(network.args, {static_cast<int>(device[0]), device[1], device[2]});
-  return {p.rows,         p.capacity,   p.consumers, p.producers, p.state_in_shared, ends_in_shared(network.args),
-          p.shared_bytes, p.slot_bytes, p.blocks,    network.args.panel_steps, network.args.units};
+  const LoopPlan p = plan_loop(network.args, {static_cast<int>(device[0]), device[1], device[2]}, true);
+  return {p.rows,         p.capacity,   p.consumers, p.producers, p.state_in_shared, ends_in_shared(network.args, p.apart),
+          p.shared_bytes, p.slot_bytes, p.blocks,    network.args.panel_steps, network.args.units_in_shared(p.apart), p.apart};
 }
 
 #define FK_ARGUMENTS                                                                                                                          \

@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(kScheduleThreads, 1) autoregressive_stack_sche
   if (args.inverse) find_steps<T>(args, chain_in_shared ? shared_chain : nullptr);
 }
 
-template <class T, int ROWS>
-__global__ void __launch_bounds__(kMaxThreads, 1) autoregressive_stack_loop(const LoopArgs<T>* maps, int n, const LoopPlan plan) {
+template <class T, int ROWS, bool APART = false>
+__global__ void __maxnreg__(APART ? kRegistersOfOne : kRegisters) autoregressive_stack_loop(const LoopArgs<T>* maps, int n, const LoopPlan plan) {
   extern __shared__ __align__(16) unsigned char memory[];
   LoopArgs<T>& args = *reinterpret_cast<LoopArgs<T>*>(memory);
   unsigned char* rest = memory + kStackArgsBytes<T>;
@@ -86,17 +86,21 @@ __global__ void __launch_bounds__(kMaxThreads, 1) autoregressive_stack_loop(cons
       copy_arguments(memory, maps + m, static_cast<int>(sizeof(LoopArgs<T>)));
       __syncthreads();
       const BlockMemory<T> block = enter_network<T>(args, rest);
-      T* state = reinterpret_cast<T*>(memory + plan.shared_bytes) - static_cast<int64_t>(args.units) * ROWS;
+      const int in_shared = args.units_in_shared(APART);
+      T* state = reinterpret_cast<T*>(memory + plan.shared_bytes) - static_cast<int64_t>(in_shared) * ROWS;
+      T* outputs = args.workspace + blockIdx.x * static_cast<int64_t>(args.units - in_shared) * ROWS;
       __syncthreads();
-      run_tile<T, ROWS, false>(args, block, state, plan, t * ROWS);
+      run_tile<T, ROWS, false, APART>(args, block, state, outputs, plan, t * ROWS);
     }
 }
 
 template <class T>
 auto* stack_kernel(const LoopPlan& plan) {
   if constexpr (kMostRows<T> > 4) {
+    if (plan.apart) return &autoregressive_stack_loop<T, kRowsApart, true>;
     if (plan.rows == 8) return &autoregressive_stack_loop<T, 8>;
     if (plan.rows == 16) return &autoregressive_stack_loop<T, 16>;
+    if (plan.rows == 32) return &autoregressive_stack_loop<T, 32>;
   }
   return &autoregressive_stack_loop<T, 4>;
 }
@@ -113,13 +117,19 @@ void run_stack(std::vector<LoopNetwork<T>>& networks, const Tensor& x) {
     return;
   }
   const cudaStream_t stream = current_stream(device);
-  int64_t integers = 0;
-  for (LoopNetwork<T>& network : networks) integers += network.args.inverse ? schedule_space(network.args).size : 0;
+  int64_t integers = 0, outputs = 0;
+  for (LoopNetwork<T>& network : networks) {
+    integers += network.args.inverse ? schedule_space(network.args).size : 0;
+    const int64_t own = network.args.units - network.args.units_in_shared(plan.apart);
+    if (own > outputs) outputs = own;
+  }
   std::vector<int64_t> size{integers};
   const Tensor schedules = torch::stable::new_empty(x, size, ScalarType::Int);
   size[0] = n * static_cast<int64_t>(sizeof(LoopArgs<T>));
-  const Tensor workspace = torch::stable::new_empty(x, size, ScalarType::Byte);
-  LoopArgs<T>* maps = static_cast<LoopArgs<T>*>(workspace.mutable_data_ptr());
+  const Tensor all_args = torch::stable::new_empty(x, size, ScalarType::Byte);
+  size[0] = plan.blocks * plan.rows * outputs;
+  const Tensor workspace = torch::stable::new_empty(x, size);
+  LoopArgs<T>* maps = static_cast<LoopArgs<T>*>(all_args.mutable_data_ptr());
   int32_t* schedule = static_cast<int32_t*>(schedules.mutable_data_ptr());
 
   PackedArgs packed{};
@@ -134,6 +144,8 @@ void run_stack(std::vector<LoopNetwork<T>>& networks, const Tensor& x) {
   for (LoopNetwork<T>& network : networks) {
     LoopArgs<T>& args = network.args;
     args.capacity = plan.capacity;
+    args.ends_in_shared = ends_in_shared(args, plan.apart);
+    args.workspace = static_cast<T*>(workspace.mutable_data_ptr());
     args.schedule = schedule;
     schedule += args.inverse ? schedule_space(args).size : 0;
     const int bytes = packed_size(args);

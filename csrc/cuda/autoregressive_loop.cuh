@@ -43,14 +43,53 @@ struct AsyncCopies {
 
 struct WarpLanes {
   int lane;
+  template <class T>
+  struct Local {  // a variable of each lane
+    T own;
+    __device__ __forceinline__ T& at(int) { return own; }
+    __device__ __forceinline__ const T& at(int) const { return own; }
+  };
   template <class F>
   __device__ __forceinline__ void each(F&& f) const {
     f(lane);
     __syncwarp();
   }
+  // Each exchange halves the rows that a lane goes on with, until it has one.
+  template <int LANES, class T, class First, class Second>
+  __device__ __forceinline__ void sum(First&& first, Second&& second) const {
+    constexpr unsigned all = 0xffffffff;
+    constexpr int rows = kRowsOfLane<LANES>;
+    const Partial<T, rows> part = first(lane);
+    T run[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) run[r] = part.run.at[r];
+    int n = 4;
+#pragma unroll
+    for (int apart = LANES / 2; apart > 0; apart /= 2) {
+      const bool later = lane & apart;
+      if (n > 1) {
+        n /= 2;
+#pragma unroll
+        for (int r = 0; r < n; ++r) {
+          const T given = __shfl_xor_sync(all, later ? run[r] : run[r + n], apart);
+          run[r] = (later ? run[r + n] : run[r]) + given;
+        }
+      } else {
+        run[0] = run[0] + __shfl_xor_sync(all, run[0], apart);
+      }
+    }
+    T sums[rows], others[rows];
+#pragma unroll
+    for (int i = 0; i < rows; ++i) sums[i] = part.pending[i] + run[i];
+#pragma unroll
+    for (int i = 0; i < rows; ++i) others[i] = __shfl_xor_sync(all, sums[i], LANES);
+    second(lane, sums, others);
+    __syncwarp();
+  }
 };
 
 constexpr int kMaxThreads = 384;
+constexpr int kRegisters = 128, kRegistersOfOne = 160;  // of a thread: 512 threads to a multiprocessor, and one block alone
 static_assert(sizeof(LoopArgs<double>) + sizeof(LoopPlan) <= 4096, "what a kernel may be given");
 
 // The state of a tile, or nothing where it is in a workspace, lies at the end of shared memory; before it slots, and `ends` behind them.
@@ -68,7 +107,7 @@ __device__ __forceinline__ BlockMemory<T> enter_network(const LoopArgs<T>& args,
   const int thread = threadIdx.x, threads = blockDim.x;
   BlockMemory<T> block{memory, slot_layout(args.panel_steps, args.n_layers, args.capacity, sizeof(T)), args.schedule + schedule_space(args).ends,
                        args.inverse ? args.schedule[0] : 1};
-  if (!ends_in_shared(args)) return block;
+  if (!args.ends_in_shared) return block;
   int32_t* shared_ends = reinterpret_cast<int32_t*>(memory + kSlots * block.layout.size);
   if (args.inverse)
     for (int i = thread; i < (block.steps + 1) * (args.n_layers + 1); i += threads) shared_ends[i] = block.ends[i];
@@ -78,8 +117,8 @@ __device__ __forceinline__ BlockMemory<T> enter_network(const LoopArgs<T>& args,
   return block;
 }
 
-template <class T, int ROWS, bool MIRRORED>
-__device__ __forceinline__ void run_tile(const LoopArgs<T>& args, const BlockMemory<T>& block, T* state, const LoopPlan& plan, int64_t first_row) {
+template <class T, int ROWS, bool MIRRORED, bool APART>
+__device__ __forceinline__ void run_tile(const LoopArgs<T>& args, const BlockMemory<T>& block, T* state, T* outputs, const LoopPlan& plan, int64_t first_row) {
   const int thread = threadIdx.x, threads = blockDim.x, warp = thread / 32;
   const bool producer = warp >= plan.consumers;
   const int copier = thread - 32 * plan.consumers, copiers = 32 * plan.producers;
@@ -87,7 +126,7 @@ __device__ __forceinline__ void run_tile(const LoopArgs<T>& args, const BlockMem
   WarpLanes lanes{thread % 32};
   auto slot = [&](int i) { return Slot<T>(block.slots + (i % kSlots) * block.layout.size, block.layout); };
 
-  const Tile<T, ROWS, MIRRORED> tile{args, state, block.ends, block.steps, first_row};
+  const Tile<T, ROWS, MIRRORED, APART> tile{args, state, block.ends, block.steps, first_row, outputs};
   Cursor<T> cursor(args, block.ends, block.steps);
   tile.begin(thread, threads);
   for (int i = 1 - kSlots;; ++i) {  // before stage 0, the ring is filled
@@ -108,15 +147,16 @@ __device__ __forceinline__ void run_tile(const LoopArgs<T>& args, const BlockMem
   __syncthreads();  // before the next tile or map takes the place of this one
 }
 
-template <class T, int ROWS, bool STATE_IN_SHARED, bool MIRRORED>
-__global__ void __launch_bounds__(kMaxThreads, 1) autoregressive_loop(const __grid_constant__ LoopArgs<T> args, const LoopPlan plan) {
+template <class T, int ROWS, bool STATE_IN_SHARED, bool MIRRORED, bool APART = false>
+__global__ void __maxnreg__(STATE_IN_SHARED && !APART ? kRegisters : kRegistersOfOne) autoregressive_loop(const __grid_constant__ LoopArgs<T> args, const LoopPlan plan) {
   extern __shared__ __align__(16) unsigned char memory[];
   const BlockMemory<T> block = enter_network(args, memory);
-  const int64_t elements = static_cast<int64_t>(args.units) * ROWS;
-  T* state = STATE_IN_SHARED ? reinterpret_cast<T*>(memory + plan.shared_bytes) - elements : args.workspace + blockIdx.x * elements;
+  const int64_t in_shared = STATE_IN_SHARED ? args.units_in_shared(APART) * int64_t(ROWS) : 0;
+  T* workspace = args.workspace + blockIdx.x * (int64_t(args.units) * ROWS - in_shared);
+  T* state = STATE_IN_SHARED ? reinterpret_cast<T*>(memory + plan.shared_bytes) - in_shared : workspace;
   __syncthreads();
   const int64_t tiles = (args.batch + ROWS - 1) / ROWS;
-  for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) run_tile<T, ROWS, MIRRORED>(args, block, state, plan, t * ROWS);
+  for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) run_tile<T, ROWS, MIRRORED, APART>(args, block, state, workspace, plan, t * ROWS);
 }
 
 constexpr int kScheduleThreads = 512;
@@ -165,8 +205,11 @@ template <class T, bool MIRRORED>
 auto* loop_kernel(const LoopPlan& plan) {
   if (!plan.state_in_shared) return &autoregressive_loop<T, kMostRows<T>, false, MIRRORED>;
   if constexpr (kMostRows<T> > 4) {
+    if constexpr (!MIRRORED)
+      if (plan.apart) return &autoregressive_loop<T, kRowsApart, true, false, true>;
     if (plan.rows == 8) return &autoregressive_loop<T, 8, true, MIRRORED>;
     if (plan.rows == 16) return &autoregressive_loop<T, 16, true, MIRRORED>;
+    if (plan.rows == 32) return &autoregressive_loop<T, 32, true, MIRRORED>;
   }
   return &autoregressive_loop<T, 4, true, MIRRORED>;
 }
@@ -194,14 +237,15 @@ void allow_shared(K* kernel, int64_t bytes) {
 template <class T, bool MIRRORED>
 void run_loop(LoopArgs<T>& args, const Tensor& x) {
   const int32_t device = x.get_device_index();
-  const LoopPlan plan = plan_loop(args, device_of(device));
+  const LoopPlan plan = plan_loop(args, device_of(device), true);
   args.capacity = plan.capacity;
+  args.ends_in_shared = ends_in_shared(args, plan.apart);
   const cudaStream_t stream = current_stream(device);
 
   // both are freed when this function returns; the allocator gives them to nobody but this stream
   std::vector<int64_t> size{args.inverse ? schedule_space(args).size : 0};
   const Tensor schedule = torch::stable::new_empty(x, size, ScalarType::Int);
-  size = {plan.state_in_shared ? 0 : plan.blocks * args.units * plan.rows};
+  size = {plan.blocks * plan.rows * (args.units - (plan.state_in_shared ? args.units_in_shared(plan.apart) : 0))};
   const Tensor workspace = torch::stable::new_empty(x, size);
   args.schedule = static_cast<int32_t*>(schedule.mutable_data_ptr());
   args.workspace = static_cast<T*>(workspace.mutable_data_ptr());

@@ -2,8 +2,10 @@
 // the order of things). Device code; its twin, cpu/autoregressive_twin.cpp, runs each phase for all threads in turn.
 //
 // The state of a tile is [unit][ROWS]: pending sums, which become the values themselves; z, which becomes x; the context; gates.
-// Rows of a tile never meet, so a panel is run by warps that own rows, with no barrier of the block inside. A block of weights is run
-// by all warps: a thread computes 4 rows of 2 or 4 units.
+// Rows of a tile never meet, so a panel is run by warps that own 4 rows each, with no barrier of the block inside; what counts there is
+// the time from one sum to the next. Lanes share a unit's inputs: a sum is 8 chains of multiply-adds over every 8th input, summed as
+// ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)), of which a lane runs 1, 2 or 4, so that the order is the same however many units there are.
+// A block of weights is run by all warps: a thread computes 4 or 8 rows of 2 or 4 units.
 //
 // MIRRORED, the gradient of the inverse. With x = f^-1(z), (z, l) = f(x), and cotangents g of x and c of -l, look for u such that f's
 // gradient by x, for cotangents u of z and -c of l, is -g:
@@ -21,29 +23,53 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {  // read and writ
   T at[N];
 };
 
+// What a lane brings to a panel's sums: a share of the products in 4 rows of its unit, and what was pending in those that it will finish
+template <class T, int N>
+struct Partial {
+  Pack<T, 4> run;
+  T pending[N];
+};
+constexpr int kChains = 8;
+// of a sum that so many lanes share, a lane finishes so many rows, from this on; none where that is negative
+template <int LANES>
+constexpr int kRowsOfLane = LANES == 2 ? 2 : 1;
+template <int LANES>
+FK_INLINE int first_row_of_lane(int lane) {
+  if (LANES < 8) return lane % LANES * kRowsOfLane<LANES>;
+  return lane % 2 == 0 ? lane % LANES / 2 : -1;
+}
+
 constexpr int kLogChunk = 16;  // log-derivatives are summed in chunks, as on the CPU
 
 // One slot of shared memory
 template <class T>
 struct Slot {
   Stage* stage;
-  int32_t *ends, *visible;
+  PanelWork* works;
+  int32_t* visible;
   T* weights;
 
   FK_INLINE Slot(unsigned char* memory, const SlotLayout& layout)
-      : stage(reinterpret_cast<Stage*>(memory)), ends(reinterpret_cast<int32_t*>(memory + layout.ends)),
-        visible(reinterpret_cast<int32_t*>(memory + layout.visible)), weights(reinterpret_cast<T*>(memory + layout.weights)) {}
+      : stage(reinterpret_cast<Stage*>(memory)), works(reinterpret_cast<PanelWork*>(memory + layout.works)),
+        visible(reinterpret_cast<int32_t*>(memory + layout.visible)), weights(reinterpret_cast<T*>(memory + layout.weights)) {
+    FK_IS_SHARED(memory);
+  }
 };
 
-template <class T, int ROWS, bool MIRRORED = false>
+template <class T, int ROWS, bool MIRRORED = false, bool APART = false>
 struct Tile {
   const LoopArgs<T>& args;
   T* state;
   const int32_t* ends;
   int steps;
   int64_t first_row;
+  T* outputs;  // APART: the last layer's sums, in global memory
 
-  FK_INLINE T* values(int l) const { return state + static_cast<int64_t>(args.first_unit(l)) * ROWS; }
+  FK_INLINE T* values(int l) const {
+    if constexpr (APART)
+      if (l == args.n_layers) return outputs;
+    return state + static_cast<int64_t>(args.first_unit(l)) * ROWS;
+  }
   FK_INLINE int rows() const { return args.batch - first_row < ROWS ? static_cast<int>(args.batch - first_row) : ROWS; }
 
   // where the p-th feature of the loop is in a row
@@ -87,6 +113,7 @@ struct Tile {
       const LoopLayer<T>& layer = args.layer(l);
       if (layer.unitwise) continue;
       const T* from = layer.context_weight && layer.own_context_term() ? layer.context_bias : layer.bias;
+      FK_UNROLL_4
       for (int i = thread; i < layer.outputs * ROWS; i += threads) values(l)[i] = from ? from[i / ROWS] : T(0);
     }
   }
@@ -115,21 +142,36 @@ struct Tile {
 
   // ---- a stage into its slot, by the producers
 
+  // rows of chunks of N elements, the lanes of a warp over the chunks of one row or of several
+  template <int N, class Copies>
+  FK_INLINE void copy_rows(const T* from, int64_t ld, int rows, int chunks, T* to, int to_ld, int thread, int threads, Copies& copies) const {
+    int lanes = 32;  // to a row
+    while (lanes > 1 && lanes / 2 >= chunks) lanes /= 2;
+    const int at_once = threads / lanes;
+    FK_UNROLL_4
+    for (int k = thread / lanes; k < rows; k += at_once)
+      for (int c = thread % lanes; c < chunks; c += lanes)
+        copies.copy(reinterpret_cast<Pack<T, N>*>(to + k * to_ld) + c, reinterpret_cast<const Pack<T, N>*>(from + k * ld) + c);
+  }
+
+  // The weights of the inputs [k0, k0 + inputs) and the units [j0, j0 + units), in front of which there are `lead` columns for units
+  // before them; copy: elements that a copy takes
   template <class Copies>
-  FK_INLINE void copy_block(const T* weight, int64_t ld, int k0, int inputs, int j0, int units, T* to, int to_ld, int thread, int threads,
-                            Copies& copies) const {
-    const int lane = thread % 32;
+  FK_INLINE void copy_block(const T* weight, int64_t ld, int copy, int k0, int inputs, int j0, int units, int lead, T* to, int to_ld, int thread,
+                            int threads, Copies& copies) const {
     if constexpr (MIRRORED) {  // `weight` is the last element. A warp copies 8 inputs of 4 units: whole sectors, and few banks twice
-      const int k_lane = lane % 8, j_lane = lane / 8, blocks = (inputs + 7) / 8;
+      const int lane = thread % 32, k_lane = lane % 8, j_lane = lane / 8, blocks = (inputs + 7) / 8;
       for (int i = thread / 32; i < (units + 3) / 4 * blocks; i += threads / 32) {
         const int k = i % blocks * 8 + k_lane, j = i / blocks * 4 + j_lane;
         if (k < inputs && j < units) copies.copy(to + k * to_ld + j, weight - (j0 + j) * ld - (k0 + k));
       }
     } else {
-      for (int k = thread / 32; k < inputs; k += threads / 32) {
-        const T* row = weight + (k0 + k) * ld + j0;
-        for (int j = lane; j < units; j += 32) copies.copy(to + k * to_ld + j, row + j);
-      }
+      const T* from = weight + k0 * ld + (j0 - lead);
+      const int columns = lead + units;
+      if (copy == 1) copy_rows<1>(from, ld, inputs, columns, to, to_ld, thread, threads, copies);
+      if (copy == 2) copy_rows<2>(from, ld, inputs, (columns + 1) / 2, to, to_ld, thread, threads, copies);
+      if constexpr (sizeof(T) == 4)
+        if (copy == 4) copy_rows<4>(from, ld, inputs, (columns + 3) / 4, to, to_ld, thread, threads, copies);
     }
   }
 
@@ -138,25 +180,37 @@ struct Tile {
     const Stage stage = cursor.next();
     if (thread == 0) *slot.stage = stage;
     if (stage.kind == StageKind::panel) {
-      const int columns = args.n_layers + 1;
       const int32_t *from = cursor.row(stage.row), *to = cursor.row(stage.row + stage.rows);
-      for (int i = thread; i < (stage.rows + 1) * columns; i += threads) slot.ends[i] = from[i];
-      T* weights = slot.weights;
-      int32_t* visible = slot.visible;
+      int weights = 0;
       for (int l = 1; l <= args.n_layers; ++l) {
         const LoopLayer<T>& layer = args.layer(l);
+        const int source = layer.source, k0 = from[source], inputs = layer.unitwise ? 0 : to[source] - k0, j0 = from[l], units = to[l] - j0;
+        const int lead = layer.unitwise ? 0 : j0 % layer.copy, ld = panel_ld(units);
+        for (int s = thread; s < stage.rows; s += threads) {
+          const int32_t *begin = cursor.row(stage.row + s), *end = begin + args.n_layers + 1;
+          const int j = begin[l], known = end[source];
+          PanelWork work;
+          work.weights = weights + lead + j - j0;
+          work.ld = ld;
+          work.inputs = args.first_unit(source) + k0;
+          work.values = layer.first + j;
+          work.unit = j;
+          work.n = static_cast<int16_t>(end[l] - j);
+          work.layer = static_cast<int16_t>(l);
+          work.sees = static_cast<int16_t>(layer.unitwise ? 0 : work.n == 0 || layer.visible[j] >= known ? known - k0 : -1);
+          const bool plain = !layer.unitwise && !layer.gate && layer.residual < 0;
+          work.activation = static_cast<int16_t>(l == args.n_layers ? kFeatures : plain ? layer.activation : kThroughHidden);
+          slot.works[s * args.n_layers + l - 1] = work;
+        }
         if (layer.unitwise) continue;
-        const int k0 = from[layer.source], inputs = to[layer.source] - k0, j0 = from[l], units = to[l] - j0;
-        copy_block(layer.weight, layer.ld, k0, inputs, j0, units, weights, units, thread, threads, copies);
-        for (int j = thread; j < units; j += threads) copies.copy(visible + j, layer.visible + j0 + j);
-        weights += inputs * units;
-        visible += units;
+        copy_block(layer.weight, layer.ld, layer.copy, k0, inputs, j0, units, lead, slot.weights + weights, ld, thread, threads, copies);
+        weights += inputs * ld;
       }
     } else if (stage.kind != StageKind::end) {
       const LoopLayer<T>& layer = args.layer(stage.layer);
       const bool context = stage.kind == StageKind::context;
-      copy_block(context ? layer.context_weight : layer.weight, context ? layer.context_ld : layer.ld, stage.k0, stage.inputs, stage.j0,
-                 stage.units, slot.weights, block_ld(stage.units), thread, threads, copies);
+      copy_block(context ? layer.context_weight : layer.weight, context ? layer.context_ld : layer.ld, context ? layer.context_copy : layer.copy,
+                 stage.k0, stage.inputs, stage.j0, stage.units, stage.lead, slot.weights, block_ld(stage.lead + stage.units), thread, threads, copies);
       if (!context)
         for (int j = thread; j < stage.units; j += threads) copies.copy(slot.visible + j, layer.visible + stage.j0 + j);
     }
@@ -231,104 +285,158 @@ struct Tile {
 
   // ---- a panel, by warps that own rows
 
-  // pending + the runs of the inputs [k, end) in row r: input k's weights begin at `weight`
-  FK_INLINE T add_runs(T pending, const T* weight, int ld, const T* h, int r, int k, int end) const {
-    while (k < end) {
-      const int stop = smaller(end, (k / kRun + 1) * kRun);
-      T run = T(0);
-      for (; k < stop; ++k, weight += ld) run = scalar::fma(*weight, h[k * ROWS + r], run);
-      pending = pending + run;
+  // The chains of one of LANES lanes over the first `sees` inputs in 4 rows, summed. All that a turn reads is on its way before it is
+  // used; beyond the inputs there are zeros.
+  template <int LANES>
+  FK_INLINE Pack<T, 4> run_chains(const T* weight, int ld, const T* h, int lane, int sees) const {
+    constexpr int own = kChains / LANES, turns = own < 4 ? 4 / own : 1;
+    Pack<T, 4> run[own] = {};
+    FK_KEEP_LOOP
+    for (int k0 = 0; k0 < sees; k0 += turns * kChains) {
+      T w[turns * own] = {};
+      Pack<T, 4> x[turns * own] = {};
+      for (int i = 0; i < turns * own; ++i) {
+        const int k = k0 + i * LANES + lane;
+        if (k >= sees) continue;
+        w[i] = weight[k * ld];
+        x[i] = *reinterpret_cast<const Pack<T, 4>*>(h + k * ROWS);
+      }
+      for (int i = 0; i < turns * own; ++i)
+        for (int r = 0; r < 4; ++r) run[i % own].at[r] = scalar::fma(w[i], x[i].at[r], run[i % own].at[r]);
     }
-    return pending;
+    for (int n = own / 2; n > 0; n /= 2)
+      for (int c = 0; c < n; ++c)
+        for (int r = 0; r < 4; ++r) run[c].at[r] = run[c].at[r] + run[c + n].at[r];
+    return run[0];
   }
 
-  // Lanes::each(f) calls f(lane) in every lane of a warp and then waits for all of them.
+  // of the panel's inputs, what a unit sees that does not see all
+  FK_INLINE int seen_in_panel(const PanelWork& work, int j) const {
+    const LoopLayer<T>& layer = args.layer(work.layer);
+    return layer.visible[j] - (work.inputs - args.first_unit(layer.source));
+  }
+
+  // A work of a panel in the rows [r0, r0 + 4). Lanes::sum<L>(first, second) calls second(lane, sums, others) in every lane of a warp with
+  // the sums that its L lanes brought in first(lane), and those of the L lanes beside them, and then waits for all.
+  template <int LANES, class Lanes, class Ahead>
+  FK_INLINE void units(const PanelWork& work, const T* weights, int r0, Lanes& lanes, const Ahead& ahead) const {
+    constexpr int rows = kRowsOfLane<LANES>;
+    T* sums = state + work.values * ROWS + r0;
+    if constexpr (APART)
+      if (work.activation == kFeatures) sums = outputs + work.unit * ROWS + r0;
+    const T* h = state + work.inputs * ROWS + r0;
+    for (int u0 = 0; u0 < work.n; u0 += 32 / LANES)
+      lanes.template sum<LANES, T>(
+          [&](int lane) {
+            Partial<T, rows> part{};
+            const int u = u0 + lane / LANES, first = first_row_of_lane<LANES>(lane);
+            if (u >= work.n) return part;
+            for (int i = 0; i < rows; ++i)
+              if (first >= 0)
+                part.pending[i] = APART && LANES == 8 && work.activation == kFeatures ? ahead.at(lane) : sums[u * ROWS + first + i];
+            const int sees = work.sees >= 0 ? work.sees : seen_in_panel(work, work.unit + u);
+            part.run = run_chains<LANES>(weights + work.weights + u, work.ld, h, lane % LANES, sees);
+            return part;
+          },
+          [&](int lane, const T(&sum)[rows], const T(&other)[rows]) {
+            const int u = u0 + lane / LANES, first = first_row_of_lane<LANES>(lane);
+            if (u >= work.n || first < 0) return;
+            FK_KEEP_LOOP
+            for (int i = 0; i < rows; ++i) {
+              const int r = r0 + first + i, j = work.unit + u;
+              const T own = i == 0 ? sum[0] : sum[rows - 1], next = i == 0 ? other[0] : other[rows - 1];
+              if (work.activation != kFeatures)
+                sums[u * ROWS + first + i] = work.activation >= 0 ? activated(work.activation, own) : hidden(work.layer, j, r, own);
+              else if (j % kSums == 0)
+                feature(j / kSums, r, [&](int which) { return which == 0 ? own : next; });
+            }
+          });
+  }
+
   template <class Lanes>
   FK_INLINE void panel(const Slot<T>& slot, int warp, int warps, Lanes& lanes) const {
-    const int columns = args.n_layers + 1, panel_rows = slot.stage->rows;
-    const int share = larger(ROWS / warps, 1), r0 = warp * share;  // rows of this warp
-    if (r0 >= ROWS) return;
-    const int32_t *first = slot.ends, *last = slot.ends + panel_rows * columns;
-    for (int s = 0; s < panel_rows; ++s) {
-      const int32_t *begin = slot.ends + s * columns, *end = begin + columns;
-      const T* weights = slot.weights;
-      const int32_t* visible = slot.visible;
-      for (int l = 1; l <= args.n_layers; ++l) {
-        const LoopLayer<T>& layer = args.layer(l);
-        const int source = layer.source, k0 = first[source], ld = last[l] - first[l], j0 = begin[l];
-        T* sums = values(l);
-        auto whole = [&](int j, int r) {
-          T sum = sums[j * ROWS + r];
-          if (layer.unitwise) return sum;
-          const int column = j - first[l];
-          return add_runs(sum, weights + column, ld, values(source), r, k0, smaller(visible[column], end[source]));
-        };
-        if (j0 == end[l]) {
-        } else if (l < args.n_layers)
-          lanes.each([&](int lane) {
-            for (int i = lane; i < (end[l] - j0) * share; i += 32) {
-              const int j = j0 + i / share, r = r0 + i % share;
-              sums[j * ROWS + r] = hidden(l, j, r, whole(j, r));
-            }
-          });
+    const int n = slot.stage->rows * args.n_layers;
+    typename Lanes::template Local<T> ahead;
+    for (int r0 = 4 * warp; r0 < ROWS; r0 += 4 * warps) {
+      PanelWork next = slot.works[0];
+      for (int i = 0; i < n; ++i) {
+        const PanelWork work = next;
+        next = slot.works[i + 1];  // on its way while this is done
+        if constexpr (APART)
+          if (work.layer == 1) ask_ahead(slot.works[i + args.n_layers - 1], r0, lanes, ahead);
+        if (work.n <= 4)
+          units<8>(work, slot.weights, r0, lanes, ahead);
+        else if (work.n <= 8)
+          units<4>(work, slot.weights, r0, lanes, ahead);
         else
-          lanes.each([&](int lane) {
-            for (int i = lane; i < (end[l] - j0) / kSums * share; i += 32) {
-              const int p = j0 / kSums + i / share, r = r0 + i % share;
-              feature(p, r, [&](int sum) { return whole(kSums * p + sum, r); });
-            }
-          });
-        if (!layer.unitwise) {
-          weights += (last[source] - k0) * ld;
-          visible += ld;
-        }
+          units<2>(work, slot.weights, r0, lanes, ahead);
       }
     }
   }
 
+  // the sums that a step's last layer begins with, from global memory while the layers before it are at work
+  template <class Lanes, class Ahead>
+  FK_INLINE void ask_ahead(const PanelWork& work, int r0, Lanes& lanes, Ahead& ahead) const {
+    lanes.each([&](int lane) {
+      const int first = first_row_of_lane<8>(lane);
+      if (lane / 8 < work.n && first >= 0) ahead.at(lane) = outputs[(work.unit + lane / 8) * ROWS + r0 + first];
+    });
+  }
+
   // ---- a block of weights, by all consumers
 
-  template <int UNITS>
+  template <int QUADS, int UNITS>
   FK_INLINE void block(const Slot<T>& slot, int thread, int threads) const {
     const Stage stage = *slot.stage;
     const LoopLayer<T>& layer = args.layer(stage.layer);
     const bool context = stage.kind == StageKind::context;
     const T* h = (context ? state + static_cast<int64_t>(args.context) * ROWS : values(layer.source)) + static_cast<int64_t>(stage.k0) * ROWS;
-    const int ld = block_ld(stage.units), k0 = stage.k0;
-    constexpr int quads = ROWS / 4;
-    for (int item = thread; item < (stage.units + UNITS - 1) / UNITS * quads; item += threads) {
-      const int u0 = item / quads * UNITS, r0 = item % quads * 4, n = smaller(UNITS, stage.units - u0);
-      T* at = values(stage.layer) + static_cast<int64_t>(stage.j0 + u0) * ROWS + r0;
-      Pack<T, 4> sum[UNITS] = {};
-      int sees[UNITS], most = 0;  // inputs of this block, ascending
+    const int columns = stage.lead + stage.units, ld = block_ld(columns), k0 = stage.k0;
+    constexpr int groups = ROWS / 4 / QUADS, apart = 4 * groups;  // a thread's rows: 4 from r0 on, and 4 `apart` further
+    for (int item = thread; item < (columns + UNITS - 1) / UNITS * groups; item += threads) {
+      const int u0 = item / groups * UNITS, r0 = item % groups * 4;
+      const int first = larger(stage.lead - u0, 0), last = smaller(UNITS, columns - u0);  // of the columns that are units of this block
+      T* at = values(stage.layer) + static_cast<int64_t>(stage.j0 - stage.lead + u0) * ROWS + r0;
+      int sees[UNITS] = {}, most = 0, least = stage.inputs;  // inputs of this block, ascending; in other columns nobody looks at the sums
       for (int u = 0; u < UNITS; ++u) {
-        sees[u] = u < n ? (context ? stage.inputs : larger(0, smaller(slot.visible[u0 + u] - k0, stage.inputs))) : 0;
+        if (u < first || u >= last) continue;
+        sees[u] = context ? stage.inputs : larger(0, smaller(slot.visible[u0 - stage.lead + u] - k0, stage.inputs));
         most = larger(most, sees[u]);
-        if (u < n) sum[u] = *reinterpret_cast<const Pack<T, 4>*>(at + u * ROWS);
+        least = smaller(least, sees[u]);
       }
       for (int k = 0; k < most;) {
-        const int end = smaller(most, ((k0 + k) / kRun + 1) * kRun - k0), seen_by_all = smaller(sees[0], end);
-        Pack<T, 4> run[UNITS] = {};
-        for (; k < seen_by_all; ++k) {
-          const Pack<T, 4> x = *reinterpret_cast<const Pack<T, 4>*>(h + k * ROWS + r0);
-          const Pack<T, UNITS> w = *reinterpret_cast<const Pack<T, UNITS>*>(slot.weights + k * ld + u0);
-          for (int u = 0; u < UNITS; ++u)
-            for (int r = 0; r < 4; ++r) run[u].at[r] = scalar::fma(w.at[u], x.at[r], run[u].at[r]);
-        }
-        for (; k < end; ++k) {
-          const Pack<T, 4> x = *reinterpret_cast<const Pack<T, 4>*>(h + k * ROWS + r0);
-          for (int u = 0; u < UNITS; ++u) {
-            if (k >= sees[u]) continue;
-            const T w = slot.weights[k * ld + u0 + u];
-            for (int r = 0; r < 4; ++r) run[u].at[r] = scalar::fma(w, x.at[r], run[u].at[r]);
+        const int end = smaller(most, ((k0 + k) / kRun + 1) * kRun - k0), seen_by_all = smaller(least, end);
+        Pack<T, 4> run[QUADS][UNITS] = {};
+        const T *x = h + k * ROWS + r0, *w = slot.weights + k * ld + u0;
+        FK_UNROLL_2
+        for (; k < seen_by_all; ++k, x += ROWS, w += ld) {
+          const Pack<T, UNITS> weights = *reinterpret_cast<const Pack<T, UNITS>*>(w);
+          for (int q = 0; q < QUADS; ++q) {
+            const Pack<T, 4> rows = *reinterpret_cast<const Pack<T, 4>*>(x + q * apart);
+            for (int u = 0; u < UNITS; ++u)
+              for (int r = 0; r < 4; ++r) run[q][u].at[r] = scalar::fma(weights.at[u], rows.at[r], run[q][u].at[r]);
           }
         }
-        for (int u = 0; u < UNITS; ++u)
-          for (int r = 0; r < 4; ++r) sum[u].at[r] = sum[u].at[r] + run[u].at[r];
+        FK_KEEP_LOOP
+        for (; k < end; ++k, x += ROWS, w += ld)
+          for (int q = 0; q < QUADS; ++q) {
+            const Pack<T, 4> rows = *reinterpret_cast<const Pack<T, 4>*>(x + q * apart);
+            for (int u = 0; u < UNITS; ++u) {
+              if (k >= sees[u]) continue;
+              for (int r = 0; r < 4; ++r) run[q][u].at[r] = scalar::fma(w[u], rows.at[r], run[q][u].at[r]);
+            }
+          }
+        for (int q = 0; q < QUADS; ++q)
+          for (int u = 0; u < UNITS; ++u) {
+            if (u < first || u >= last) continue;
+            Pack<T, 4>& sums = *reinterpret_cast<Pack<T, 4>*>(at + u * ROWS + q * apart);
+            Pack<T, 4> sum = sums;
+            for (int r = 0; r < 4; ++r) sum.at[r] = sum.at[r] + run[q][u].at[r];
+            sums = sum;
+          }
       }
-      for (int u = 0; u < UNITS; ++u)
-        if (u < n) *reinterpret_cast<Pack<T, 4>*>(at + u * ROWS) = sum[u];
-      if (stage.finish) finish(stage, stage.j0 + u0, n, r0);
+      if (stage.finish)
+        for (int q = 0; q < QUADS; ++q) finish(stage, stage.j0 - stage.lead + u0 + first, last - first, r0 + q * apart);
     }
   }
 
@@ -355,12 +463,13 @@ struct Tile {
     const StageKind kind = slot.stage->kind;
     if (kind == StageKind::panel) return panel(slot, warp, warps, lanes);
     if (kind == StageKind::end) return;
-    const int threads = 32 * warps, quads = slot.stage->units * (ROWS / 4);
-    constexpr int most = sizeof(T) == 8 ? 2 : 4;  // as many units to a thread as leave work for half of the threads, and have registers
-    if (quads >= 2 * threads)
-      lanes.each([&](int lane) { block<most>(slot, 32 * warp + lane, threads); });
-    else
-      lanes.each([&](int lane) { block<2>(slot, 32 * warp + lane, threads); });
+    // as many sums to a thread as leave work for half of the threads, and have registers
+    const int threads = 32 * warps, columns = slot.stage->lead + slot.stage->units, quads = columns * (ROWS / 4);
+    if constexpr (ROWS >= 8 && sizeof(T) == 4)
+      if (quads >= 4 * threads) return lanes.each([&](int lane) { block<2, 4>(slot, 32 * warp + lane, threads); });
+    if constexpr (sizeof(T) == 4)
+      if (quads >= 2 * threads) return lanes.each([&](int lane) { block<1, 4>(slot, 32 * warp + lane, threads); });
+    lanes.each([&](int lane) { block<1, 2>(slot, 32 * warp + lane, threads); });
   }
 
   // ---- after the stages, by all threads

@@ -19,8 +19,9 @@ from python_tests.ops.test_autoregressive import FORMS, GATED, RESIDUAL, SCALES,
 CASES = test_autoregressive.TestAutoregressive.cases  # the class itself would be collected here once more
 pytestmark = pytest.mark.skipif(not _extension.status().cpu_library, reason="the CPU library was not built")
 
-# rows, elements in a slot, warps that compute, warps that copy, steps of a panel (0: by rule), threads backwards
-LAYOUTS = [(4, 4096, 2, 1, 0, 0), (8, 128, 4, 2, 0, 1), (16, 256, 8, 4, 0, 0)]
+# rows, elements in a slot, warps that compute, warps that copy, steps of a panel (0: by rule), threads backwards, elements of a panel,
+# whether the last layer's sums are apart
+LAYOUTS = [(4, 4096, 2, 1, 0, 0, 0, 0), (8, 256, 4, 2, 0, 1, 0, 0), (32, 512, 8, 4, 0, 0, 0, 0), (16, 1024, 2, 3, 0, 0, 0, 1)]
 
 
 def twin(example, layout):
@@ -40,8 +41,8 @@ def assert_is_right(got, example, dtype, by="oracle"):
 def test_every_network_of_the_battery(case, dtype):
     for batch in (1, 19):
         made = CASES[case](batch, dtype)
-        for panel in (0, 1, 2, 16):
-            first, *others = (twin(made, (*layout[:4], panel, layout[5])) for layout in LAYOUTS)
+        for panel, elements in ((0, 0), (1, 2048), (2, 60), (2, 2048), (16, 4096)):
+            first, *others = (twin(made, (*layout[:4], panel, layout[5], elements, layout[7])) for layout in LAYOUTS)
             assert_is_right(first, made, dtype)
             for other in others:  # rows, slots and threads change no bit
                 assert_same_bits(other, first)
@@ -51,8 +52,8 @@ def test_every_network_of_the_battery(case, dtype):
 def test_small_sizes_exhaustively(inverse):
     for features, width, layers, rule in itertools.product(range(1, 7), (1, 2, 9), (0, 1, 2), ("even", "random")):
         made = example(features, (width,) * layers, rule=rule, context=features % 3, activation="tanh", inverse=inverse)(3, torch.float64)
-        for panel, backwards in itertools.product((1, 2, 4), (0, 1)):
-            assert_is_right(twin(made, (4, 128, 1, 1, panel, backwards)), made, torch.float64)
+        for panel, backwards, elements in itertools.product((1, 2, 4), (0, 1), (100, 4096)):
+            assert_is_right(twin(made, (4, 256, 1, 1, panel, backwards, elements, 0)), made, torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_small_sizes_exhaustively(inverse):
 @pytest.mark.parametrize("inverse", [False, True])
 def test_sizes_beyond_a_block(features, parts, context, inverse):
     made = example(features, parts, context=context, activation="tanh", inverse=inverse)(2, torch.float32)
-    first, *others = (twin(made, (4, capacity, 2, 1, 4, backwards)) for capacity, backwards in [(8192, 0), (1024, 1), (1028, 0)])
+    first, *others = (twin(made, (4, capacity, 2, 1, 4, backwards, 500, 0)) for capacity, backwards in [(8192, 0), (1024, 1), (1028, 0)])
     assert_is_right(first, made, torch.float32, by="op")  # the CPU's loop in float64: the D passes take long
     for other in others:
         assert_same_bits(other, first)
@@ -218,18 +219,20 @@ def test_launch(device, dtype):
         arguments = (z, None, weights, biases, [], [], visible, None, [0] * len(weights), [], 0, 0.0, 0.0, 0, inverse)
         panels = set()
         for batch in (1, 100, 1000, 2000, 100_000, 10**9):
-            rows, capacity, consumers, producers, in_shared, ends_in_shared, shared, slot, blocks, panel, units = (
+            rows, capacity, consumers, producers, in_shared, ends_in_shared, shared, slot, blocks, panel, units, apart = (
                 torch.ops.flowkernels._autoregressive_plan(*arguments, [*device, batch])
             )
             panels.add(panel)
-            assert units == features + sum(v.numel() for v in visible)
-            most = 4 if dtype is torch.float64 else 16
-            assert rows in (4, 8, most) and 32 * (consumers + producers) <= 384 and (in_shared or rows == most)
+            assert units == features + sum(v.numel() for v in visible[: -1 if apart else None])
+            assert not apart or (in_shared and not ends_in_shared and rows == 16 and inverse)
+            most = 4 if dtype is torch.float64 else 32
+            assert rows in {4, 8, 16, most} and rows <= most and 32 * (consumers + producers) <= 384 and (in_shared or rows == most)
             ends = ((features if inverse else 1) + 1) * (len(weights) + 1) * 4 if ends_in_shared else 0
             assert ends + 3 * slot + (units * rows * item if in_shared else 0) <= shared <= device[1]
             assert capacity >= 1024 and capacity % 4 == 0 and slot % 16 == 0 and capacity * item <= 32 * 1024
-            assert 1 <= blocks <= -(-batch // rows) and blocks <= 4 * device[0] and (in_shared or blocks <= device[0])
-        assert len(panels) == 1 and panels <= {1, 2, 4, 8, 16}
+            resident = 512 // (32 * (consumers + producers)) if in_shared else 1
+            assert 1 <= blocks <= -(-batch // rows) and blocks <= resident * device[0]
+        assert len(panels) == 1 and panels <= {1, 2, 4, 8, 16, features}
 
 
 @pytest.mark.gpu
@@ -264,10 +267,13 @@ class TestOnAGpu:
                 )
 
     @pytest.mark.parametrize("inverse", [False, True])
-    @pytest.mark.parametrize(("features", "widths"), [(63, (512, 512)), (300, (700,)), (20, (15000,))])
-    def test_gpu_large_networks(self, features, widths, inverse):
-        """Streamed weights, a state in shared and in global memory: as on the CPU, to rounding."""
-        made = example(features, widths, inverse=inverse)(70, torch.float32)
+    @pytest.mark.parametrize(
+        ("features", "widths", "batch"),
+        [(63, (512, 512), 70), (63, (512, 512), 4000), (300, (700,), 70), (20, (15000,), 70), (784, (1024, 1024), 2000)],
+    )
+    def test_gpu_large_networks(self, features, widths, batch, inverse):
+        """Streamed weights, a state in shared and in global memory and in both: as on the CPU, to rounding."""
+        made = example(features, widths, inverse=inverse)(batch, torch.float32)
         got, want = self.run(self.moved(made)), self.run(made.schema(made.rows, made.parameters))
         torch.testing.assert_close(tuple(t.cpu() for t in got), want, rtol=1e-3, atol=1e-3)
 
