@@ -8,16 +8,19 @@
 //          2^m are pushed into the next 2^m panels, 2^m being the largest power of two that divides t. So each pair of panels meets
 //          exactly once, nearly all weights are used in large blocks, and each sum receives its inputs in ascending order.
 //   stage  what one slot of weights in shared memory feeds: a whole panel, or a block of one layer's weights.
+//   work   a layer's part in one step of a panel: what the newest inputs add to the panel's units that are not known yet, of which the
+//          first are known after it.
 //
 // The order of a sum: bias (or context), then products as the blocks come, each cut at absolute multiples of kRun inputs; a run is one
-// chain of multiply-adds that begins at zero. What a panel itself has made comes last, in 8 chains (cuda/autoregressive_phases.h).
-// Steps and panels depend on the network alone, so neither the batch nor the layout of a launch changes the order.
+// chain of multiply-adds that begins at zero. What a panel itself has made comes last, product by product. Steps and panels depend on
+// the network alone, so neither the batch nor the layout of a launch changes the order.
 //
 // The gradient of the inverse is the loop of a mirrored network (args.mirrored): the same layers from the last to the first, weights
 // transposed, units and features from the last to the first. Its features are pairs, the deltas of a raw scale and a shift, and its
 // last layer gives one sum for each feature, what is pushed back onto x (cuda/autoregressive_phases.h has the mathematics).
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
 #include "cuda/device_math.h"
@@ -29,6 +32,7 @@ constexpr int kRun = 32;        // inputs in one chain of multiply-adds
 constexpr int kRowsApart = 16;
 constexpr int kSlots = 3;       // stages in shared memory: one is used, one has landed or is landing, one is asked for
 constexpr int kBlockUnits = 256;  // units of one block of weights
+constexpr int kNearUnits = 64;    // of the last layer in a panel, at most
 constexpr int kMirroredBlockUnits = 252;  // 4 less than a multiple of the banks: a transposed copy meets each bank once
 template <class T>
 constexpr int kMostRows = sizeof(T) == 8 ? 4 : 32;  // of a tile; and of each whose state is not in shared memory
@@ -66,7 +70,8 @@ struct LoopArgs {
   int units;        // of the state
   int panel_steps, panel_capacity;  // steps of a panel, and how many elements its weights may have to be one stage
   int capacity;                     // elements of weights in a slot
-  bool ends_in_shared;              // a copy of the table of steps
+  int most_stages;                  // that this can take
+  bool apart;                       // the last layer's sums are in a workspace; those of a panel come near, to where they would begin
   bool inverse;
   const T *x, *context_rows;
   int64_t x_row, x_column, context_row, context_column, batch;
@@ -94,8 +99,10 @@ struct LoopArgs {
   FK_INLINE int per_feature() const { return mirrored ? 2 : 1; }     // values 0
   FK_INLINE int sums_per_feature() const { return mirrored ? 1 : 2; }  // of the last layer
   FK_INLINE int width(int l) const { return l == 0 ? per_feature() * features : layer(l).outputs; }
+  // what of the state is in shared memory; the last layer's sums are last
+  FK_INLINE int units_in_shared() const { return apart ? units - layer(n_layers).outputs + kNearUnits : units; }
+  FK_INLINE int units_in_workspace(bool state_in_shared) const { return !state_in_shared ? units : apart ? layer(n_layers).outputs : 0; }
   // steps of the inverse, at most; after the last feature, a mirrored network has units that only its deltas reach
-  FK_INLINE int units_in_shared(bool apart) const { return units - (apart ? layer(n_layers).outputs : 0); }  // the last layer's are last
   FK_INLINE int most_steps() const { return inverse ? features + (mirrored ? 1 : 0) : 1; }
   FK_INLINE int column(int l) const { return l == 0 ? columns - 2 * features : layer(l).column; }
 };
@@ -103,15 +110,22 @@ struct LoopArgs {
 // ---- steps, made on the device from `visible`: there is no way to the host that would not stop the stream
 
 // Where the schedule lies in a workspace of integers. ends[(s + 1) * (n_layers + 1) + l]: units of values l known after step s,
-// and row 0 is zeros; for the features, those known before the step.
+// and row 0 is zeros; for the features, those known before the step. Then what is made of it: works [step][layer], parts
+// [panel][layer], the counts of stages that each section has, stages one after another.
 struct ScheduleSpace {
-  int64_t ends, ready, next, chain, seen, visible, size;  // offsets; the first integer is the number of steps
+  int64_t works, parts, stages, counts, ends, ready, next, chain, seen, visible, size;  // offsets; the first integer is the number of steps
 };
 
 template <class T>
 FK_INLINE ScheduleSpace schedule_space(const LoopArgs<T>& args) {
+  constexpr int integers = 8, of_a_work = 12;  // of a part, a stage
   ScheduleSpace space{};
-  space.ends = 4;
+  const int64_t steps = args.most_steps(), panels = (steps + args.panel_steps - 1) / args.panel_steps;
+  space.works = 4;
+  space.parts = space.works + of_a_work * steps * args.n_layers;
+  space.stages = space.parts + integers * panels * args.n_layers;
+  space.counts = space.stages + integers * int64_t(args.most_stages);
+  space.ends = space.counts + args.n_layers + (args.inverse ? panels : args.n_layers);
   const int64_t table = static_cast<int64_t>(args.features + 2) * (args.n_layers + 1);
   space.ready = space.ends + table;
   space.next = space.ready + table;
@@ -122,6 +136,7 @@ FK_INLINE ScheduleSpace schedule_space(const LoopArgs<T>& args) {
   space.visible = space.size;
   if (args.mirrored)
     for (int l = 1; l <= args.n_layers; ++l) space.size += args.layer(l).outputs;
+  space.size = (space.size + 3) / 4 * 4;
   return space;
 }
 
@@ -212,36 +227,39 @@ FK_INLINE void write_ends(const LoopArgs<T>& args, const int32_t* ready, const i
     ends[i] = i < columns ? 0 : ready[static_cast<int64_t>(chain[i / columns - 1]) * columns + i % columns];
 }
 
-// the table of the forward direction
-template <class T>
-FK_INLINE void write_forward_ends(const LoopArgs<T>& args, int32_t* ends, int thread, int threads) {
-  const int columns = args.n_layers + 1;
-  for (int i = thread; i < 2 * columns; i += threads) ends[i] = i < columns ? 0 : args.width(i - columns);
-}
+// ---- stages, works and parts, made on the device too: what a loop would work out again and again between two barriers is read there
 
-// ---- stages
+enum class StageKind : int16_t { end, context, step, push, panel };
 
-enum class StageKind : int { end, context, step, push, panel };
-
-struct Stage {
+struct alignas(16) Stage {
   StageKind kind;
-  int layer;      // block of weights: units [j0, j0 + units) of values `layer` over the inputs [k0, k0 + inputs)
+  int16_t layer;  // block of weights: units [j0, j0 + units) of values `layer` over the inputs [k0, k0 + inputs)
   int k0, inputs, j0, units;
-  bool finish;    // the sums are whole after this
-  int row, rows;  // panel: first row of `ends`, and how many follow
-  int lead;       // columns in the slot before unit j0: copies begin where memory is aligned
+  int16_t finish;  // whether the sums are whole after this
+  int16_t lead;    // columns in the slot before unit j0: copies begin where memory is aligned
+  int row, rows;   // panel: its first step, and how many
 };
 
-// A layer's part in one step of a panel, as its warps need it: the units [unit, unit + n) of values `layer`
+// The weights of a layer that a panel needs, and where they are in its slot
+struct alignas(16) PanelPart {
+  int weights, ld;
+  int k0, inputs, j0, units, lead;
+  int end;  // where the next layer's begin
+};
+
+// The inputs [0, inputs) of this step, counted from the first of them, go into the sums of `targets` units, of which the first `finished`
+// are whole then. All integers are whole ones: a warp that takes a work has no time to unpack them.
 struct alignas(16) PanelWork {
-  int weights, ld;     // where the weight of the panel's first input and of the first unit is in the slot, and the stride of an input
-  int inputs, values;  // the panel's first input and the first unit in the state of a tile
-  int unit;
-  int16_t n, layer;
-  int16_t sees;        // of the panel's inputs, every unit; -1: `visible` tells
-  int16_t activation;  // kThroughHidden: there is more to it than an activation; kFeatures: the layer is the last
+  int weights, ld;     // where the weight of the first input and the first unit is in the slot, and the stride of an input
+  int first, values;   // the first input and the first unit in the state of a tile
+  int inputs, targets, finished;
+  int activation;      // kThroughHidden: there is more to it than an activation; kFeatures: the layer is the last
+  int layer, unit;     // the first unit in its layer
+  int staircase;       // 1: not every unit sees all of the inputs
+  int unused;
 };
 constexpr int kThroughHidden = -1, kFeatures = -2;
+static_assert(sizeof(Stage) == 32 && sizeof(PanelPart) == 32 && sizeof(PanelWork) == 48, "8 and 12 integers");
 constexpr int kMostPanelWorks = 128;
 
 // Row stride of a block of weights in its slot: lanes read aligned groups of units
@@ -249,128 +267,187 @@ FK_INLINE int block_ld(int units) { return up_to_multiple(units, 4); }
 // and of a panel's weights, whose lead is one of 0 to 3 columns: what fits does not depend on how memory is aligned
 FK_INLINE int panel_ld(int units) { return block_ld(units + 3); }
 
-// The sequence of a tile's stages, cut to what a slot holds. Every thread that fills slots runs a copy of its own.
 template <class T>
-struct Cursor {
+FK_INLINE int block_units(const LoopArgs<T>& args) {
+  return smaller(args.mirrored ? kMirroredBlockUnits : kBlockUnits, args.capacity / kRun / 4 * 4 - 4);
+}
+
+// f(stage) for the stages of one product, in order
+template <class T, class F>
+FK_INLINE void cut(const LoopArgs<T>& args, StageKind kind, int l, int k0, int k1, int j0, int j1, bool finish, F&& f) {
+  const LoopLayer<T>& layer = args.layer(l);
+  const int copy = kind == StageKind::context ? layer.context_copy : layer.copy, widest = block_units(args);
+  for (int j = j0; j < j1; j += widest) {
+    const int units = smaller(widest, j1 - j), lead = j % copy, most = args.capacity / block_ld(lead + units);
+    int end = k1;
+    if (!args.inverse && kind == StageKind::step && k1 > k0) end = larger(k0, smaller(k1, layer.visible[j + units - 1]));  // half of them
+    int k = k0;
+    do {
+      const int next = end - k <= most ? end : (k + most) / kRun * kRun;  // runs are whole: most >= kRun
+      f(Stage{kind, static_cast<int16_t>(l), k, next - k, j, units, static_cast<int16_t>(finish && next == end), static_cast<int16_t>(lead), 0, 0});
+      k = next;
+    } while (k < end);
+  }
+}
+
+// The stages of a tile come in sections: each layer's context, then each panel with what it pushes; forward, then each layer.
+template <class T>
+struct Sections {
   const LoopArgs<T>& args;
   const int32_t* ends;
   int steps;
-  enum Phase { kContext, kPanel, kStep, kPush, kDone } phase = kContext;
-  int panel = 0, step = 0, l = 0;
-  Stage block{StageKind::end, 0, 0, 0, 0, 0, false, 0, 0, 0};  // the product that is being cut, from input k on
-  int k = 0, seen = 0;  // and what of its inputs the units that are in turn see
 
-  FK_INLINE Cursor(const LoopArgs<T>& args, const int32_t* ends, int steps) : args(args), ends(ends), steps(steps) {}
-
+  FK_INLINE int panels() const { return (steps + args.panel_steps - 1) / args.panel_steps; }
+  FK_INLINE int count() const { return args.n_layers + (args.inverse ? panels() : args.n_layers); }
   FK_INLINE const int32_t* row(int s) const { return ends + static_cast<int64_t>(s) * (args.n_layers + 1); }
   FK_INLINE int panel_row(int q) const { return smaller(q * args.panel_steps, steps); }
 
-  FK_INLINE Stage next() {
-    while (block.units == 0) {
-      if (!advance()) return {StageKind::end, 0, 0, 0, 0, 0, false, 0, 0, 0};
-      if (block.kind == StageKind::panel) {
-        const Stage whole = block;
-        block.units = 0;
-        return whole;
-      }
+  // Whether a panel is one stage. One that is not sums in another order, so no launch has a say.
+  FK_INLINE bool is_one_stage(const int32_t* from, const int32_t* to) const {
+    int64_t elements = 0;
+    for (int l = 1; l <= args.n_layers; ++l) {
+      const LoopLayer<T>& layer = args.layer(l);
+      if (!layer.unitwise) elements += static_cast<int64_t>(to[layer.source] - from[layer.source]) * panel_ld(to[l] - from[l]);
     }
-    return cut();
+    return elements <= args.panel_capacity && to[args.n_layers] - from[args.n_layers] <= kNearUnits;
+  }
+
+  // f(stage) for the stages of a section, in order
+  template <class F>
+  FK_INLINE void each_stage(int section, F&& f) const {
+    const int n = args.n_layers, l = section % n + 1;
+    if (section < n) {
+      if (args.layer(l).context_weight) cut(args, StageKind::context, l, 0, args.context_features, 0, args.layer(l).outputs, true, f);
+    } else if (!args.inverse) {
+      cut(args, StageKind::step, l, 0, args.layer(l).unitwise ? 0 : args.width(args.layer(l).source), 0, args.layer(l).outputs, true, f);
+    } else {
+      panel(section - n, f);
+    }
+  }
+
+  // the p-th work, counted through steps and layers, and the p-th part, through panels and layers
+  FK_INLINE PanelWork work(int p) const {
+    const int s = p / args.n_layers, l = p % args.n_layers + 1, q = s / args.panel_steps;
+    const int32_t *from = row(panel_row(q)), *to = row(panel_row(q + 1)), *begin = row(s), *end = row(s + 1);
+    const LoopLayer<T>& layer = args.layer(l);
+    const PanelPart own = part(q * args.n_layers + l - 1);
+    const int source = layer.source, j = begin[l];
+    const bool plain = !layer.unitwise && !layer.gate && layer.residual < 0;
+    PanelWork work{};
+    work.ld = own.ld;
+    work.weights = own.weights + own.lead + (begin[source] - from[source]) * own.ld + j - from[l];
+    work.first = args.first_unit(source) + begin[source];
+    work.values = layer.first + (args.apart && l == args.n_layers ? j - from[l] : j);
+    work.unit = j;
+    work.inputs = layer.unitwise ? 0 : end[source] - begin[source];
+    work.targets = (layer.unitwise ? end[l] : to[l]) - j;
+    work.finished = end[l] - j;
+    work.layer = l;
+    work.activation = l == args.n_layers ? kFeatures : plain ? layer.activation : kThroughHidden;
+    work.staircase = work.inputs > 0 && work.targets > 0 && layer.visible[j] < end[source];
+    return work;
+  }
+  FK_INLINE PanelPart part(int p) const {
+    const int q = p / args.n_layers, l = p % args.n_layers + 1;
+    const int32_t *from = row(panel_row(q)), *to = row(panel_row(q + 1));
+    PanelPart part{};
+    for (int i = 1; i <= l; ++i) {
+      const LoopLayer<T>& layer = args.layer(i);
+      part.weights = part.end;
+      part.ld = panel_ld(to[i] - from[i]);
+      part.inputs = layer.unitwise ? 0 : to[layer.source] - from[layer.source];
+      part.end += part.inputs * part.ld;
+    }
+    part.k0 = from[args.layer(l).source];
+    part.j0 = from[l];
+    part.units = to[l] - from[l];
+    part.lead = part.j0 % args.layer(l).copy;
+    return part;
   }
 
  private:
-  FK_INLINE Stage cut() {
-    Stage piece = block;
-    const int widest = args.mirrored ? kMirroredBlockUnits : kBlockUnits;
-    piece.units = smaller(block.units, smaller(widest, args.capacity / kRun / 4 * 4 - 4));
-    piece.lead = block.j0 % (block.kind == StageKind::context ? args.layer(block.layer).context_copy : args.layer(block.layer).copy);
-    const int most = args.capacity / block_ld(piece.lead + piece.units);
-    if (k == block.k0) {
-      seen = k + block.inputs;
-      if (!args.inverse && block.kind == StageKind::step && block.inputs > 0)  // half of the products
-        seen = larger(k, smaller(seen, args.layer(block.layer).visible[block.j0 + piece.units - 1]));
-    }
-    const int end = seen;
-    piece.k0 = k;
-    k = end - k <= most ? end : (k + most) / kRun * kRun;  // runs are whole: most >= kRun
-    piece.inputs = k - piece.k0;
-    piece.finish = block.finish && k == end;
-    if (k == end) {
-      block.j0 += piece.units;
-      block.units -= piece.units;
-      k = block.k0;
-    }
-    return piece;
-  }
-
-  FK_INLINE void multiply(StageKind kind, int k0, int k1, int j0, int j1, bool finish) {
-    block = {kind, l, k0, k1 - k0, j0, j1 - j0, finish, 0, 0, 0};
-    k = k0;
-  }
-
-  // whether all weights that a panel's steps need are one stage. A panel that is not sums in another order, so capacity has no say.
-  FK_INLINE bool is_one_stage(const int32_t* from, const int32_t* to) const {
-    int64_t elements = 0;
-    for (int i = 1; i <= args.n_layers; ++i) {
-      const LoopLayer<T>& layer = args.layer(i);
-      if (layer.unitwise) continue;
-      elements += static_cast<int64_t>(to[layer.source] - from[layer.source]) * panel_ld(to[i] - from[i]);
-    }
-    return elements <= args.panel_capacity;
-  }
-
-  FK_INLINE void enter_panel() {
-    l = 0;
-    step = panel_row(panel);
-    phase = step == steps ? kDone : is_one_stage(row(step), row(panel_row(panel + 1))) ? kPanel : kStep;
-  }
-
-  // the next product; false after the last
-  FK_INLINE bool advance() {
-    for (;;) {
-      switch (phase) {
-        case kContext:
-          if (++l > args.n_layers) {
-            enter_panel();
-          } else if (args.layer(l).context_weight) {
-            multiply(StageKind::context, 0, args.context_features, 0, args.layer(l).outputs, true);
-            return true;
-          }
-          break;
-        case kPanel:
-          block = {StageKind::panel, 0, 0, 0, 0, 1, false, step, panel_row(panel + 1) - step, 0};
-          phase = kPush;
-          return true;
-        case kStep: {
-          if (++l > args.n_layers) {
-            l = 0;
-            if (++step == panel_row(panel + 1)) phase = kPush;
-            break;
-          }
-          const int source = args.layer(l).source;
-          const int32_t *first = row(panel_row(panel)), *begin = row(step), *end = row(step + 1);
-          if (begin[l] == end[l]) break;
-          multiply(StageKind::step, first[source], args.layer(l).unitwise ? first[source] : end[source], begin[l], end[l], true);
-          return true;
+  template <class F>
+  FK_INLINE void panel(int q, F&& f) const {
+    const int done = q + 1, count = done & -done;
+    const int32_t *from = row(panel_row(q)), *now = row(panel_row(done));
+    if (is_one_stage(from, now)) {
+      f(Stage{StageKind::panel, 0, 0, 0, 0, 0, 0, 0, panel_row(q), panel_row(done) - panel_row(q)});
+    } else {
+      for (int s = panel_row(q); s < panel_row(done); ++s)
+        for (int l = 1; l <= args.n_layers; ++l) {
+          const LoopLayer<T>& layer = args.layer(l);
+          const int32_t *begin = row(s), *end = row(s + 1);
+          if (begin[l] < end[l])
+            cut(args, StageKind::step, l, from[layer.source], layer.unitwise ? from[layer.source] : end[layer.source], begin[l], end[l], true, f);
         }
-        case kPush: {
-          const int done = panel + 1, count = done & -done;
-          if (++l > args.n_layers || panel_row(done) == steps) {
-            panel = done;
-            enter_panel();
-            break;
-          }
-          if (args.layer(l).unitwise) break;
-          const int source = args.layer(l).source;
-          const int32_t *first = row(panel_row(done - count)), *now = row(panel_row(done)), *last = row(panel_row(done + count));
-          if (first[source] == now[source] || now[l] == last[l]) break;
-          multiply(StageKind::push, first[source], now[source], now[l], last[l], false);
-          return true;
-        }
-        case kDone: return false;
-      }
+    }
+    if (panel_row(done) == steps) return;
+    const int32_t *first = row(panel_row(done - count)), *last = row(panel_row(done + count));
+    for (int l = 1; l <= args.n_layers; ++l) {
+      const LoopLayer<T>& layer = args.layer(l);
+      if (!layer.unitwise && first[layer.source] < now[layer.source])
+        cut(args, StageKind::push, l, first[layer.source], now[layer.source], now[l], last[l], false, f);
     }
   }
 };
+
+constexpr int kStagesBehind = 3;  // that end the sequence, for those who read ahead
+
+// A bound for the number of stages, by what is known without the steps. A product of so many inputs and units has at most
+// (units / widest + 1) * (inputs / kRun's multiple in `most` + 2); pushes of one size share the inputs and the units of a layer.
+template <class T>
+inline int count_most_stages(const LoopArgs<T>& args) {
+  const int64_t steps = args.most_steps(), panels = (steps + args.panel_steps - 1) / args.panel_steps, widest = block_units(args);
+  const int64_t most = args.capacity / block_ld(static_cast<int>(widest) + 3) / kRun * kRun;
+  int64_t bound = panels + kStagesBehind, levels = 1;
+  while ((int64_t(1) << levels) <= panels) ++levels;
+  for (int l = 1; l <= args.n_layers; ++l) {
+    const LoopLayer<T>& layer = args.layer(l);
+    const int64_t blocks = layer.outputs / widest + 1, pieces = layer.inputs / most + 2;
+    bound += blocks * (args.context_features / most + 2);
+    bound += args.inverse ? args.panel_steps * (layer.inputs / most + 2 * panels) + blocks * pieces : blocks * pieces;
+    if (args.inverse) bound += levels * (blocks * pieces + 2 * blocks + pieces + 2 * panels);
+  }
+  return static_cast<int>(bound < INT_MAX / 64 ? bound : INT_MAX / 64);
+}
+
+template <class T>
+FK_INLINE const Stage* stages_of(const LoopArgs<T>& args) {
+  return reinterpret_cast<const Stage*>(args.schedule + schedule_space(args).stages);
+}
+
+// Phases of making them; a barrier of the block belongs after each.
+template <class T>
+FK_INLINE void write_works(const LoopArgs<T>& args, int steps, int thread, int threads) {
+  const ScheduleSpace space = schedule_space(args);
+  const Sections<T> sections{args, args.schedule + space.ends, steps};
+  PanelWork* works = reinterpret_cast<PanelWork*>(args.schedule + space.works);
+  PanelPart* parts = reinterpret_cast<PanelPart*>(args.schedule + space.parts);
+  if (args.inverse) {
+    for (int i = thread; i < steps * args.n_layers; i += threads) works[i] = sections.work(i);
+    for (int i = thread; i < sections.panels() * args.n_layers; i += threads) parts[i] = sections.part(i);
+  }
+  for (int i = thread; i < sections.count(); i += threads) {
+    int count = 0;
+    sections.each_stage(i, [&](const Stage&) { ++count; });
+    args.schedule[space.counts + i] = count;
+  }
+}
+
+template <class T>
+FK_INLINE void write_stages(const LoopArgs<T>& args, int steps, int thread, int threads) {
+  const ScheduleSpace space = schedule_space(args);
+  const Sections<T> sections{args, args.schedule + space.ends, steps};
+  Stage* stages = reinterpret_cast<Stage*>(args.schedule + space.stages);
+  const int32_t* counts = args.schedule + space.counts;
+  for (int i = thread; i < sections.count(); i += threads) {
+    int at = 0;
+    for (int before = 0; before < i; ++before) at += counts[before];
+    sections.each_stage(i, [&](const Stage& stage) { stages[at++] = stage; });
+    if (i + 1 == sections.count())
+      for (int behind = 0; behind < kStagesBehind; ++behind) stages[at++] = Stage{};
+  }
+}
 
 // ---- the layout of a launch
 
@@ -384,23 +461,13 @@ struct LoopPlan {
   int64_t blocks;        // each takes every blocks-th tile
 };
 
-constexpr int64_t kEndsInShared = 16 * 1024;  // bytes; a longer table is read through the cache
-
-FK_INLINE int64_t ends_bytes(int steps, int n_layers) { return int64_t(steps + 1) * (n_layers + 1) * int64_t(sizeof(int32_t)); }
-
-template <class T>
-FK_INLINE bool ends_in_shared(const LoopArgs<T>& args, bool apart) {
-  return !apart && ends_bytes(args.most_steps(), args.n_layers) <= kEndsInShared;
-}
-
-// A slot: its stage, the works of a panel and one more that is never done, `visible` of the units, weights
+// A slot: the works of a panel and one more that is never done, `visible` of the units, weights
 struct SlotLayout {
   int64_t works, visible, weights, size;  // bytes
 };
 
 FK_INLINE SlotLayout slot_layout(int panel_steps, int n_layers, int capacity, int64_t item_bytes) {
   SlotLayout layout{};
-  layout.works = 64;
   layout.visible = layout.works + (int64_t(panel_steps) * n_layers + 1) * int64_t(sizeof(PanelWork));
   layout.weights = (layout.visible + kBlockUnits * 4 + 15) / 16 * 16;
   layout.size = layout.weights + capacity * item_bytes;
@@ -435,7 +502,7 @@ inline void choose_panels(LoopArgs<T>& args) {
     args.panel_steps *= 2;
 }
 
-constexpr int kResidentThreads = 512;  // that 65,536 registers hold at 128 each
+constexpr int kResidentThreads = 480;  // that 65,536 registers hold at 136 each: three blocks of a narrow network
 
 struct Device {
   int multiprocessors;
@@ -457,6 +524,14 @@ inline void set_warps(LoopPlan& plan, bool narrow) {
   plan.producers = narrow ? 1 : 4;
 }
 
+// What a launch decides of a map's arguments
+template <class T>
+inline void set_launch(LoopArgs<T>& args, int capacity, bool apart) {
+  args.capacity = capacity;
+  args.apart = apart;
+  args.most_stages = count_most_stages(args);
+}
+
 // The arguments of one map in shared memory
 template <class T>
 constexpr int64_t kStackArgsBytes = (sizeof(LoopArgs<T>) + 15) / 16 * 16;
@@ -469,7 +544,6 @@ template <class T>
 inline LoopPlan plan_loop(const LoopArgs<T>& args, const Device& device, bool may_be_apart) {
   const int64_t item = sizeof(T);
   LoopPlan plan{};
-  int64_t ends = ends_in_shared(args, false) ? (ends_bytes(args.most_steps(), args.n_layers) + 15) / 16 * 16 : 0;
 
   int64_t largest = args.panel_capacity;
   int widest = args.features;
@@ -482,25 +556,25 @@ inline LoopPlan plan_loop(const LoopArgs<T>& args, const Device& device, bool ma
   }
 
   auto slots = [&](int64_t capacity) { return kSlots * slot_layout(args.panel_steps, args.n_layers, static_cast<int>(capacity), item).size; };
-  auto state = [&](int rows) { return int64_t(args.units_in_shared(plan.apart)) * rows * item; };
+  auto state = [&](int rows) {
+    LoopArgs<T> own = args;
+    own.apart = plan.apart;
+    return int64_t(own.units_in_shared()) * rows * item;
+  };
   const int64_t limit = device.shared_per_block, least = args.panel_capacity;
   plan.rows = 4;
   while (plan.rows < kMostRows<T> && (args.batch + plan.rows - 1) / plan.rows > device.multiprocessors) plan.rows *= 2;
   const int wanted = plan.rows;
-  while (plan.rows > 4 && ends + slots(least + 3) + state(plan.rows) > limit) plan.rows /= 2;
+  while (plan.rows > 4 && slots(least + 3) + state(plan.rows) > limit) plan.rows /= 2;
   if (may_be_apart && kMostRows<T> >= kRowsApart && args.inverse && !args.mirrored && plan.rows < kRowsApart && wanted >= kRowsApart) {
-    plan.apart = true;
-    if (slots(least + 3) + state(kRowsApart) <= limit) {
-      plan.rows = kRowsApart;
-      ends = 0;
-    } else {
-      plan.apart = false;
-    }
+    plan.apart = true;  // which is what state() counts by
+    plan.apart = slots(least + 3) + state(kRowsApart) <= limit;
+    if (plan.apart) plan.rows = kRowsApart;
   }
-  plan.state_in_shared = ends + slots(least + 3) + state(plan.rows) <= limit;
+  plan.state_in_shared = slots(least + 3) + state(plan.rows) <= limit;
   if (!plan.state_in_shared) plan.rows = kMostRows<T>;
   set_warps(plan, widest <= 128);
-  const int64_t fixed = ends + (plan.state_in_shared ? state(plan.rows) : 0);
+  const int64_t fixed = plan.state_in_shared ? state(plan.rows) : 0;
   int64_t capacity = largest;
   while (capacity > least && fixed + slots(capacity + 3) > limit) capacity -= 128;
   if (capacity < least) capacity = least;

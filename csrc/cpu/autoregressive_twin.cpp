@@ -52,29 +52,9 @@ struct LateCopies {
 
 struct SerialLanes {
   bool backwards;
-  template <class T>
-  struct Local {  // a variable of each lane
-    T lanes[32];
-    T& at(int lane) { return lanes[lane]; }
-    const T& at(int lane) const { return lanes[lane]; }
-  };
   template <class F>
   void each(F&& f) const {
     for (int i = 0; i < 32; ++i) f(backwards ? 31 - i : i);
-  }
-  template <int LANES, class T, class First, class Second>
-  void sum(First&& first, Second&& second) const {
-    constexpr int rows = kRowsOfLane<LANES>;
-    Partial<T, rows> part[32];
-    each([&](int lane) { part[lane] = first(lane); });
-    for (int apart = LANES / 2; apart > 0; apart /= 2)
-      for (int lane = 0; lane < 32; ++lane)
-        if ((lane & apart) == 0)
-          for (int r = 0; r < 4; ++r) part[lane].run.at[r] = part[lane + apart].run.at[r] = part[lane].run.at[r] + part[lane + apart].run.at[r];
-    T sums[32][rows];
-    for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0, r = first_row_of_lane<LANES>(lane); i < rows; ++i) sums[lane][i] = r < 0 ? T(NAN) : part[lane].pending[i] + part[lane].run.at[r + i];
-    each([&](int lane) { second(lane, sums[lane], sums[lane ^ LANES]); });
   }
 };
 
@@ -98,8 +78,13 @@ std::vector<int32_t> find_steps(LoopArgs<T>& args, int threads, bool backwards) 
     all_threads(threads, backwards, [&](int t) { write_ends(args, s + space.ready, s + space.chain, s[0], s + space.ends, t, threads); });
   } else {
     s[0] = 1;
-    all_threads(threads, backwards, [&](int t) { write_forward_ends(args, s + space.ends, t, threads); });
   }
+  all_threads(threads, backwards, [&](int t) { write_works(args, s[0], t, threads); });
+  const Sections<T> sections{args, s + space.ends, s[0]};
+  int stages = kStagesBehind;
+  for (int i = 0; i < sections.count(); ++i) stages += s[space.counts + i];
+  STD_TORCH_CHECK(stages <= args.most_stages, "more stages than their bound: ", stages, " and ", args.most_stages);
+  all_threads(threads, backwards, [&](int t) { write_stages(args, s[0], t, threads); });
   return schedule;
 }
 
@@ -110,7 +95,7 @@ struct Layout {
 
 // autoregressive_loop of the kernel for one tile
 template <class T, int ROWS, bool MIRRORED, bool APART = false>
-void run_tile(const LoopArgs<T>& args, const Layout& layout, const int32_t* ends, int steps, int64_t first_row) {
+void run_tile(const LoopArgs<T>& args, const Layout& layout, int64_t first_row) {
   const int threads = 32 * (layout.consumers + layout.producers), copiers = 32 * layout.producers;
   const bool backwards = layout.backwards;
   auto empty_units = [](int units) {
@@ -118,29 +103,29 @@ void run_tile(const LoopArgs<T>& args, const Layout& layout, const int32_t* ends
     for (Pack<T, 4>& pack : packs) std::fill_n(pack.at, 4, std::numeric_limits<T>::quiet_NaN());
     return packs;
   };
-  const int in_shared = args.units_in_shared(APART);
-  std::vector<Pack<T, 4>> state = empty_units(in_shared), outputs = empty_units(args.units - in_shared);
+  std::vector<Pack<T, 4>> state = empty_units(args.units_in_shared()), outputs = empty_units(args.units_in_workspace(true));
   const SlotLayout slot_bytes = slot_layout(args.panel_steps, args.n_layers, args.capacity, sizeof(T));
   std::vector<Pack<double, 2>> memory(kSlots * slot_bytes.size / 16 + 1);
   std::memset(memory.data(), 0xff, memory.size() * 16);
   auto slot = [&](int i) { return Slot<T>(reinterpret_cast<unsigned char*>(memory.data()) + (i % kSlots) * slot_bytes.size, slot_bytes); };
 
-  const Tile<T, ROWS, MIRRORED, APART> tile{args, state[0].at, ends, steps, first_row, APART ? outputs[0].at : nullptr};
-  std::vector<Cursor<T>> cursors(copiers, Cursor<T>(args, ends, steps));
-  std::vector<LateCopies> copies(copiers);
+  const Tile<T, ROWS, MIRRORED, APART> tile{args, state[0].at, first_row, APART ? outputs[0].at : nullptr};
+  const Stage* stages = stages_of(args);
+  std::vector<LateCopies> copies(threads);
   const SerialLanes lanes{backwards};
+  for (int i = 0; i < kSlots - 1; ++i) all_threads(threads, backwards, [&](int t) { tile.produce(stages[i], slot(i), t, threads, copies[t]); });
   all_threads(threads, backwards, [&](int t) { tile.begin(t, threads); });
-  for (int i = 1 - kSlots;; ++i) {
-    if (i >= 0 && slot(i).stage->kind == StageKind::end) break;
+  all_threads(threads, backwards, [&](int t) { copies[t].template wait<0>(); });
+  for (int i = 0; stages[i].kind != StageKind::end; ++i) {
     auto produce = [&] {
       all_threads(copiers, backwards, [&](int t) {
-        tile.produce(cursors[t], slot(i + kSlots - 1), t, copiers, copies[t]);
+        tile.produce(stages[i + kSlots - 1], slot(i + kSlots - 1), t, copiers, copies[t]);
         copies[t].template wait<kSlots - 2>();
       });
     };
     if (!backwards) produce();
-    if (i >= 0)
-      for (int w = 0; w < layout.consumers; ++w) tile.consume(slot(i), backwards ? layout.consumers - 1 - w : w, layout.consumers, lanes);
+    for (int w = 0; w < layout.consumers; ++w)
+      tile.consume(stages[i], slot(i), backwards ? layout.consumers - 1 - w : w, layout.consumers, lanes);
     if (backwards) produce();
   }
   if constexpr (!MIRRORED) all_threads(threads, backwards, [&](int t) { tile.sum_logs(t, threads); });
@@ -154,17 +139,16 @@ void run_loop(LoopArgs<T>& args, const std::vector<int64_t>& numbers) {
     args.panel_steps = static_cast<int>(numbers[4]);
     args.panel_capacity = static_cast<int>(numbers[6]);
   }
-  args.capacity = std::max(layout.capacity, args.panel_capacity);
+  set_launch(args, std::max(layout.capacity, args.panel_capacity), layout.apart && args.inverse && !MIRRORED);
   const std::vector<int32_t> schedule = find_steps(args, 96, layout.backwards);
-  const int32_t* ends = schedule.data() + schedule_space(args).ends;
   for (int64_t row = 0; row < args.batch; row += layout.rows) {
     auto tile = layout.rows == 4    ? run_tile<T, 4, MIRRORED>
                 : layout.rows == 8  ? run_tile<T, 8, MIRRORED>
                 : layout.rows == 16 ? run_tile<T, 16, MIRRORED>
                                     : run_tile<T, 32, MIRRORED>;
     if constexpr (!MIRRORED)
-      if (layout.apart) tile = run_tile<T, kRowsApart, false, true>;
-    tile(args, layout, ends, schedule[0], row);
+      if (args.apart) tile = run_tile<T, kRowsApart, false, true>;
+    tile(args, layout, row);
   }
 }
 
@@ -193,6 +177,7 @@ std::tuple<Tensor, Tensor> run(const SolveTensors& tensors, const std::vector<in
 template <class T>
 Tensor steps(const LoopTensors& tensors) {
   LoopNetwork<T> network(tensors);
+  set_launch(network.args, network.args.panel_capacity, false);
   const std::vector<int32_t> schedule = find_steps(network.args, 32, false);
   const std::vector<int64_t> size{schedule[0] + 1, network.args.n_layers + 1};
   Tensor ends = torch::stable::new_empty(tensors.visible[0], size);
@@ -205,8 +190,8 @@ std::vector<int64_t> plan(const LoopTensors& tensors, const std::vector<int64_t>
   LoopNetwork<T> network(tensors);
   network.args.batch = device[3];
   const LoopPlan p = plan_loop(network.args, {static_cast<int>(device[0]), device[1], device[2]}, true);
-  return {p.rows,         p.capacity,   p.consumers, p.producers, p.state_in_shared, ends_in_shared(network.args, p.apart),
-          p.shared_bytes, p.slot_bytes, p.blocks,    network.args.panel_steps, network.args.units_in_shared(p.apart), p.apart};
+  return {p.rows,         p.capacity,   p.consumers, p.producers, p.state_in_shared,
+          p.shared_bytes, p.slot_bytes, p.blocks,    network.args.panel_steps, network.args.units, p.apart};
 }
 
 #define FK_ARGUMENTS                                                                                                                          \

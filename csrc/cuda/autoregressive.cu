@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kScheduleThreads, 1) autoregressive_stack_sche
   LoopArgs<T>& args = maps[blockIdx.x];
   copy_arguments(&args, packed.bytes + first, size);
   __syncthreads();
-  if (args.inverse) find_steps<T>(args, chain_in_shared ? shared_chain : nullptr);
+  make_schedule<T>(args, chain_in_shared ? shared_chain : nullptr);
 }
 
 template <class T, int ROWS, bool APART = false>
@@ -85,12 +85,9 @@ __global__ void __maxnreg__(APART ? kRegistersOfOne : kRegisters) autoregressive
     for (int m = 0; m < n; ++m) {
       copy_arguments(memory, maps + m, static_cast<int>(sizeof(LoopArgs<T>)));
       __syncthreads();
-      const BlockMemory<T> block = enter_network<T>(args, rest);
-      const int in_shared = args.units_in_shared(APART);
-      T* state = reinterpret_cast<T*>(memory + plan.shared_bytes) - static_cast<int64_t>(in_shared) * ROWS;
-      T* outputs = args.workspace + blockIdx.x * static_cast<int64_t>(args.units - in_shared) * ROWS;
-      __syncthreads();
-      run_tile<T, ROWS, false, APART>(args, block, state, outputs, plan, t * ROWS);
+      T* state = reinterpret_cast<T*>(memory + plan.shared_bytes) - args.units_in_shared() * ROWS;
+      T* outputs = args.workspace + blockIdx.x * static_cast<int64_t>(args.units_in_workspace(true)) * ROWS;
+      run_tile<T, ROWS, false, APART>(args, rest, state, outputs, plan, t * ROWS);
     }
 }
 
@@ -119,9 +116,9 @@ void run_stack(std::vector<LoopNetwork<T>>& networks, const Tensor& x) {
   const cudaStream_t stream = current_stream(device);
   int64_t integers = 0, outputs = 0;
   for (LoopNetwork<T>& network : networks) {
-    integers += network.args.inverse ? schedule_space(network.args).size : 0;
-    const int64_t own = network.args.units - network.args.units_in_shared(plan.apart);
-    if (own > outputs) outputs = own;
+    set_launch(network.args, plan.capacity, plan.apart);
+    integers += schedule_space(network.args).size;
+    if (network.args.units_in_workspace(true) > outputs) outputs = network.args.units_in_workspace(true);
   }
   std::vector<int64_t> size{integers};
   const Tensor schedules = torch::stable::new_empty(x, size, ScalarType::Int);
@@ -143,11 +140,9 @@ void run_stack(std::vector<LoopNetwork<T>>& networks, const Tensor& x) {
   };
   for (LoopNetwork<T>& network : networks) {
     LoopArgs<T>& args = network.args;
-    args.capacity = plan.capacity;
-    args.ends_in_shared = ends_in_shared(args, plan.apart);
     args.workspace = static_cast<T*>(workspace.mutable_data_ptr());
     args.schedule = schedule;
-    schedule += args.inverse ? schedule_space(args).size : 0;
+    schedule += schedule_space(args).size;
     const int bytes = packed_size(args);
     if (count == PackedArgs::kMost || (count > 0 && packed.first[count] + bytes > static_cast<int>(sizeof packed.bytes))) flush();
     std::memcpy(packed.bytes + packed.first[count], &args, bytes);

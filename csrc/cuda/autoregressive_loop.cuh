@@ -43,101 +43,48 @@ struct AsyncCopies {
 
 struct WarpLanes {
   int lane;
-  template <class T>
-  struct Local {  // a variable of each lane
-    T own;
-    __device__ __forceinline__ T& at(int) { return own; }
-    __device__ __forceinline__ const T& at(int) const { return own; }
-  };
   template <class F>
   __device__ __forceinline__ void each(F&& f) const {
     f(lane);
     __syncwarp();
   }
-  // Each exchange halves the rows that a lane goes on with, until it has one.
-  template <int LANES, class T, class First, class Second>
-  __device__ __forceinline__ void sum(First&& first, Second&& second) const {
-    constexpr unsigned all = 0xffffffff;
-    constexpr int rows = kRowsOfLane<LANES>;
-    const Partial<T, rows> part = first(lane);
-    T run[4];
-#pragma unroll
-    for (int r = 0; r < 4; ++r) run[r] = part.run.at[r];
-    int n = 4;
-#pragma unroll
-    for (int apart = LANES / 2; apart > 0; apart /= 2) {
-      const bool later = lane & apart;
-      if (n > 1) {
-        n /= 2;
-#pragma unroll
-        for (int r = 0; r < n; ++r) {
-          const T given = __shfl_xor_sync(all, later ? run[r] : run[r + n], apart);
-          run[r] = (later ? run[r + n] : run[r]) + given;
-        }
-      } else {
-        run[0] = run[0] + __shfl_xor_sync(all, run[0], apart);
-      }
-    }
-    T sums[rows], others[rows];
-#pragma unroll
-    for (int i = 0; i < rows; ++i) sums[i] = part.pending[i] + run[i];
-#pragma unroll
-    for (int i = 0; i < rows; ++i) others[i] = __shfl_xor_sync(all, sums[i], LANES);
-    second(lane, sums, others);
-    __syncwarp();
-  }
 };
 
 constexpr int kMaxThreads = 384;
-constexpr int kRegisters = 128, kRegistersOfOne = 160;  // of a thread: 512 threads to a multiprocessor, and one block alone
+constexpr int kRegisters = 136, kRegistersOfOne = 160;  // of a thread: kResidentThreads to a multiprocessor, and one block alone
 static_assert(sizeof(LoopArgs<double>) + sizeof(LoopPlan) <= 4096, "what a kernel may be given");
 
-// The state of a tile, or nothing where it is in a workspace, lies at the end of shared memory; before it slots, and `ends` behind them.
-template <class T>
-struct BlockMemory {
-  unsigned char* slots;
-  SlotLayout layout;
-  const int32_t* ends;
-  int steps;
-};
-
-// `ends` is whole after a barrier.
-template <class T>
-__device__ __forceinline__ BlockMemory<T> enter_network(const LoopArgs<T>& args, unsigned char* memory) {
-  const int thread = threadIdx.x, threads = blockDim.x;
-  BlockMemory<T> block{memory, slot_layout(args.panel_steps, args.n_layers, args.capacity, sizeof(T)), args.schedule + schedule_space(args).ends,
-                       args.inverse ? args.schedule[0] : 1};
-  if (!args.ends_in_shared) return block;
-  int32_t* shared_ends = reinterpret_cast<int32_t*>(memory + kSlots * block.layout.size);
-  if (args.inverse)
-    for (int i = thread; i < (block.steps + 1) * (args.n_layers + 1); i += threads) shared_ends[i] = block.ends[i];
-  else
-    write_forward_ends(args, shared_ends, thread, threads);
-  block.ends = shared_ends;
-  return block;
-}
-
+// slots: the ring, at the beginning of what a map may use of shared memory; the state of a tile is at its end.
 template <class T, int ROWS, bool MIRRORED, bool APART>
-__device__ __forceinline__ void run_tile(const LoopArgs<T>& args, const BlockMemory<T>& block, T* state, T* outputs, const LoopPlan& plan, int64_t first_row) {
+__device__ __forceinline__ void run_tile(const LoopArgs<T>& args, unsigned char* slots, T* state, T* outputs, const LoopPlan& plan, int64_t first_row) {
   const int thread = threadIdx.x, threads = blockDim.x, warp = thread / 32;
   const bool producer = warp >= plan.consumers;
-  const int copier = thread - 32 * plan.consumers, copiers = 32 * plan.producers;
+  const SlotLayout layout = slot_layout(args.panel_steps, args.n_layers, args.capacity, sizeof(T));
   AsyncCopies copies;
   WarpLanes lanes{thread % 32};
-  auto slot = [&](int i) { return Slot<T>(block.slots + (i % kSlots) * block.layout.size, block.layout); };
+  auto slot = [&](int i) { return Slot<T>(slots + (i % kSlots) * layout.size, layout); };
 
-  const Tile<T, ROWS, MIRRORED, APART> tile{args, state, block.ends, block.steps, first_row, outputs};
-  Cursor<T> cursor(args, block.ends, block.steps);
+  const Tile<T, ROWS, MIRRORED, APART> tile{args, state, first_row, outputs};
+  const Stage* stages = stages_of(args);
+  for (int i = 0; i < kSlots - 1; ++i) tile.produce(stages[i], slot(i), thread, threads, copies);  // by all, as nobody has anything else to do
   tile.begin(thread, threads);
-  for (int i = 1 - kSlots;; ++i) {  // before stage 0, the ring is filled
-    if (i >= 0 && slot(i).stage->kind == StageKind::end) break;
+  copies.wait<0>();
+  __syncthreads();
+  Stage next = stages[producer ? kSlots - 1 : 0];  // read a stage ahead of its use
+  StageKind kind = stages[0].kind, following = stages[1].kind;
+  static_assert(kSlots == 3, "a producer, two stages ahead, remembers two kinds");
+  for (int i = 0; kind != StageKind::end; ++i) {
+    const Stage stage = next;
+    next = stages[i + (producer ? kSlots : 1)];
     if (producer) {
-      tile.produce(cursor, slot(i + kSlots - 1), copier, copiers, copies);  // where stage i - 1 was
+      tile.produce(stage, slot(i + kSlots - 1), thread - 32 * plan.consumers, 32 * plan.producers, copies);  // where stage i - 1 was
       copies.wait<kSlots - 2>();
-    } else if (i >= 0) {
-      tile.consume(slot(i), warp, plan.consumers, lanes);
+    } else {
+      tile.consume(stage, slot(i), warp, plan.consumers, lanes);
     }
     __syncthreads();  // stage i is used, stage i + 1 has landed
+    kind = producer ? following : next.kind;
+    following = stage.kind;
   }
   if constexpr (!MIRRORED) {
     tile.sum_logs(thread, threads);
@@ -150,20 +97,17 @@ __device__ __forceinline__ void run_tile(const LoopArgs<T>& args, const BlockMem
 template <class T, int ROWS, bool STATE_IN_SHARED, bool MIRRORED, bool APART = false>
 __global__ void __maxnreg__(STATE_IN_SHARED && !APART ? kRegisters : kRegistersOfOne) autoregressive_loop(const __grid_constant__ LoopArgs<T> args, const LoopPlan plan) {
   extern __shared__ __align__(16) unsigned char memory[];
-  const BlockMemory<T> block = enter_network(args, memory);
-  const int64_t in_shared = STATE_IN_SHARED ? args.units_in_shared(APART) * int64_t(ROWS) : 0;
-  T* workspace = args.workspace + blockIdx.x * (int64_t(args.units) * ROWS - in_shared);
-  T* state = STATE_IN_SHARED ? reinterpret_cast<T*>(memory + plan.shared_bytes) - in_shared : workspace;
-  __syncthreads();
+  T* workspace = args.workspace + blockIdx.x * (args.units_in_workspace(STATE_IN_SHARED) * int64_t(ROWS));
+  T* state = STATE_IN_SHARED ? reinterpret_cast<T*>(memory + plan.shared_bytes) - args.units_in_shared() * ROWS : workspace;
   const int64_t tiles = (args.batch + ROWS - 1) / ROWS;
-  for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) run_tile<T, ROWS, MIRRORED, APART>(args, block, state, workspace, plan, t * ROWS);
+  for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) run_tile<T, ROWS, MIRRORED, APART>(args, memory, state, workspace, plan, t * ROWS);
 }
 
 constexpr int kScheduleThreads = 512;
 
 // The steps of the inverse from the staircases, by one block. shared_chain: 2 * (features + 1) integers, or null.
 template <class T>
-__device__ __forceinline__ void find_steps(const LoopArgs<T>& args, int32_t* shared_chain) {
+__device__ __forceinline__ int find_steps(const LoopArgs<T>& args, int32_t* shared_chain) {
   const ScheduleSpace space = schedule_space(args);
   int32_t *ready = args.schedule + space.ready, *seen = args.schedule + space.seen;
   int32_t* next = shared_chain ? shared_chain : args.schedule + space.next;
@@ -187,12 +131,23 @@ __device__ __forceinline__ void find_steps(const LoopArgs<T>& args, int32_t* sha
   if (threadIdx.x == 0) steps = args.schedule[0] = one_by_one ? args.most_steps() : follow_chain(args, next, chain);
   __syncthreads();
   write_ends(args, ready, chain, steps, args.schedule + space.ends, threadIdx.x, blockDim.x);
+  return steps;
+}
+
+template <class T>
+__device__ __forceinline__ void make_schedule(const LoopArgs<T>& args, int32_t* shared_chain) {
+  int steps = 1;
+  if (args.inverse) steps = find_steps(args, shared_chain);
+  __syncthreads();
+  write_works(args, steps, threadIdx.x, blockDim.x);
+  __syncthreads();
+  write_stages(args, steps, threadIdx.x, blockDim.x);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kScheduleThreads, 1) autoregressive_schedule(const __grid_constant__ LoopArgs<T> args, bool chain_in_shared) {
   extern __shared__ int32_t shared_chain[];
-  find_steps(args, chain_in_shared ? shared_chain : nullptr);
+  make_schedule(args, chain_in_shared ? shared_chain : nullptr);
 }
 
 // Bytes of shared memory for following the chain of features; 0 where it is too long for it
@@ -238,24 +193,21 @@ template <class T, bool MIRRORED>
 void run_loop(LoopArgs<T>& args, const Tensor& x) {
   const int32_t device = x.get_device_index();
   const LoopPlan plan = plan_loop(args, device_of(device), true);
-  args.capacity = plan.capacity;
-  args.ends_in_shared = ends_in_shared(args, plan.apart);
+  set_launch(args, plan.capacity, plan.apart);
   const cudaStream_t stream = current_stream(device);
 
   // both are freed when this function returns; the allocator gives them to nobody but this stream
-  std::vector<int64_t> size{args.inverse ? schedule_space(args).size : 0};
+  std::vector<int64_t> size{schedule_space(args).size};
   const Tensor schedule = torch::stable::new_empty(x, size, ScalarType::Int);
-  size = {plan.blocks * plan.rows * (args.units - (plan.state_in_shared ? args.units_in_shared(plan.apart) : 0))};
+  size = {plan.blocks * plan.rows * args.units_in_workspace(plan.state_in_shared)};
   const Tensor workspace = torch::stable::new_empty(x, size);
   args.schedule = static_cast<int32_t*>(schedule.mutable_data_ptr());
   args.workspace = static_cast<T*>(workspace.mutable_data_ptr());
   place_visible(args);
 
-  if (args.inverse) {
-    const int64_t chain = chain_bytes(args.features);
-    autoregressive_schedule<T><<<1, kScheduleThreads, chain, stream>>>(args, chain > 0);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
+  const int64_t chain = chain_bytes(args.features);
+  autoregressive_schedule<T><<<1, kScheduleThreads, chain, stream>>>(args, chain > 0);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
   auto* kernel = loop_kernel<T, MIRRORED>(plan);
   allow_shared(kernel, plan.shared_bytes);
   kernel<<<static_cast<unsigned>(plan.blocks), 32 * (plan.consumers + plan.producers), plan.shared_bytes, stream>>>(args, plan);

@@ -3,8 +3,8 @@
 //
 // The state of a tile is [unit][ROWS]: pending sums, which become the values themselves; z, which becomes x; the context; gates.
 // Rows of a tile never meet, so a panel is run by warps that own 4 rows each, with no barrier of the block inside; what counts there is
-// the time from one sum to the next. Lanes share a unit's inputs: a sum is 8 chains of multiply-adds over every 8th input, summed as
-// ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)), of which a lane runs 1, 2 or 4, so that the order is the same however many units there are.
+// how many instructions lie between one value and the next, as a warp alone takes 4 to 5 cycles for each. So values are added to all
+// sums of the panel that wait for them as soon as they are known, a lane to a unit, and what there is to do comes as a list of works.
 // A block of weights is run by all warps: a thread computes 4 or 8 rows of 2 or 4 units.
 //
 // MIRRORED, the gradient of the inverse. With x = f^-1(z), (z, l) = f(x), and cotangents g of x and c of -l, look for u such that f's
@@ -23,35 +23,18 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {  // read and writ
   T at[N];
 };
 
-// What a lane brings to a panel's sums: a share of the products in 4 rows of its unit, and what was pending in those that it will finish
-template <class T, int N>
-struct Partial {
-  Pack<T, 4> run;
-  T pending[N];
-};
-constexpr int kChains = 8;
-// of a sum that so many lanes share, a lane finishes so many rows, from this on; none where that is negative
-template <int LANES>
-constexpr int kRowsOfLane = LANES == 2 ? 2 : 1;
-template <int LANES>
-FK_INLINE int first_row_of_lane(int lane) {
-  if (LANES < 8) return lane % LANES * kRowsOfLane<LANES>;
-  return lane % 2 == 0 ? lane % LANES / 2 : -1;
-}
-
 constexpr int kLogChunk = 16;  // log-derivatives are summed in chunks, as on the CPU
 
 // One slot of shared memory
 template <class T>
 struct Slot {
-  Stage* stage;
   PanelWork* works;
   int32_t* visible;
   T* weights;
 
   FK_INLINE Slot(unsigned char* memory, const SlotLayout& layout)
-      : stage(reinterpret_cast<Stage*>(memory)), works(reinterpret_cast<PanelWork*>(memory + layout.works)),
-        visible(reinterpret_cast<int32_t*>(memory + layout.visible)), weights(reinterpret_cast<T*>(memory + layout.weights)) {
+      : works(reinterpret_cast<PanelWork*>(memory + layout.works)), visible(reinterpret_cast<int32_t*>(memory + layout.visible)),
+        weights(reinterpret_cast<T*>(memory + layout.weights)) {
     FK_IS_SHARED(memory);
   }
 };
@@ -60,8 +43,6 @@ template <class T, int ROWS, bool MIRRORED = false, bool APART = false>
 struct Tile {
   const LoopArgs<T>& args;
   T* state;
-  const int32_t* ends;
-  int steps;
   int64_t first_row;
   T* outputs;  // APART: the last layer's sums, in global memory
 
@@ -147,11 +128,13 @@ struct Tile {
   FK_INLINE void copy_rows(const T* from, int64_t ld, int rows, int chunks, T* to, int to_ld, int thread, int threads, Copies& copies) const {
     int lanes = 32;  // to a row
     while (lanes > 1 && lanes / 2 >= chunks) lanes /= 2;
-    const int at_once = threads / lanes;
+    const int at_once = threads / lanes, first = thread / lanes, lane = thread % lanes;
+    from += first * ld + lane * N;
+    to += first * to_ld + lane * N;
     FK_UNROLL_4
-    for (int k = thread / lanes; k < rows; k += at_once)
-      for (int c = thread % lanes; c < chunks; c += lanes)
-        copies.copy(reinterpret_cast<Pack<T, N>*>(to + k * to_ld) + c, reinterpret_cast<const Pack<T, N>*>(from + k * ld) + c);
+    for (int k = first; k < rows; k += at_once, from += at_once * ld, to += at_once * to_ld)
+      for (int c = 0; c < chunks - lane; c += lanes)
+        copies.copy(reinterpret_cast<Pack<T, N>*>(to + c * N), reinterpret_cast<const Pack<T, N>*>(from + c * N));
   }
 
   // The weights of the inputs [k0, k0 + inputs) and the units [j0, j0 + units), in front of which there are `lead` columns for units
@@ -176,35 +159,19 @@ struct Tile {
   }
 
   template <class Copies>
-  FK_INLINE void produce(Cursor<T>& cursor, const Slot<T>& slot, int thread, int threads, Copies& copies) const {
-    const Stage stage = cursor.next();
-    if (thread == 0) *slot.stage = stage;
+  FK_INLINE void produce(const Stage& stage, const Slot<T>& slot, int thread, int threads, Copies& copies) const {
     if (stage.kind == StageKind::panel) {
-      const int32_t *from = cursor.row(stage.row), *to = cursor.row(stage.row + stage.rows);
-      int weights = 0;
+      const ScheduleSpace space = schedule_space(args);
+      const PanelWork* works = reinterpret_cast<const PanelWork*>(args.schedule + space.works) + stage.row * args.n_layers;
+      const PanelPart* parts = reinterpret_cast<const PanelPart*>(args.schedule + space.parts) + stage.row / args.panel_steps * args.n_layers;
+      using Third = Pack<int32_t, 4>;
+      for (int i = thread; i < 3 * stage.rows * args.n_layers; i += threads)
+        copies.copy(reinterpret_cast<Third*>(slot.works) + i, reinterpret_cast<const Third*>(works) + i);
       for (int l = 1; l <= args.n_layers; ++l) {
         const LoopLayer<T>& layer = args.layer(l);
-        const int source = layer.source, k0 = from[source], inputs = layer.unitwise ? 0 : to[source] - k0, j0 = from[l], units = to[l] - j0;
-        const int lead = layer.unitwise ? 0 : j0 % layer.copy, ld = panel_ld(units);
-        for (int s = thread; s < stage.rows; s += threads) {
-          const int32_t *begin = cursor.row(stage.row + s), *end = begin + args.n_layers + 1;
-          const int j = begin[l], known = end[source];
-          PanelWork work;
-          work.weights = weights + lead + j - j0;
-          work.ld = ld;
-          work.inputs = args.first_unit(source) + k0;
-          work.values = layer.first + j;
-          work.unit = j;
-          work.n = static_cast<int16_t>(end[l] - j);
-          work.layer = static_cast<int16_t>(l);
-          work.sees = static_cast<int16_t>(layer.unitwise ? 0 : work.n == 0 || layer.visible[j] >= known ? known - k0 : -1);
-          const bool plain = !layer.unitwise && !layer.gate && layer.residual < 0;
-          work.activation = static_cast<int16_t>(l == args.n_layers ? kFeatures : plain ? layer.activation : kThroughHidden);
-          slot.works[s * args.n_layers + l - 1] = work;
-        }
-        if (layer.unitwise) continue;
-        copy_block(layer.weight, layer.ld, layer.copy, k0, inputs, j0, units, lead, slot.weights + weights, ld, thread, threads, copies);
-        weights += inputs * ld;
+        const PanelPart part = parts[l - 1];
+        copy_block(layer.weight, layer.ld, layer.copy, part.k0, part.inputs, part.j0, part.units, part.lead, slot.weights + part.weights, part.ld,
+                   thread, threads, copies);
       }
     } else if (stage.kind != StageKind::end) {
       const LoopLayer<T>& layer = args.layer(stage.layer);
@@ -285,109 +252,132 @@ struct Tile {
 
   // ---- a panel, by warps that own rows
 
-  // The chains of one of LANES lanes over the first `sees` inputs in 4 rows, summed. All that a turn reads is on its way before it is
-  // used; beyond the inputs there are zeros.
-  template <int LANES>
-  FK_INLINE Pack<T, 4> run_chains(const T* weight, int ld, const T* h, int lane, int sees) const {
-    constexpr int own = kChains / LANES, turns = own < 4 ? 4 / own : 1;
-    Pack<T, 4> run[own] = {};
+  FK_INLINE static void add_product(Pack<T, 4>& sum, T weight, const Pack<T, 4>& x) {
+    for (int r = 0; r < 4; ++r) sum.at[r] = scalar::fma(weight, x.at[r], sum.at[r]);
+  }
+
+  // sum + the products of the first n inputs in 4 rows: inputs[k * ROWS], weights[k * ld]
+  FK_INLINE static void add_products(Pack<T, 4>& sum, const T* weights, int ld, const T* inputs, int n) {
+    auto x = [&](int k) -> const Pack<T, 4>& { return *reinterpret_cast<const Pack<T, 4>*>(inputs + k * ROWS); };
     FK_KEEP_LOOP
-    for (int k0 = 0; k0 < sees; k0 += turns * kChains) {
-      T w[turns * own] = {};
-      Pack<T, 4> x[turns * own] = {};
-      for (int i = 0; i < turns * own; ++i) {
-        const int k = k0 + i * LANES + lane;
-        if (k >= sees) continue;
-        w[i] = weight[k * ld];
-        x[i] = *reinterpret_cast<const Pack<T, 4>*>(h + k * ROWS);
-      }
-      for (int i = 0; i < turns * own; ++i)
-        for (int r = 0; r < 4; ++r) run[i % own].at[r] = scalar::fma(w[i], x[i].at[r], run[i % own].at[r]);
+    for (; n >= 4; n -= 4, weights += 4 * ld, inputs += 4 * ROWS) {  // all are read before the first is used
+      const T w0 = weights[0], w1 = weights[ld], w2 = weights[2 * ld], w3 = weights[3 * ld];
+      const Pack<T, 4> x0 = x(0), x1 = x(1), x2 = x(2), x3 = x(3);
+      add_product(sum, w0, x0);
+      add_product(sum, w1, x1);
+      add_product(sum, w2, x2);
+      add_product(sum, w3, x3);
     }
-    for (int n = own / 2; n > 0; n /= 2)
-      for (int c = 0; c < n; ++c)
-        for (int r = 0; r < 4; ++r) run[c].at[r] = run[c].at[r] + run[c + n].at[r];
-    return run[0];
+    if (n >= 2) {
+      const T w0 = weights[0], w1 = weights[ld];
+      const Pack<T, 4> x0 = x(0), x1 = x(1);
+      add_product(sum, w0, x0);
+      add_product(sum, w1, x1);
+      weights += 2 * ld;
+      inputs += 2 * ROWS;
+    }
+    if (n % 2 == 1) add_product(sum, weights[0], x(0));
   }
 
-  // of the panel's inputs, what a unit sees that does not see all
-  FK_INLINE int seen_in_panel(const PanelWork& work, int j) const {
-    const LoopLayer<T>& layer = args.layer(work.layer);
-    return layer.visible[j] - (work.inputs - args.first_unit(layer.source));
-  }
+  // What a panel's work needs that stays the same
+  struct PanelConstants {
+    T *state;           // of the warp's 4 rows
+    const T* weights;   // of the slot
+    bool is_quick;      // the features' map is the usual one, without a call
+    scalar::SoftclipMap<T> map;
+  };
 
-  // A work of a panel in the rows [r0, r0 + 4). Lanes::sum<L>(first, second) calls second(lane, sums, others) in every lane of a warp with
-  // the sums that its L lanes brought in first(lane), and those of the L lanes beside them, and then waits for all.
-  template <int LANES, class Lanes, class Ahead>
-  FK_INLINE void units(const PanelWork& work, const T* weights, int r0, Lanes& lanes, const Ahead& ahead) const {
-    constexpr int rows = kRowsOfLane<LANES>;
-    T* sums = state + work.values * ROWS + r0;
-    if constexpr (APART)
-      if (work.activation == kFeatures) sums = outputs + work.unit * ROWS + r0;
-    const T* h = state + work.inputs * ROWS + r0;
-    for (int u0 = 0; u0 < work.n; u0 += 32 / LANES)
-      lanes.template sum<LANES, T>(
-          [&](int lane) {
-            Partial<T, rows> part{};
-            const int u = u0 + lane / LANES, first = first_row_of_lane<LANES>(lane);
-            if (u >= work.n) return part;
-            for (int i = 0; i < rows; ++i)
-              if (first >= 0)
-                part.pending[i] = APART && LANES == 8 && work.activation == kFeatures ? ahead.at(lane) : sums[u * ROWS + first + i];
-            const int sees = work.sees >= 0 ? work.sees : seen_in_panel(work, work.unit + u);
-            part.run = run_chains<LANES>(weights + work.weights + u, work.ld, h, lane % LANES, sees);
-            return part;
-          },
-          [&](int lane, const T(&sum)[rows], const T(&other)[rows]) {
-            const int u = u0 + lane / LANES, first = first_row_of_lane<LANES>(lane);
-            if (u >= work.n || first < 0) return;
-            FK_KEEP_LOOP
-            for (int i = 0; i < rows; ++i) {
-              const int r = r0 + first + i, j = work.unit + u;
-              const T own = i == 0 ? sum[0] : sum[rows - 1], next = i == 0 ? other[0] : other[rows - 1];
-              if (work.activation != kFeatures)
-                sums[u * ROWS + first + i] = work.activation >= 0 ? activated(work.activation, own) : hidden(work.layer, j, r, own);
-              else if (j % kSums == 0)
-                feature(j / kSums, r, [&](int which) { return which == 0 ? own : next; });
-            }
-          });
+  // Lanes::each(f) calls f(lane) in every lane of a warp and then waits for all of them.
+  template <class Lanes>
+  FK_INLINE void do_work(const PanelWork& work, const PanelConstants& constants, int r0, Lanes& lanes) const {
+    T* sums = constants.state + work.values * ROWS;
+    if (work.inputs > 0 || work.activation >= 0)
+      lanes.each([&](int lane) {
+        const T *inputs = constants.state + work.first * ROWS, *weights = constants.weights + work.weights;
+        FK_KEEP_LOOP
+        for (int u = lane; u < work.targets; u += 32) {
+          Pack<T, 4>& at = *reinterpret_cast<Pack<T, 4>*>(sums + u * ROWS);
+          Pack<T, 4> sum = at;
+          add_products(sum, weights + u, work.ld, inputs, work.staircase ? seen_of(work, work.unit + u) : work.inputs);
+          if (work.activation == static_cast<int>(Activation::relu)) {
+            for (int r = 0; r < 4; ++r) sum.at[r] = u < work.finished ? scalar::activate<Activation::relu>(sum.at[r]) : sum.at[r];
+          } else if (work.activation > 0 && u < work.finished) {
+            for (int r = 0; r < 4; ++r) sum.at[r] = scalar::activate(static_cast<Activation>(work.activation), sum.at[r]);
+          }
+          at = sum;
+        }
+      });
+    if (work.activation >= 0 || work.finished == 0) return;
+    if (work.activation == kFeatures)
+      finish_features(work, constants, sums, r0, lanes);
+    else
+      lanes.each([&](int lane) {
+        for (int i = lane; i < 4 * work.finished; i += 32) {
+          const int u = i / 4, r = i % 4;
+          sums[u * ROWS + r] = hidden(work.layer, work.unit + u, r0 + r, sums[u * ROWS + r]);
+        }
+      });
   }
 
   template <class Lanes>
-  FK_INLINE void panel(const Slot<T>& slot, int warp, int warps, Lanes& lanes) const {
-    const int n = slot.stage->rows * args.n_layers;
-    typename Lanes::template Local<T> ahead;
+  FK_INLINE void finish_features(const PanelWork& work, const PanelConstants& constants, T* sums, int r0, Lanes& lanes) const {
+    lanes.each([&](int lane) {
+      FK_KEEP_LOOP
+      for (int i = lane; i < 4 * work.finished / kSums; i += 32) {
+        const int p = work.unit / kSums + i / 4, r = i % 4;
+        const T* own = sums + (i / 4 * kSums) * ROWS + r;
+        if constexpr (!MIRRORED) {
+          if (constants.is_quick) {
+            T& at = constants.state[p * ROWS + r];
+            const scalar::ValueAndLog<T> out = scalar::invert_form<Form::scale_shift>(constants.map, at, own[0], own[ROWS]);
+            at = out.value;
+            values(args.n_layers)[(2 * p + 1) * ROWS + r0 + r] = out.log;
+            continue;
+          }
+        }
+        feature(p, r0 + r, [&](int which) { return own[which * ROWS]; });
+      }
+    });
+  }
+
+  // of a work's inputs, what a unit sees that need not see all
+  FK_INLINE int seen_of(const PanelWork& work, int j) const {
+    const LoopLayer<T>& layer = args.layer(work.layer);
+    return larger(0, smaller(layer.visible[j] - (work.first - args.first_unit(layer.source)), work.inputs));
+  }
+
+  template <class Lanes>
+  FK_INLINE void panel(const Stage& stage, const Slot<T>& slot, int warp, int warps, Lanes& lanes) const {
+    const int n = stage.rows * args.n_layers;
+    PanelConstants constants{nullptr, slot.weights, false, scalar::SoftclipMap<T>(args.scale)};
+    constants.is_quick =
+        args.inverse && args.form == static_cast<int>(Form::scale_shift) && args.scale.kind == static_cast<int>(ScaleKind::softclip);
     for (int r0 = 4 * warp; r0 < ROWS; r0 += 4 * warps) {
+      constants.state = state + r0;
+      if constexpr (APART) fetch(slot.works[args.n_layers - 1], r0, lanes);
       PanelWork next = slot.works[0];
+      FK_KEEP_LOOP
       for (int i = 0; i < n; ++i) {
         const PanelWork work = next;
         next = slot.works[i + 1];  // on its way while this is done
-        if constexpr (APART)
-          if (work.layer == 1) ask_ahead(slot.works[i + args.n_layers - 1], r0, lanes, ahead);
-        if (work.n <= 4)
-          units<8>(work, slot.weights, r0, lanes, ahead);
-        else if (work.n <= 8)
-          units<4>(work, slot.weights, r0, lanes, ahead);
-        else
-          units<2>(work, slot.weights, r0, lanes, ahead);
+        do_work(work, constants, r0, lanes);
       }
     }
   }
 
-  // the sums that a step's last layer begins with, from global memory while the layers before it are at work
-  template <class Lanes, class Ahead>
-  FK_INLINE void ask_ahead(const PanelWork& work, int r0, Lanes& lanes, Ahead& ahead) const {
+  // the last layer's sums of a panel, from global memory to where its works expect them; `first` is the first of those works
+  template <class Lanes>
+  FK_INLINE void fetch(const PanelWork& first, int r0, Lanes& lanes) const {
     lanes.each([&](int lane) {
-      const int first = first_row_of_lane<8>(lane);
-      if (lane / 8 < work.n && first >= 0) ahead.at(lane) = outputs[(work.unit + lane / 8) * ROWS + r0 + first];
+      for (int u = lane; u < first.targets; u += 32)
+        *reinterpret_cast<Pack<T, 4>*>(state + (first.values + u) * ROWS + r0) = *reinterpret_cast<const Pack<T, 4>*>(outputs + (first.unit + u) * ROWS + r0);
     });
   }
 
   // ---- a block of weights, by all consumers
 
   template <int QUADS, int UNITS>
-  FK_INLINE void block(const Slot<T>& slot, int thread, int threads) const {
-    const Stage stage = *slot.stage;
+  FK_INLINE void block(const Stage& stage, const Slot<T>& slot, int thread, int threads) const {
     const LoopLayer<T>& layer = args.layer(stage.layer);
     const bool context = stage.kind == StageKind::context;
     const T* h = (context ? state + static_cast<int64_t>(args.context) * ROWS : values(layer.source)) + static_cast<int64_t>(stage.k0) * ROWS;
@@ -459,17 +449,15 @@ struct Tile {
   }
 
   template <class Lanes>
-  FK_INLINE void consume(const Slot<T>& slot, int warp, int warps, Lanes& lanes) const {
-    const StageKind kind = slot.stage->kind;
-    if (kind == StageKind::panel) return panel(slot, warp, warps, lanes);
-    if (kind == StageKind::end) return;
+  FK_INLINE void consume(const Stage& stage, const Slot<T>& slot, int warp, int warps, Lanes& lanes) const {
+    if (stage.kind == StageKind::panel) return panel(stage, slot, warp, warps, lanes);
     // as many sums to a thread as leave work for half of the threads, and have registers
-    const int threads = 32 * warps, columns = slot.stage->lead + slot.stage->units, quads = columns * (ROWS / 4);
+    const int threads = 32 * warps, quads = (stage.lead + stage.units) * (ROWS / 4);
     if constexpr (ROWS >= 8 && sizeof(T) == 4)
-      if (quads >= 4 * threads) return lanes.each([&](int lane) { block<2, 4>(slot, 32 * warp + lane, threads); });
+      if (quads >= 4 * threads) return lanes.each([&](int lane) { block<2, 4>(stage, slot, 32 * warp + lane, threads); });
     if constexpr (sizeof(T) == 4)
-      if (quads >= 2 * threads) return lanes.each([&](int lane) { block<1, 4>(slot, 32 * warp + lane, threads); });
-    lanes.each([&](int lane) { block<1, 2>(slot, 32 * warp + lane, threads); });
+      if (quads >= 2 * threads) return lanes.each([&](int lane) { block<1, 4>(stage, slot, 32 * warp + lane, threads); });
+    lanes.each([&](int lane) { block<1, 2>(stage, slot, 32 * warp + lane, threads); });
   }
 
   // ---- after the stages, by all threads
@@ -488,7 +476,8 @@ struct Tile {
 
   // NaN where the schedule ended early: the network was not autoregressive, and nothing else could tell without a look from the host
   FK_INLINE void write(int thread, int threads) const {
-    const int sums = args.inverse ? ends[static_cast<int64_t>(steps) * (args.n_layers + 1) + args.n_layers] : 0;
+    const int steps = args.schedule[0];
+    const int sums = args.inverse ? args.schedule[schedule_space(args).ends + static_cast<int64_t>(steps) * (args.n_layers + 1) + args.n_layers] : 0;
     const int known = args.inverse ? sums / kSums : args.features;
     const T* outputs = values(args.n_layers);
     if constexpr (MIRRORED)
