@@ -43,7 +43,7 @@ def backward_by_solve(
     widths = [len(v) for v in visible]
     all_context_weights = torch.cat(context_weights, 1) if context_weights else None
     terms = (context @ all_context_weights).split(widths, 1) if context_weights else [None] * len(widths)
-    h = x if order is None else x[:, order]
+    h = x if order is None else x.index_select(1, order)
     inputs, made = [], []
     for weight, bias, term, seen, activation in zip(weights, biases, terms, visible, activations, strict=True):
         inputs.append(h)
