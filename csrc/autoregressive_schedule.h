@@ -37,6 +37,9 @@ constexpr int kMirroredBlockUnits = 252;  // 4 less than a multiple of the banks
 template <class T>
 constexpr int kMostRows = sizeof(T) == 8 ? 4 : 32;  // of a tile; and of each whose state is not in shared memory
 
+// Elements from one unit to the next in the state of a tile: lanes read the same 4 rows of units side by side, and 32 rows are all banks.
+FK_INLINE constexpr int unit_stride(int rows) { return rows == 32 ? 36 : rows; }
+
 FK_INLINE int smaller(int a, int b) { return a < b ? a : b; }
 FK_INLINE int larger(int a, int b) { return a > b ? a : b; }
 FK_INLINE int up_to_multiple(int n, int of) { return (n + of - 1) / of * of; }
@@ -511,7 +514,8 @@ struct Device {
 
 inline void choose_blocks(LoopPlan& plan, int64_t batch, const Device& device) {
   const int64_t tiles = (batch + plan.rows - 1) / plan.rows;
-  const int64_t by_shared = device.shared_per_multiprocessor / (plan.shared_bytes + 1024), by_threads = kResidentThreads / (32 * (plan.consumers + plan.producers));
+  const int64_t by_shared = device.shared_per_multiprocessor / (plan.shared_bytes + 1024);
+  const int64_t by_threads = kResidentThreads / (32 * (plan.consumers + plan.producers));
   int64_t resident = by_shared < by_threads ? by_shared : by_threads;
   if (resident < 1 || !plan.state_in_shared) resident = 1;  // a workspace is bounded by one block for each multiprocessor
   plan.blocks = tiles < resident * device.multiprocessors ? tiles : resident * device.multiprocessors;
@@ -559,7 +563,7 @@ inline LoopPlan plan_loop(const LoopArgs<T>& args, const Device& device, bool ma
   auto state = [&](int rows) {
     LoopArgs<T> own = args;
     own.apart = plan.apart;
-    return int64_t(own.units_in_shared()) * rows * item;
+    return int64_t(own.units_in_shared()) * unit_stride(rows) * item;
   };
   const int64_t limit = device.shared_per_block, least = args.panel_capacity;
   plan.rows = 4;

@@ -99,7 +99,7 @@ void run_tile(const LoopArgs<T>& args, const Layout& layout, int64_t first_row) 
   const int threads = 32 * (layout.consumers + layout.producers), copiers = 32 * layout.producers;
   const bool backwards = layout.backwards;
   auto empty_units = [](int units) {
-    std::vector<Pack<T, 4>> packs(static_cast<size_t>(units) * ROWS / 4);
+    std::vector<Pack<T, 4>> packs(static_cast<size_t>(units) * unit_stride(ROWS) / 4);
     for (Pack<T, 4>& pack : packs) std::fill_n(pack.at, 4, std::numeric_limits<T>::quiet_NaN());
     return packs;
   };
@@ -113,7 +113,8 @@ void run_tile(const LoopArgs<T>& args, const Layout& layout, int64_t first_row) 
   const Stage* stages = stages_of(args);
   std::vector<LateCopies> copies(threads);
   const SerialLanes lanes{backwards};
-  for (int i = 0; i < kSlots - 1; ++i) all_threads(threads, backwards, [&](int t) { tile.produce(stages[i], slot(i), t, threads, copies[t]); });
+  for (int i = 0; i < kSlots - 1; ++i)
+    all_threads(threads, backwards, [&](int t) { tile.produce(stages[i], slot(i), t, threads, copies[t]); });
   all_threads(threads, backwards, [&](int t) { tile.begin(t, threads); });
   all_threads(threads, backwards, [&](int t) { copies[t].template wait<0>(); });
   for (int i = 0; stages[i].kind != StageKind::end; ++i) {
@@ -134,10 +135,11 @@ void run_tile(const LoopArgs<T>& args, const Layout& layout, int64_t first_row) 
 
 template <class T, bool MIRRORED>
 void run_loop(LoopArgs<T>& args, const std::vector<int64_t>& numbers) {
-  const Layout layout{static_cast<int>(numbers[0]), static_cast<int>(numbers[1]), static_cast<int>(numbers[2]), static_cast<int>(numbers[3]), numbers[5] != 0, numbers[7] != 0};
+  auto number = [&](int i) { return static_cast<int>(numbers[i]); };
+  const Layout layout{number(0), number(1), number(2), number(3), numbers[5] != 0, numbers[7] != 0};
   if (numbers[4] > 0) {
-    args.panel_steps = static_cast<int>(numbers[4]);
-    args.panel_capacity = static_cast<int>(numbers[6]);
+    args.panel_steps = number(4);
+    args.panel_capacity = number(6);
   }
   set_launch(args, std::max(layout.capacity, args.panel_capacity), layout.apart && args.inverse && !MIRRORED);
   const std::vector<int32_t> schedule = find_steps(args, 96, layout.backwards);

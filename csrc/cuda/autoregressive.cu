@@ -85,8 +85,8 @@ __global__ void __maxnreg__(APART ? kRegistersOfOne : kRegisters) autoregressive
     for (int m = 0; m < n; ++m) {
       copy_arguments(memory, maps + m, static_cast<int>(sizeof(LoopArgs<T>)));
       __syncthreads();
-      T* state = reinterpret_cast<T*>(memory + plan.shared_bytes) - args.units_in_shared() * ROWS;
-      T* outputs = args.workspace + blockIdx.x * static_cast<int64_t>(args.units_in_workspace(true)) * ROWS;
+      T* state = reinterpret_cast<T*>(memory + plan.shared_bytes) - args.units_in_shared() * unit_stride(ROWS);
+      T* outputs = args.workspace + blockIdx.x * static_cast<int64_t>(args.units_in_workspace(true)) * unit_stride(ROWS);
       run_tile<T, ROWS, false, APART>(args, rest, state, outputs, plan, t * ROWS);
     }
 }
@@ -124,7 +124,7 @@ void run_stack(std::vector<LoopNetwork<T>>& networks, const Tensor& x) {
   const Tensor schedules = torch::stable::new_empty(x, size, ScalarType::Int);
   size[0] = n * static_cast<int64_t>(sizeof(LoopArgs<T>));
   const Tensor all_args = torch::stable::new_empty(x, size, ScalarType::Byte);
-  size[0] = plan.blocks * plan.rows * outputs;
+  size[0] = plan.blocks * unit_stride(plan.rows) * outputs;
   const Tensor workspace = torch::stable::new_empty(x, size);
   LoopArgs<T>* maps = static_cast<LoopArgs<T>*>(all_args.mutable_data_ptr());
   int32_t* schedule = static_cast<int32_t*>(schedules.mutable_data_ptr());

@@ -50,13 +50,13 @@ struct WarpLanes {
   }
 };
 
-constexpr int kMaxThreads = 384;
 constexpr int kRegisters = 136, kRegistersOfOne = 160;  // of a thread: kResidentThreads to a multiprocessor, and one block alone
 static_assert(sizeof(LoopArgs<double>) + sizeof(LoopPlan) <= 4096, "what a kernel may be given");
 
 // slots: the ring, at the beginning of what a map may use of shared memory; the state of a tile is at its end.
 template <class T, int ROWS, bool MIRRORED, bool APART>
-__device__ __forceinline__ void run_tile(const LoopArgs<T>& args, unsigned char* slots, T* state, T* outputs, const LoopPlan& plan, int64_t first_row) {
+__device__ __forceinline__ void run_tile(const LoopArgs<T>& args, unsigned char* slots, T* state, T* outputs, const LoopPlan& plan,
+                                         int64_t first_row) {
   const int thread = threadIdx.x, threads = blockDim.x, warp = thread / 32;
   const bool producer = warp >= plan.consumers;
   const SlotLayout layout = slot_layout(args.panel_steps, args.n_layers, args.capacity, sizeof(T));
@@ -66,7 +66,7 @@ __device__ __forceinline__ void run_tile(const LoopArgs<T>& args, unsigned char*
 
   const Tile<T, ROWS, MIRRORED, APART> tile{args, state, first_row, outputs};
   const Stage* stages = stages_of(args);
-  for (int i = 0; i < kSlots - 1; ++i) tile.produce(stages[i], slot(i), thread, threads, copies);  // by all, as nobody has anything else to do
+  for (int i = 0; i < kSlots - 1; ++i) tile.produce(stages[i], slot(i), thread, threads, copies);  // by all: nobody can compute yet
   tile.begin(thread, threads);
   copies.wait<0>();
   __syncthreads();
@@ -95,10 +95,11 @@ __device__ __forceinline__ void run_tile(const LoopArgs<T>& args, unsigned char*
 }
 
 template <class T, int ROWS, bool STATE_IN_SHARED, bool MIRRORED, bool APART = false>
-__global__ void __maxnreg__(STATE_IN_SHARED && !APART ? kRegisters : kRegistersOfOne) autoregressive_loop(const __grid_constant__ LoopArgs<T> args, const LoopPlan plan) {
+__global__ void __maxnreg__(STATE_IN_SHARED && !APART ? kRegisters : kRegistersOfOne)
+    autoregressive_loop(const __grid_constant__ LoopArgs<T> args, const LoopPlan plan) {
   extern __shared__ __align__(16) unsigned char memory[];
-  T* workspace = args.workspace + blockIdx.x * (args.units_in_workspace(STATE_IN_SHARED) * int64_t(ROWS));
-  T* state = STATE_IN_SHARED ? reinterpret_cast<T*>(memory + plan.shared_bytes) - args.units_in_shared() * ROWS : workspace;
+  T* workspace = args.workspace + blockIdx.x * (args.units_in_workspace(STATE_IN_SHARED) * int64_t(unit_stride(ROWS)));
+  T* state = STATE_IN_SHARED ? reinterpret_cast<T*>(memory + plan.shared_bytes) - args.units_in_shared() * unit_stride(ROWS) : workspace;
   const int64_t tiles = (args.batch + ROWS - 1) / ROWS;
   for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) run_tile<T, ROWS, MIRRORED, APART>(args, memory, state, workspace, plan, t * ROWS);
 }
@@ -199,7 +200,7 @@ void run_loop(LoopArgs<T>& args, const Tensor& x) {
   // both are freed when this function returns; the allocator gives them to nobody but this stream
   std::vector<int64_t> size{schedule_space(args).size};
   const Tensor schedule = torch::stable::new_empty(x, size, ScalarType::Int);
-  size = {plan.blocks * plan.rows * args.units_in_workspace(plan.state_in_shared)};
+  size = {plan.blocks * unit_stride(plan.rows) * args.units_in_workspace(plan.state_in_shared)};
   const Tensor workspace = torch::stable::new_empty(x, size);
   args.schedule = static_cast<int32_t*>(schedule.mutable_data_ptr());
   args.workspace = static_cast<T*>(workspace.mutable_data_ptr());

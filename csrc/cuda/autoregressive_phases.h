@@ -46,14 +46,20 @@ struct Tile {
   int64_t first_row;
   T* outputs;  // APART: the last layer's sums, in global memory
 
-  FK_INLINE T* values(int l) const {
+  // where row r of a unit is, the unit counted from the beginning of the state, or of `outputs`
+  FK_INLINE static int64_t place_of(int unit, int r) { return static_cast<int64_t>(unit) * unit_stride(ROWS) + r; }
+  FK_INLINE T& at(int unit, int r) const { return state[place_of(unit, r)]; }
+  FK_INLINE Pack<T, 4>& rows_at(int unit, int r0) const { return *reinterpret_cast<Pack<T, 4>*>(state + place_of(unit, r0)); }
+  // of unit j of values l
+  FK_INLINE T* place_of_value(int l, int j, int r) const {
     if constexpr (APART)
-      if (l == args.n_layers) return outputs;
-    return state + static_cast<int64_t>(args.first_unit(l)) * ROWS;
+      if (l == args.n_layers) return outputs + place_of(j, r);
+    return state + place_of(args.first_unit(l) + j, r);
   }
+  FK_INLINE T& value(int l, int j, int r) const { return *place_of_value(l, j, r); }
   FK_INLINE int rows() const { return args.batch - first_row < ROWS ? static_cast<int>(args.batch - first_row) : ROWS; }
 
-  // where the p-th feature of the loop is in a row
+  // where the p-th feature of the loop is in a row of x
   FK_INLINE int64_t place(int p) const {
     const int made = MIRRORED ? args.features - 1 - p : p;
     return args.order ? args.order[made] : made;
@@ -61,17 +67,16 @@ struct Tile {
 
   // ---- before the stages, by all threads
 
-  // to[c] = get(row, c), and zeros where there is no row
+  // unit first + c = get(row, c), and zeros where there is no row
   template <class F>
-  FK_INLINE void read(int columns, T* to, int thread, int threads, F&& get) const {
+  FK_INLINE void read(int columns, int first, int thread, int threads, F&& get) const {
     for (int i = thread; i < columns * ROWS; i += threads) {
       const int r = i / columns, c = i % columns;
-      to[c * ROWS + r] = r < rows() ? get(first_row + r, c) : T(0);
+      at(first + c, r) = r < rows() ? get(first_row + r, c) : T(0);
     }
   }
 
   FK_INLINE void begin(int thread, int threads) const {
-    T* context = state + static_cast<int64_t>(args.context) * ROWS;
     auto x = [&](int64_t row, int p) {
       const int64_t at = place(p);
       const T given = args.x[row * args.x_row + at * args.x_column];
@@ -79,44 +84,44 @@ struct Tile {
       return (given + args.affine[at]) * args.affine[args.features + at] + args.affine[2 * args.features + at];
     };
     if constexpr (MIRRORED)
-      begin_mirrored(context, x, thread, threads);
+      begin_mirrored(x, thread, threads);
     else
-      begin_network(context, x, thread, threads);
+      begin_network(x, thread, threads);
   }
 
   template <class F>
-  FK_INLINE void begin_network(T* context, F&& x, int thread, int threads) const {
-    read(args.features, state, thread, threads, x);
+  FK_INLINE void begin_network(F&& x, int thread, int threads) const {
+    read(args.features, 0, thread, threads, x);
     if (args.context_features)
-      read(args.context_features, context, thread, threads,
+      read(args.context_features, args.context, thread, threads,
            [&](int64_t row, int c) { return args.context_rows[row * args.context_row + c * args.context_column]; });
     for (int l = 1; l <= args.n_layers; ++l) {
       const LoopLayer<T>& layer = args.layer(l);
       if (layer.unitwise) continue;
       const T* from = layer.context_weight && layer.own_context_term() ? layer.context_bias : layer.bias;
       FK_UNROLL_4
-      for (int i = thread; i < layer.outputs * ROWS; i += threads) values(l)[i] = from ? from[i / ROWS] : T(0);
+      for (int i = thread; i < layer.outputs * ROWS; i += threads) value(l, i / ROWS, i % ROWS) = from ? from[i / ROWS] : T(0);
     }
   }
 
   // Raw scale and shift of each feature wait where their deltas will be.
   template <class F>
-  FK_INLINE void begin_mirrored(T* context, F&& dx, int thread, int threads) const {
-    read(args.features, values(args.n_layers), thread, threads, dx);
-    read(args.features, context, thread, threads,
+  FK_INLINE void begin_mirrored(F&& dx, int thread, int threads) const {
+    read(args.features, args.first_unit(args.n_layers), thread, threads, dx);
+    read(args.features, args.context, thread, threads,
          [&](int64_t row, int p) { return args.context_rows[row * args.context_row + place(p) * args.context_column]; });
-    read(1, context + args.features * ROWS, thread, threads, [&](int64_t row, int) { return args.dlogabsdet[row * args.dlogabsdet_step]; });
+    read(1, args.context + args.features, thread, threads, [&](int64_t row, int) { return args.dlogabsdet[row * args.dlogabsdet_step]; });
     for (int l = 0; l < args.n_layers; ++l) {
       const T* last = args.made + args.column(l) + args.width(l) - 1;
       auto made = [&](int64_t row, int j) { return last[row * args.made_row - j]; };
       if (l == 0) {
-        read(args.width(0), state, thread, threads, made);
+        read(args.width(0), 0, thread, threads, made);
         continue;
       }
       const LoopLayer<T>& layer = args.layer(l);
       const Activation activation = static_cast<Activation>(layer.context_activation);
-      read(layer.outputs, values(l), thread, threads, [](int64_t, int) { return T(0); });
-      read(layer.outputs, state + static_cast<int64_t>(layer.gates) * ROWS, thread, threads,
+      read(layer.outputs, layer.first, thread, threads, [](int64_t, int) { return T(0); });
+      read(layer.outputs, layer.gates, thread, threads,
            [&](int64_t row, int j) { return scalar::derivative_at(activation, made(row, j)); });
     }
   }
@@ -195,14 +200,13 @@ struct Tile {
   // the value of unit j of values l in row r, from its sum
   FK_INLINE T hidden(int l, int j, int r, T sum) const {
     const LoopLayer<T>& layer = args.layer(l);
-    const int at = j * ROWS + r;
     T v = sum;
     if (layer.unitwise) {
-      v = values(layer.source)[at];
+      v = value(layer.source, j, r);
       if (layer.weight) v = scalar::fma(layer.weight[j], v, layer.bias[j]);
     }
-    if (layer.gate) v = v * state[static_cast<int64_t>(layer.gates) * ROWS + at];
-    if (layer.residual >= 0) v = v + values(layer.residual)[at];
+    if (layer.gate) v = v * at(layer.gates + j, r);
+    if (layer.residual >= 0) v = v + value(layer.residual, j, r);
     return activated(layer.activation, v);
   }
 
@@ -212,7 +216,7 @@ struct Tile {
     if (!layer.own_context_term()) return term;  // the bias was in it
     term = activated(layer.context_activation, term);
     if (!layer.gate) return layer.bias[j] + term;
-    state[(static_cast<int64_t>(layer.gates) + j) * ROWS + r] = term;
+    at(layer.gates + j, r) = term;
     return layer.bias[j];
   }
 
@@ -220,24 +224,23 @@ struct Tile {
   // may still read x. The log-derivative takes the place of the raw scale, and waits for the end.
   FK_INLINE void apply(int p, int r, T shift, T raw) const {
     const Form form = static_cast<Form>(args.form);
-    T *at = state + p * ROWS + r, *outputs = values(args.n_layers) + 2 * p * ROWS + r;
+    T& z = at(p, r);
     const scalar::ValueAndLog<T> out =
-        args.inverse ? scalar::invert_form(form, args.scale, *at, shift, raw) : scalar::apply_form(form, args.scale, *at, shift, raw);
-    *(args.inverse ? at : outputs) = out.value;
-    outputs[ROWS] = out.log;
+        args.inverse ? scalar::invert_form(form, args.scale, z, shift, raw) : scalar::apply_form(form, args.scale, z, shift, raw);
+    *(args.inverse ? &z : place_of_value(args.n_layers, 2 * p, r)) = out.value;
+    value(args.n_layers, 2 * p + 1, r) = out.log;
   }
 
   // dz takes the place of the sum, the deltas of raw scale and shift that of these
   FK_INLINE void solve(int p, int r, T sum) const {
     const Form form = static_cast<Form>(args.form);
-    const T* context = state + static_cast<int64_t>(args.context) * ROWS;
-    T *raw = state + 2 * p * ROWS + r, *shift = raw + ROWS;
-    const T u = -sum * scalar::inverse_slope(form, args.scale, *raw);
+    T &raw = at(2 * p, r), &shift = at(2 * p + 1, r);
+    const T u = -sum * scalar::inverse_slope(form, args.scale, raw);
     const scalar::FormGradient<T> gradient =
-        scalar::form_gradient(form, args.scale, context[p * ROWS + r], *shift, *raw, u, -context[args.features * ROWS + r]);
-    values(args.n_layers)[p * ROWS + r] = -u;
-    *raw = gradient.draw;
-    *shift = gradient.dshift;
+        scalar::form_gradient(form, args.scale, at(args.context + p, r), shift, raw, u, -at(args.context + args.features, r));
+    value(args.n_layers, p, r) = -u;
+    raw = gradient.draw;
+    shift = gradient.dshift;
   }
 
   // Feature p in row r; whole(i) is the i-th of its sums
@@ -256,11 +259,11 @@ struct Tile {
     for (int r = 0; r < 4; ++r) sum.at[r] = scalar::fma(weight, x.at[r], sum.at[r]);
   }
 
-  // sum + the products of the first n inputs in 4 rows: inputs[k * ROWS], weights[k * ld]
-  FK_INLINE static void add_products(Pack<T, 4>& sum, const T* weights, int ld, const T* inputs, int n) {
-    auto x = [&](int k) -> const Pack<T, 4>& { return *reinterpret_cast<const Pack<T, 4>*>(inputs + k * ROWS); };
+  // sum + the products of n inputs, units from `input` on, in 4 rows; weights[k * ld]
+  FK_INLINE void add_products(Pack<T, 4>& sum, const T* weights, int ld, int input, int r0, int n) const {
+    auto x = [&](int k) -> const Pack<T, 4>& { return rows_at(input + k, r0); };
     FK_KEEP_LOOP
-    for (; n >= 4; n -= 4, weights += 4 * ld, inputs += 4 * ROWS) {  // all are read before the first is used
+    for (; n >= 4; n -= 4, weights += 4 * ld, input += 4) {  // all are read before the first is used
       const T w0 = weights[0], w1 = weights[ld], w2 = weights[2 * ld], w3 = weights[3 * ld];
       const Pack<T, 4> x0 = x(0), x1 = x(1), x2 = x(2), x3 = x(3);
       add_product(sum, w0, x0);
@@ -274,68 +277,68 @@ struct Tile {
       add_product(sum, w0, x0);
       add_product(sum, w1, x1);
       weights += 2 * ld;
-      inputs += 2 * ROWS;
+      input += 2;
     }
     if (n % 2 == 1) add_product(sum, weights[0], x(0));
   }
 
   // What a panel's work needs that stays the same
   struct PanelConstants {
-    T *state;           // of the warp's 4 rows
-    const T* weights;   // of the slot
-    bool is_quick;      // the features' map is the usual one, without a call
+    const T* weights;  // of the slot
+    T* outputs;        // where the last layer's values begin
+    bool is_quick;     // the features' map is the usual one, without a call
     scalar::SoftclipMap<T> map;
   };
 
   // Lanes::each(f) calls f(lane) in every lane of a warp and then waits for all of them.
   template <class Lanes>
   FK_INLINE void do_work(const PanelWork& work, const PanelConstants& constants, int r0, Lanes& lanes) const {
-    T* sums = constants.state + work.values * ROWS;
     if (work.inputs > 0 || work.activation >= 0)
       lanes.each([&](int lane) {
-        const T *inputs = constants.state + work.first * ROWS, *weights = constants.weights + work.weights;
+        const T* weights = constants.weights + work.weights;
         FK_KEEP_LOOP
         for (int u = lane; u < work.targets; u += 32) {
-          Pack<T, 4>& at = *reinterpret_cast<Pack<T, 4>*>(sums + u * ROWS);
-          Pack<T, 4> sum = at;
-          add_products(sum, weights + u, work.ld, inputs, work.staircase ? seen_of(work, work.unit + u) : work.inputs);
+          Pack<T, 4>& sums = rows_at(work.values + u, r0);
+          Pack<T, 4> sum = sums;
+          add_products(sum, weights + u, work.ld, work.first, r0, work.staircase ? seen_of(work, work.unit + u) : work.inputs);
           if (work.activation == static_cast<int>(Activation::relu)) {
             for (int r = 0; r < 4; ++r) sum.at[r] = u < work.finished ? scalar::activate<Activation::relu>(sum.at[r]) : sum.at[r];
           } else if (work.activation > 0 && u < work.finished) {
             for (int r = 0; r < 4; ++r) sum.at[r] = scalar::activate(static_cast<Activation>(work.activation), sum.at[r]);
           }
-          at = sum;
+          sums = sum;
         }
       });
     if (work.activation >= 0 || work.finished == 0) return;
     if (work.activation == kFeatures)
-      finish_features(work, constants, sums, r0, lanes);
+      finish_features(work, constants, r0, lanes);
     else
       lanes.each([&](int lane) {
+        FK_KEEP_LOOP
         for (int i = lane; i < 4 * work.finished; i += 32) {
-          const int u = i / 4, r = i % 4;
-          sums[u * ROWS + r] = hidden(work.layer, work.unit + u, r0 + r, sums[u * ROWS + r]);
+          const int u = i / 4, r = r0 + i % 4;
+          T& sum = at(work.values + u, r);
+          sum = hidden(work.layer, work.unit + u, r, sum);
         }
       });
   }
 
   template <class Lanes>
-  FK_INLINE void finish_features(const PanelWork& work, const PanelConstants& constants, T* sums, int r0, Lanes& lanes) const {
+  FK_INLINE void finish_features(const PanelWork& work, const PanelConstants& constants, int r0, Lanes& lanes) const {
     lanes.each([&](int lane) {
       FK_KEEP_LOOP
       for (int i = lane; i < 4 * work.finished / kSums; i += 32) {
-        const int p = work.unit / kSums + i / 4, r = i % 4;
-        const T* own = sums + (i / 4 * kSums) * ROWS + r;
+        const int p = work.unit / kSums + i / 4, r = r0 + i % 4, first = work.values + i / 4 * kSums;
         if constexpr (!MIRRORED) {
           if (constants.is_quick) {
-            T& at = constants.state[p * ROWS + r];
-            const scalar::ValueAndLog<T> out = scalar::invert_form<Form::scale_shift>(constants.map, at, own[0], own[ROWS]);
-            at = out.value;
-            values(args.n_layers)[(2 * p + 1) * ROWS + r0 + r] = out.log;
+            T& z = at(p, r);
+            const scalar::ValueAndLog<T> out = scalar::invert_form<Form::scale_shift>(constants.map, z, at(first, r), at(first + 1, r));
+            z = out.value;
+            constants.outputs[place_of(2 * p + 1, r)] = out.log;
             continue;
           }
         }
-        feature(p, r0 + r, [&](int which) { return own[which * ROWS]; });
+        feature(p, r, [&](int which) { return at(first + which, r); });
       }
     });
   }
@@ -349,11 +352,10 @@ struct Tile {
   template <class Lanes>
   FK_INLINE void panel(const Stage& stage, const Slot<T>& slot, int warp, int warps, Lanes& lanes) const {
     const int n = stage.rows * args.n_layers;
-    PanelConstants constants{nullptr, slot.weights, false, scalar::SoftclipMap<T>(args.scale)};
+    PanelConstants constants{slot.weights, place_of_value(args.n_layers, 0, 0), false, scalar::SoftclipMap<T>(args.scale)};
     constants.is_quick =
         args.inverse && args.form == static_cast<int>(Form::scale_shift) && args.scale.kind == static_cast<int>(ScaleKind::softclip);
     for (int r0 = 4 * warp; r0 < ROWS; r0 += 4 * warps) {
-      constants.state = state + r0;
       if constexpr (APART) fetch(slot.works[args.n_layers - 1], r0, lanes);
       PanelWork next = slot.works[0];
       FK_KEEP_LOOP
@@ -370,7 +372,7 @@ struct Tile {
   FK_INLINE void fetch(const PanelWork& first, int r0, Lanes& lanes) const {
     lanes.each([&](int lane) {
       for (int u = lane; u < first.targets; u += 32)
-        *reinterpret_cast<Pack<T, 4>*>(state + (first.values + u) * ROWS + r0) = *reinterpret_cast<const Pack<T, 4>*>(outputs + (first.unit + u) * ROWS + r0);
+        rows_at(first.values + u, r0) = *reinterpret_cast<const Pack<T, 4>*>(place_of_value(args.n_layers, first.unit + u, r0));
     });
   }
 
@@ -380,13 +382,14 @@ struct Tile {
   FK_INLINE void block(const Stage& stage, const Slot<T>& slot, int thread, int threads) const {
     const LoopLayer<T>& layer = args.layer(stage.layer);
     const bool context = stage.kind == StageKind::context;
-    const T* h = (context ? state + static_cast<int64_t>(args.context) * ROWS : values(layer.source)) + static_cast<int64_t>(stage.k0) * ROWS;
+    const int input = (context ? args.context : args.first_unit(layer.source)) + stage.k0;
     const int columns = stage.lead + stage.units, ld = block_ld(columns), k0 = stage.k0;
     constexpr int groups = ROWS / 4 / QUADS, apart = 4 * groups;  // a thread's rows: 4 from r0 on, and 4 `apart` further
     for (int item = thread; item < (columns + UNITS - 1) / UNITS * groups; item += threads) {
       const int u0 = item / groups * UNITS, r0 = item % groups * 4;
       const int first = larger(stage.lead - u0, 0), last = smaller(UNITS, columns - u0);  // of the columns that are units of this block
-      T* at = values(stage.layer) + static_cast<int64_t>(stage.j0 - stage.lead + u0) * ROWS + r0;
+      const int j0 = stage.j0 - stage.lead + u0;
+      T* own = place_of_value(stage.layer, j0, r0);
       int sees[UNITS] = {}, most = 0, least = stage.inputs;  // inputs of this block, ascending; in other columns nobody looks at the sums
       for (int u = 0; u < UNITS; ++u) {
         if (u < first || u >= last) continue;
@@ -397,20 +400,20 @@ struct Tile {
       for (int k = 0; k < most;) {
         const int end = smaller(most, ((k0 + k) / kRun + 1) * kRun - k0), seen_by_all = smaller(least, end);
         Pack<T, 4> run[QUADS][UNITS] = {};
-        const T *x = h + k * ROWS + r0, *w = slot.weights + k * ld + u0;
+        const T* w = slot.weights + k * ld + u0;
         FK_UNROLL_2
-        for (; k < seen_by_all; ++k, x += ROWS, w += ld) {
+        for (; k < seen_by_all; ++k, w += ld) {
           const Pack<T, UNITS> weights = *reinterpret_cast<const Pack<T, UNITS>*>(w);
           for (int q = 0; q < QUADS; ++q) {
-            const Pack<T, 4> rows = *reinterpret_cast<const Pack<T, 4>*>(x + q * apart);
+            const Pack<T, 4> rows = rows_at(input + k, r0 + q * apart);
             for (int u = 0; u < UNITS; ++u)
               for (int r = 0; r < 4; ++r) run[q][u].at[r] = scalar::fma(weights.at[u], rows.at[r], run[q][u].at[r]);
           }
         }
         FK_KEEP_LOOP
-        for (; k < end; ++k, x += ROWS, w += ld)
+        for (; k < end; ++k, w += ld)
           for (int q = 0; q < QUADS; ++q) {
-            const Pack<T, 4> rows = *reinterpret_cast<const Pack<T, 4>*>(x + q * apart);
+            const Pack<T, 4> rows = rows_at(input + k, r0 + q * apart);
             for (int u = 0; u < UNITS; ++u) {
               if (k >= sees[u]) continue;
               for (int r = 0; r < 4; ++r) run[q][u].at[r] = scalar::fma(w[u], rows.at[r], run[q][u].at[r]);
@@ -419,14 +422,14 @@ struct Tile {
         for (int q = 0; q < QUADS; ++q)
           for (int u = 0; u < UNITS; ++u) {
             if (u < first || u >= last) continue;
-            Pack<T, 4>& sums = *reinterpret_cast<Pack<T, 4>*>(at + u * ROWS + q * apart);
+            Pack<T, 4>& sums = *reinterpret_cast<Pack<T, 4>*>(own + place_of(u, q * apart));
             Pack<T, 4> sum = sums;
             for (int r = 0; r < 4; ++r) sum.at[r] = sum.at[r] + run[q][u].at[r];
             sums = sum;
           }
       }
       if (stage.finish)
-        for (int q = 0; q < QUADS; ++q) finish(stage, stage.j0 - stage.lead + u0 + first, last - first, r0 + q * apart);
+        for (int q = 0; q < QUADS; ++q) finish(stage, j0 + first, last - first, r0 + q * apart);
     }
   }
 
@@ -434,17 +437,16 @@ struct Tile {
   FK_INLINE void finish(const Stage& stage, int j0, int n, int r0) const {
     const int l = stage.layer;
     if (stage.kind == StageKind::step && l == args.n_layers) {
-      const T* sums = values(l);
       FK_KEEP_LOOP
       for (int j = j0; j < j0 + n; j += kSums)  // shift and raw scale of one feature are in one thread
-        for (int r = r0; r < r0 + 4; ++r) feature(j / kSums, r, [&](int sum) { return sums[(j + sum) * ROWS + r]; });
+        for (int r = r0; r < r0 + 4; ++r) feature(j / kSums, r, [&](int sum) { return value(l, j + sum, r); });
       return;
     }
     FK_KEEP_LOOP  // code of one unit, not of all of them in registers: this is rare, and was most of the kernel
     for (int j = j0; j < j0 + n; ++j)
       for (int r = r0; r < r0 + 4; ++r) {
-        T& at = values(l)[j * ROWS + r];
-        at = stage.kind == StageKind::context ? with_context(l, j, r, at) : hidden(l, j, r, at);
+        T& sum = value(l, j, r);
+        sum = stage.kind == StageKind::context ? with_context(l, j, r, sum) : hidden(l, j, r, sum);
       }
   }
 
@@ -465,12 +467,11 @@ struct Tile {
   // each chunk's sum takes the place of its first summand
   FK_INLINE void sum_logs(int thread, int threads) const {
     const int chunks = (args.features + kLogChunk - 1) / kLogChunk;
-    T* outputs = values(args.n_layers);
     for (int i = thread; i < chunks * ROWS; i += threads) {
       const int p0 = i / ROWS * kLogChunk, r = i % ROWS;
-      T sum = outputs[(2 * p0 + 1) * ROWS + r];
-      for (int p = p0 + 1; p < smaller(p0 + kLogChunk, args.features); ++p) sum = sum + outputs[(2 * p + 1) * ROWS + r];
-      outputs[(2 * p0 + 1) * ROWS + r] = sum;
+      T sum = value(args.n_layers, 2 * p0 + 1, r);
+      for (int p = p0 + 1; p < smaller(p0 + kLogChunk, args.features); ++p) sum = sum + value(args.n_layers, 2 * p + 1, r);
+      value(args.n_layers, 2 * p0 + 1, r) = sum;
     }
   }
 
@@ -479,38 +480,37 @@ struct Tile {
     const int steps = args.schedule[0];
     const int sums = args.inverse ? args.schedule[schedule_space(args).ends + static_cast<int64_t>(steps) * (args.n_layers + 1) + args.n_layers] : 0;
     const int known = args.inverse ? sums / kSums : args.features;
-    const T* outputs = values(args.n_layers);
     if constexpr (MIRRORED)
-      write_mirrored(known, outputs, thread, threads);
+      write_mirrored(known, thread, threads);
     else
-      write_network(known, outputs, thread, threads);
+      write_network(known, thread, threads);
   }
 
-  FK_INLINE void write_network(int known, const T* outputs, int thread, int threads) const {
+  FK_INLINE void write_network(int known, int thread, int threads) const {
     for (int i = thread; i < rows() * args.features; i += threads) {
       const int r = i / args.features, p = i % args.features;
-      args.y[(first_row + r) * args.features + place(p)] = p < known ? (args.inverse ? state[p * ROWS + r] : outputs[2 * p * ROWS + r]) : T(NAN);
+      args.y[(first_row + r) * args.features + place(p)] = p < known ? (args.inverse ? at(p, r) : value(args.n_layers, 2 * p, r)) : T(NAN);
     }
     for (int r = thread; r < rows(); r += threads) {
       T total = T(0);
-      for (int p = 0; p < args.features; p += kLogChunk) total = total + outputs[(2 * p + 1) * ROWS + r];
+      for (int p = 0; p < args.features; p += kLogChunk) total = total + value(args.n_layers, 2 * p + 1, r);
       if (known < args.features) total = T(NAN);
       T& logabsdet = args.logabsdet[first_row + r];
       logabsdet = args.accumulate ? logabsdet + total : total;
     }
   }
 
-  FK_INLINE void write_mirrored(int known, const T* dz, int thread, int threads) const {
+  FK_INLINE void write_mirrored(int known, int thread, int threads) const {
     for (int i = thread; i < rows() * args.features; i += threads) {
       const int r = i / args.features, p = i % args.features;
-      args.y[(first_row + r) * args.features + place(p)] = p < known ? dz[p * ROWS + r] : T(NAN);
+      args.y[(first_row + r) * args.features + place(p)] = p < known ? value(args.n_layers, p, r) : T(NAN);
     }
     for (int l = 0; l < args.n_layers; ++l) {
       const int width = args.width(l);
       T* first = args.deltas + first_row * args.columns + args.column(l);
       for (int i = thread; i < rows() * width; i += threads) {
         const int r = i / width, j = i % width;
-        first[static_cast<int64_t>(r) * args.columns + j] = known == args.features ? values(l)[(width - 1 - j) * ROWS + r] : T(NAN);
+        first[static_cast<int64_t>(r) * args.columns + j] = known == args.features ? value(l, width - 1 - j, r) : T(NAN);
       }
     }
   }
