@@ -66,7 +66,7 @@ step info 30 "$py" -m flowkernels info
 # most of a test is compiling, which several processes do at once where pytest-xdist is there
 jobs=$(($(nproc) > 16 ? 8 : ($(nproc) + 1) / 2))
 "$py" -c 'import xdist' 2>/dev/null && parallel="-n $jobs --dist worksteal" || parallel=""
-step tests 150 "$py" -m pytest -q $parallel -m gpu -k "$([ -n "$quick" ] && echo sanitizer || echo gpu)" python_tests
+step tests 150 "$py" -m pytest -v --tb=short $parallel -m gpu -k "$([ -n "$quick" ] && echo sanitizer || echo gpu)" python_tests
 
 # Small cases. Every allocation of its own, or an access beyond a tensor stays inside torch's block
 if command -v compute-sanitizer >/dev/null; then
@@ -95,5 +95,7 @@ done
 echo
 if [ -s "$out/gpu.jsonl" ]; then "$py" -m benchmarks --show --out "$out/gpu.jsonl" | grep -E '^==|^targets|^  .*(must|aim|MISSED|wrong|not measured)$' | grep -v -- '->'; fi
 echo
+# by their lines, as a run that the clock stopped has no summary
+grep -aoE '(FAILED|ERROR) python_tests/[^ ]+' "$out/tests.txt" | sort -u | head -n 40
 cat "$table"
 exit "$failed"
