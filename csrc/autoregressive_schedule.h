@@ -29,7 +29,7 @@ namespace flowkernels {
 
 constexpr int kMaxLayers = 32;  // beyond them Python runs the reference: all layers are one kernel argument
 constexpr int kRun = 32;        // inputs in one chain of multiply-adds
-constexpr int kRowsApart = 16;
+constexpr int kRowsApart = 16;  // of a tile whose last layer's sums are in a workspace
 constexpr int kSlots = 3;       // stages in shared memory: one is used, one has landed or is landing, one is asked for
 constexpr int kBlockUnits = 256;  // units of one block of weights
 constexpr int kNearUnits = 64;    // of the last layer in a panel, at most
@@ -446,9 +446,12 @@ FK_INLINE void write_stages(const LoopArgs<T>& args, int steps, int thread, int 
   for (int i = thread; i < sections.count(); i += threads) {
     int at = 0;
     for (int before = 0; before < i; ++before) at += counts[before];
-    sections.each_stage(i, [&](const Stage& stage) { stages[at++] = stage; });
+    const int most = args.most_stages - kStagesBehind;  // a staircase that does not ascend may come to more: nothing is written beyond
+    sections.each_stage(i, [&](const Stage& stage) {
+      if (at < most) stages[at++] = stage;
+    });
     if (i + 1 == sections.count())
-      for (int behind = 0; behind < kStagesBehind; ++behind) stages[at++] = Stage{};
+      for (int behind = 0; behind < kStagesBehind; ++behind) stages[smaller(at, most) + behind] = Stage{};
   }
 }
 
