@@ -189,6 +189,15 @@ std::tuple<Tensor, Tensor, Tensor> autoregressive_stack(Tensor x, std::optional<
 }  // namespace
 }  // namespace flowkernels
 
+#if defined(FK_LOOP_CLOCKS)
+// the laps of all calls since the last, of a consumer and of a producer; 0, or the CUDA error
+extern "C" __attribute__((visibility("default"))) int fk_take_loop_clocks(unsigned long long* laps) {
+  const unsigned long long none[2][static_cast<int>(flowkernels::Lap::count)] = {};
+  if (const cudaError_t error = cudaMemcpyFromSymbol(laps, flowkernels::loop_clocks, sizeof none)) return error;
+  return cudaMemcpyToSymbol(flowkernels::loop_clocks, none, sizeof none);
+}
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(flowkernels, CUDA, m) {
   m.impl("autoregressive", TORCH_BOX(&flowkernels::autoregressive));
   m.impl("autoregressive_stack", TORCH_BOX(&flowkernels::autoregressive_stack));

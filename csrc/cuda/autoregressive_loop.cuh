@@ -53,6 +53,38 @@ struct WarpLanes {
 constexpr int kRegisters = 136, kRegistersOfOne = 160;  // of a thread: kResidentThreads to a multiprocessor, and one block alone
 static_assert(sizeof(LoopArgs<double>) + sizeof(LoopPlan) <= 4096, "what a kernel may be given");
 
+// Where a tile's time goes, for benchmarks/loop_clocks.py: cycles of the first consumer and of the first producer of block 0. Only in a build
+// with -DFK_LOOP_CLOCKS.
+enum class Lap { begin, panel, push, produce, landing, waiting, end, panels, pushes, count };
+#if defined(FK_LOOP_CLOCKS)
+__device__ unsigned long long loop_clocks[2][static_cast<int>(Lap::count)];
+struct Clocks {
+  unsigned long long* sums;
+  unsigned long long last;
+  __device__ __forceinline__ static unsigned long long now() {
+    unsigned long long t;
+    asm volatile("mov.u64 %0, %%clock64;" : "=l"(t)::"memory");
+    return t;
+  }
+  __device__ __forceinline__ Clocks(int thread, int first_producer)
+      : sums(blockIdx.x > 0 || (thread > 0 && thread != first_producer) ? nullptr : loop_clocks[thread > 0]), last(now()) {}
+  __device__ __forceinline__ void lap(Lap lap) {
+    const unsigned long long t = now();
+    if (sums) sums[static_cast<int>(lap)] += t - last;
+    last = t;
+  }
+  __device__ __forceinline__ void tick(Lap lap) {
+    if (sums) sums[static_cast<int>(lap)] += 1;
+  }
+};
+#else
+struct Clocks {
+  __device__ __forceinline__ Clocks(int, int) {}
+  __device__ __forceinline__ void lap(Lap) {}
+  __device__ __forceinline__ void tick(Lap) {}
+};
+#endif
+
 // slots: the ring, at the beginning of what a map may use of shared memory; the state of a tile is at its end.
 template <class T, int ROWS, bool MIRRORED, bool APART>
 __device__ __forceinline__ void run_tile(const LoopArgs<T>& args, unsigned char* slots, T* state, T* outputs, const LoopPlan& plan,
@@ -62,6 +94,7 @@ __device__ __forceinline__ void run_tile(const LoopArgs<T>& args, unsigned char*
   const SlotLayout layout = slot_layout(args.panel_steps, args.n_layers, args.capacity, sizeof(T));
   AsyncCopies copies;
   WarpLanes lanes{thread % 32};
+  Clocks clocks(thread, 32 * plan.consumers);
   auto slot = [&](int i) { return Slot<T>(slots + (i % kSlots) * layout.size, layout); };
 
   const Tile<T, ROWS, MIRRORED, APART> tile{args, state, first_row, outputs};
@@ -70,6 +103,7 @@ __device__ __forceinline__ void run_tile(const LoopArgs<T>& args, unsigned char*
   tile.begin(thread, threads);
   copies.wait<0>();
   __syncthreads();
+  clocks.lap(Lap::begin);
   Stage next = stages[producer ? kSlots - 1 : 0];  // read a stage ahead of its use
   StageKind kind = stages[0].kind, following = stages[1].kind;
   static_assert(kSlots == 3, "a producer, two stages ahead, remembers two kinds");
@@ -78,11 +112,16 @@ __device__ __forceinline__ void run_tile(const LoopArgs<T>& args, unsigned char*
     next = stages[i + (producer ? kSlots : 1)];
     if (producer) {
       tile.produce(stage, slot(i + kSlots - 1), thread - 32 * plan.consumers, 32 * plan.producers, copies);  // where stage i - 1 was
+      clocks.lap(Lap::produce);
       copies.wait<kSlots - 2>();
+      clocks.lap(Lap::landing);
     } else {
       tile.consume(stage, slot(i), warp, plan.consumers, lanes);
+      clocks.lap(kind == StageKind::panel ? Lap::panel : Lap::push);
+      clocks.tick(kind == StageKind::panel ? Lap::panels : Lap::pushes);
     }
     __syncthreads();  // stage i is used, stage i + 1 has landed
+    clocks.lap(Lap::waiting);
     kind = producer ? following : next.kind;
     following = stage.kind;
   }
@@ -91,6 +130,7 @@ __device__ __forceinline__ void run_tile(const LoopArgs<T>& args, unsigned char*
     __syncthreads();
   }
   tile.write(thread, threads);
+  clocks.lap(Lap::end);
   __syncthreads();  // before the next tile or map takes the place of this one
 }
 
