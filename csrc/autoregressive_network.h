@@ -9,7 +9,7 @@
 #include <optional>
 #include <vector>
 
-#include "autoregressive_schedule.h"
+#include "autoregressive_plan.h"
 
 namespace flowkernels {
 

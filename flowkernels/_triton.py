@@ -45,7 +45,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -
 def launch(op: str, *args):
     """Run the Triton kernel of `op` on the device of its first argument."""
     device = args[0].get_device()  # -1 on the CPU
-    if device < 0 or device == torch._C._cuda_getDevice():
+    if device < 0 or device == torch.cuda.current_device():
         return _launcher(op)(*args)
     with torch.cuda.device(device):
         return _launcher(op)(*args)

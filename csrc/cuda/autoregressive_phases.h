@@ -2,10 +2,7 @@
 // the order of things). Device code; its twin, cpu/autoregressive_twin.cpp, runs each phase for all threads in turn.
 //
 // The state of a tile is [unit][ROWS]: pending sums, which become the values themselves; z, which becomes x; the context; gates.
-// Rows of a tile never meet, so a panel is run by warps that own 4 rows each, with no barrier of the block inside; what counts there is
-// how many instructions lie between one value and the next, as a warp alone takes 4 to 5 cycles for each. So values are added to all
-// sums of the panel that wait for them as soon as they are known, a lane to a unit, and what there is to do comes as a list of works.
-// A block of weights is run by all warps: a thread computes 4 or 8 rows of 2 or 4 units.
+// A panel is run by warps that own rows (autoregressive_panel.h), a block of weights by all: a thread computes 4 or 8 rows of 2 or 4 units.
 //
 // MIRRORED, the gradient of the inverse. With x = f^-1(z), (z, l) = f(x), and cotangents g of x and c of -l, look for u such that f's
 // gradient by x, for cotangents u of z and -c of l, is -g:
@@ -14,33 +11,17 @@
 // activation's derivative, which is a gate here; sums of the last layer begin at g.
 #pragma once
 
-#include "autoregressive_schedule.h"
+#include "cuda/autoregressive_panel.h"
 
 namespace flowkernels {
 
-template <class T, int N>
-struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {  // read and written by one instruction where it has at most 16 bytes
-  T at[N];
-};
-
 constexpr int kLogChunk = 16;  // log-derivatives are summed in chunks, as on the CPU
-
-// One slot of shared memory
-template <class T>
-struct Slot {
-  PanelWork* works;
-  int32_t* visible;
-  T* weights;
-
-  FK_INLINE Slot(unsigned char* memory, const SlotLayout& layout)
-      : works(reinterpret_cast<PanelWork*>(memory + layout.works)), visible(reinterpret_cast<int32_t*>(memory + layout.visible)),
-        weights(reinterpret_cast<T*>(memory + layout.weights)) {
-    FK_IS_SHARED(memory);
-  }
-};
 
 template <class T, int ROWS, bool MIRRORED = false, bool APART = false>
 struct Tile {
+  static constexpr bool kApart = APART;
+  static constexpr int kSums = MIRRORED ? 1 : 2;  // of a feature in the last layer
+
   const LoopArgs<T>& args;
   T* state;
   int64_t first_row;
@@ -244,136 +225,12 @@ struct Tile {
   }
 
   // Feature p in row r; whole(i) is the i-th of its sums
-  static constexpr int kSums = MIRRORED ? 1 : 2;
   template <class F>
   FK_INLINE void feature(int p, int r, F&& whole) const {
     if constexpr (MIRRORED)
       solve(p, r, whole(0));
     else
       apply(p, r, whole(0), whole(1));
-  }
-
-  // ---- a panel, by warps that own rows
-
-  FK_INLINE static void add_product(Pack<T, 4>& sum, T weight, const Pack<T, 4>& x) {
-    for (int r = 0; r < 4; ++r) sum.at[r] = scalar::fma(weight, x.at[r], sum.at[r]);
-  }
-
-  // sum + the products of n inputs, units from `input` on, in 4 rows; weights[k * ld]
-  FK_INLINE void add_products(Pack<T, 4>& sum, const T* weights, int ld, int input, int r0, int n) const {
-    auto x = [&](int k) -> const Pack<T, 4>& { return rows_at(input + k, r0); };
-    FK_KEEP_LOOP
-    for (; n >= 4; n -= 4, weights += 4 * ld, input += 4) {  // all are read before the first is used
-      const T w0 = weights[0], w1 = weights[ld], w2 = weights[2 * ld], w3 = weights[3 * ld];
-      const Pack<T, 4> x0 = x(0), x1 = x(1), x2 = x(2), x3 = x(3);
-      add_product(sum, w0, x0);
-      add_product(sum, w1, x1);
-      add_product(sum, w2, x2);
-      add_product(sum, w3, x3);
-    }
-    if (n >= 2) {
-      const T w0 = weights[0], w1 = weights[ld];
-      const Pack<T, 4> x0 = x(0), x1 = x(1);
-      add_product(sum, w0, x0);
-      add_product(sum, w1, x1);
-      weights += 2 * ld;
-      input += 2;
-    }
-    if (n % 2 == 1) add_product(sum, weights[0], x(0));
-  }
-
-  // What a panel's work needs that stays the same
-  struct PanelConstants {
-    const T* weights;  // of the slot
-    T* outputs;        // where the last layer's values begin
-    bool is_quick;     // the features' map is the usual one, without a call
-    scalar::SoftclipMap<T> map;
-  };
-
-  // Lanes::each(f) calls f(lane) in every lane of a warp and then waits for all of them.
-  template <class Lanes>
-  FK_INLINE void do_work(const PanelWork& work, const PanelConstants& constants, int r0, Lanes& lanes) const {
-    if (work.inputs > 0 || work.activation >= 0)
-      lanes.each([&](int lane) {
-        const T* weights = constants.weights + work.weights;
-        FK_KEEP_LOOP
-        for (int u = lane; u < work.targets; u += 32) {
-          Pack<T, 4>& sums = rows_at(work.values + u, r0);
-          Pack<T, 4> sum = sums;
-          add_products(sum, weights + u, work.ld, work.first, r0, work.staircase ? seen_of(work, work.unit + u) : work.inputs);
-          if (work.activation == static_cast<int>(Activation::relu)) {
-            for (int r = 0; r < 4; ++r) sum.at[r] = u < work.finished ? scalar::activate<Activation::relu>(sum.at[r]) : sum.at[r];
-          } else if (work.activation > 0 && u < work.finished) {
-            for (int r = 0; r < 4; ++r) sum.at[r] = scalar::activate(static_cast<Activation>(work.activation), sum.at[r]);
-          }
-          sums = sum;
-        }
-      });
-    if (work.activation >= 0 || work.finished == 0) return;
-    if (work.activation == kFeatures)
-      finish_features(work, constants, r0, lanes);
-    else
-      lanes.each([&](int lane) {
-        FK_KEEP_LOOP
-        for (int i = lane; i < 4 * work.finished; i += 32) {
-          const int u = i / 4, r = r0 + i % 4;
-          T& sum = at(work.values + u, r);
-          sum = hidden(work.layer, work.unit + u, r, sum);
-        }
-      });
-  }
-
-  template <class Lanes>
-  FK_INLINE void finish_features(const PanelWork& work, const PanelConstants& constants, int r0, Lanes& lanes) const {
-    lanes.each([&](int lane) {
-      FK_KEEP_LOOP
-      for (int i = lane; i < 4 * work.finished / kSums; i += 32) {
-        const int p = work.unit / kSums + i / 4, r = r0 + i % 4, first = work.values + i / 4 * kSums;
-        if constexpr (!MIRRORED) {
-          if (constants.is_quick) {
-            T& z = at(p, r);
-            const scalar::ValueAndLog<T> out = scalar::invert_form<Form::scale_shift>(constants.map, z, at(first, r), at(first + 1, r));
-            z = out.value;
-            constants.outputs[place_of(2 * p + 1, r)] = out.log;
-            continue;
-          }
-        }
-        feature(p, r, [&](int which) { return at(first + which, r); });
-      }
-    });
-  }
-
-  // of a work's inputs, what a unit sees that need not see all
-  FK_INLINE int seen_of(const PanelWork& work, int j) const {
-    const LoopLayer<T>& layer = args.layer(work.layer);
-    return larger(0, smaller(layer.visible[j] - (work.first - args.first_unit(layer.source)), work.inputs));
-  }
-
-  template <class Lanes>
-  FK_INLINE void panel(const Stage& stage, const Slot<T>& slot, int warp, int warps, Lanes& lanes) const {
-    const int n = stage.rows * args.n_layers;
-    PanelConstants constants{slot.weights, place_of_value(args.n_layers, 0, 0), false, scalar::SoftclipMap<T>(args.scale)};
-    constants.is_quick =
-        args.inverse && args.form == static_cast<int>(Form::scale_shift) && args.scale.kind == static_cast<int>(ScaleKind::softclip);
-    for (int r0 = 4 * warp; r0 < ROWS; r0 += 4 * warps) {
-      if constexpr (APART) fetch(slot.works[args.n_layers - 1], r0, lanes);
-      PanelWork next = slot.works[0];
-      FK_KEEP_LOOP
-      for (int i = 0; i < n; ++i) {
-        const PanelWork work = next;
-        next = slot.works[i + 1];  // on its way while this is done
-        do_work(work, constants, r0, lanes);
-      }
-    }
-  }
-
-  // the last layer's sums of a panel, from global memory to where its works expect them; `first` is the first of those works
-  template <class Lanes>
-  FK_INLINE void fetch(const PanelWork& first, int r0, Lanes& lanes) const {
-    lanes.each([&](int lane) {
-      for (int u = lane; u < first.targets; u += 32)
-        rows_at(first.values + u, r0) = *reinterpret_cast<const Pack<T, 4>*>(place_of_value(args.n_layers, first.unit + u, r0));
-    });
   }
 
   // ---- a block of weights, by all consumers
@@ -452,7 +309,10 @@ struct Tile {
 
   template <class Lanes>
   FK_INLINE void consume(const Stage& stage, const Slot<T>& slot, int warp, int warps, Lanes& lanes) const {
-    if (stage.kind == StageKind::panel) return panel(stage, slot, warp, warps, lanes);
+    if (stage.kind == StageKind::panel) {
+      for (int r0 = 4 * warp; r0 < ROWS; r0 += 4 * warps) Panel<T, Tile>(*this, slot, r0).run(stage.rows, lanes);
+      return;
+    }
     // as many sums to a thread as leave work for half of the threads, and have registers
     const int threads = 32 * warps, quads = (stage.lead + stage.units) * (ROWS / 4);
     if constexpr (ROWS >= 8 && sizeof(T) == 4)

@@ -1,0 +1,153 @@
+// A panel of the sequential loop: the steps that one warp runs for its 4 rows of a tile, with no barrier of the block, as rows never meet.
+// Device code, and its twin's (autoregressive_phases.h).
+//
+// What counts is how many instructions lie between one value and the next, as a warp alone takes 4 to 5 cycles for each. So values are
+// added to all sums of the panel that wait for them as soon as they are known, a lane to a unit, and what there is to do comes as a list
+// of works.
+#pragma once
+
+#include "autoregressive_plan.h"
+
+namespace flowkernels {
+
+template <class T, int N>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {  // read and written by one instruction where it has at most 16 bytes
+  T at[N];
+};
+
+// One slot of shared memory
+template <class T>
+struct Slot {
+  PanelWork* works;
+  int32_t* visible;
+  T* weights;
+
+  FK_INLINE Slot(unsigned char* memory, const SlotLayout& layout)
+      : works(reinterpret_cast<PanelWork*>(memory + layout.works)), visible(reinterpret_cast<int32_t*>(memory + layout.visible)),
+        weights(reinterpret_cast<T*>(memory + layout.weights)) {
+    FK_IS_SHARED(memory);
+  }
+};
+
+template <class T, class Tile>
+class Panel {
+ public:
+  FK_INLINE Panel(const Tile& tile, const Slot<T>& slot, int r0)
+      : tile_(tile), args_(tile.args), slot_(slot), r0_(r0), outputs_(tile.place_of_value(args_.n_layers, 0, 0)),
+        is_quick_(args_.inverse && args_.form == static_cast<int>(Form::scale_shift) && args_.scale.kind == static_cast<int>(ScaleKind::softclip)),
+        quick_(args_.scale) {}
+
+  // Lanes::each(f) calls f(lane) in every lane of a warp and then waits for all of them.
+  template <class Lanes>
+  FK_INLINE void run(int steps, Lanes& lanes) const {
+    if constexpr (Tile::kApart) fetch(slot_.works[args_.n_layers - 1], lanes);
+    const int n = steps * args_.n_layers;
+    PanelWork next = slot_.works[0];
+    FK_KEEP_LOOP
+    for (int i = 0; i < n; ++i) {
+      const PanelWork work = next;
+      next = slot_.works[i + 1];  // on its way while this is done
+      if (work.inputs > 0 || work.activation >= 0) lanes.each([&](int lane) { add(work, lane); });
+      if (work.activation < 0 && work.finished > 0) lanes.each([&](int lane) { finish(work, lane); });
+    }
+  }
+
+ private:
+  static constexpr int kSums = Tile::kSums;
+
+  // the last layer's sums, from global memory to where the works expect them; `first` is the first of those works
+  template <class Lanes>
+  FK_INLINE void fetch(const PanelWork& first, Lanes& lanes) const {
+    lanes.each([&](int lane) {
+      for (int u = lane; u < first.targets; u += 32)
+        tile_.rows_at(first.values + u, r0_) = *reinterpret_cast<const Pack<T, 4>*>(outputs_ + Tile::place_of(first.unit + u, r0_));
+    });
+  }
+
+  // the newest inputs to what waits for them, and the activation where that makes a value
+  FK_INLINE void add(const PanelWork& work, int lane) const {
+    const T* weights = slot_.weights + work.weights;
+    FK_KEEP_LOOP
+    for (int u = lane; u < work.targets; u += 32) {
+      Pack<T, 4>& sums = tile_.rows_at(work.values + u, r0_);
+      Pack<T, 4> sum = sums;
+      add_products(sum, weights + u, work.ld, work.first, work.staircase ? seen_of(work, work.unit + u) : work.inputs);
+      if (work.activation == static_cast<int>(Activation::relu)) {
+        for (int r = 0; r < 4; ++r) sum.at[r] = u < work.finished ? scalar::activate<Activation::relu>(sum.at[r]) : sum.at[r];
+      } else if (work.activation > 0 && u < work.finished) {
+        for (int r = 0; r < 4; ++r) sum.at[r] = scalar::activate(static_cast<Activation>(work.activation), sum.at[r]);
+      }
+      sums = sum;
+    }
+  }
+
+  // sum + the products of n inputs, units from `input` on; weights[k * ld]
+  FK_INLINE void add_products(Pack<T, 4>& sum, const T* weights, int ld, int input, int n) const {
+    auto x = [&](int k) -> const Pack<T, 4>& { return tile_.rows_at(input + k, r0_); };
+    FK_KEEP_LOOP
+    for (; n >= 4; n -= 4, weights += 4 * ld, input += 4) {  // all are read before the first is used
+      const T w0 = weights[0], w1 = weights[ld], w2 = weights[2 * ld], w3 = weights[3 * ld];
+      const Pack<T, 4> x0 = x(0), x1 = x(1), x2 = x(2), x3 = x(3);
+      add_product(sum, w0, x0);
+      add_product(sum, w1, x1);
+      add_product(sum, w2, x2);
+      add_product(sum, w3, x3);
+    }
+    if (n >= 2) {
+      const T w0 = weights[0], w1 = weights[ld];
+      const Pack<T, 4> x0 = x(0), x1 = x(1);
+      add_product(sum, w0, x0);
+      add_product(sum, w1, x1);
+      weights += 2 * ld;
+      input += 2;
+    }
+    if (n % 2 == 1) add_product(sum, weights[0], x(0));
+  }
+  FK_INLINE static void add_product(Pack<T, 4>& sum, T weight, const Pack<T, 4>& x) {
+    for (int r = 0; r < 4; ++r) sum.at[r] = scalar::fma(weight, x.at[r], sum.at[r]);
+  }
+
+  // of a work's inputs, what a unit sees that need not see all
+  FK_INLINE int seen_of(const PanelWork& work, int j) const {
+    const LoopLayer<T>& layer = args_.layer(work.layer);
+    return larger(0, smaller(layer.visible[j] - (work.first - args_.first_unit(layer.source)), work.inputs));
+  }
+
+  // what takes more than an activation: features, and units with gates or residuals
+  FK_INLINE void finish(const PanelWork& work, int lane) const {
+    if (work.activation == kFeatures) return finish_features(work, lane);
+    FK_KEEP_LOOP
+    for (int i = lane; i < 4 * work.finished; i += 32) {
+      const int u = i / 4, r = r0_ + i % 4;
+      T& sum = tile_.at(work.values + u, r);
+      sum = tile_.hidden(work.layer, work.unit + u, r, sum);
+    }
+  }
+
+  FK_INLINE void finish_features(const PanelWork& work, int lane) const {
+    FK_KEEP_LOOP
+    for (int i = lane; i < 4 * work.finished / kSums; i += 32) {
+      const int p = work.unit / kSums + i / 4, r = r0_ + i % 4, first = work.values + i / 4 * kSums;
+      if constexpr (kSums == 2) {
+        if (is_quick_) {
+          T& z = tile_.at(p, r);
+          const scalar::ValueAndLog<T> out = scalar::invert_form<Form::scale_shift>(quick_, z, tile_.at(first, r), tile_.at(first + 1, r));
+          z = out.value;
+          outputs_[Tile::place_of(2 * p + 1, r)] = out.log;
+          continue;
+        }
+      }
+      tile_.feature(p, r, [&](int which) { return tile_.at(first + which, r); });
+    }
+  }
+
+  const Tile& tile_;
+  const LoopArgs<T>& args_;
+  const Slot<T>& slot_;
+  const int r0_;
+  T* const outputs_;     // where the last layer's values begin
+  const bool is_quick_;  // the features' map is the usual one, which needs no call
+  const scalar::SoftclipMap<T> quick_;
+};
+
+}  // namespace flowkernels
