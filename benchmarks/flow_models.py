@@ -2,9 +2,10 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from flowkernels import ScaleMap
 from flowkernels.flows import NICE, Flow, RealNVP
-from flowkernels.flows.networks import MLP, ResNet
-from flowkernels.layers import AdditiveCoupling, AffineCoupling, Chain, DiagonalScale, FlowBatchNorm
+from flowkernels.flows.networks import ResNet
+from flowkernels.layers import MLP, AdditiveCoupling, AffineCoupling, Chain, DiagonalScale, FlowBatchNorm
 
 from .case import Unavailable
 
@@ -50,7 +51,30 @@ def eager(flow: Chain) -> Model:
     flow = copy.deepcopy(flow)
     for layer in flow.modules():
         layer.__class__ = _EAGER.get(type(layer), type(layer))
+        if isinstance(getattr(layer, "conditioner", None), MLP):
+            layer.conditioner = _in_plain_pytorch(layer.conditioner, interleaved=getattr(layer, "interleaved", False))
     return ours(flow)
+
+
+def _in_plain_pytorch(network: MLP, interleaved: bool) -> nn.Sequential:
+    """The same network of torch's layers; shifts come before raw scales, a memory order that suits eager ops."""
+    layers = network.layers
+    plain = mlp(layers[0].weight.shape[0], [len(layer.bias) for layer in layers[:-1]], len(layers[-1].bias))
+    blocked = torch.arange(len(layers[-1].bias))
+    blocked = torch.cat([blocked[0::2], blocked[1::2]]) if interleaved else blocked
+    with torch.no_grad():
+        for number, (old, new) in enumerate(zip(layers, plain[::2], strict=True)):
+            columns = blocked if number + 1 == len(layers) else slice(None)
+            new.weight.copy_(old.weight[:, columns].T)
+            new.bias.copy_(old.bias[columns])
+    return plain
+
+
+def mlp(features: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
+    """The network as one writes it in plain PyTorch."""
+    widths = [features, *hidden]
+    parts = [part for pair in pairwise(widths) for part in (nn.Linear(*pair), nn.ReLU(inplace=True))]
+    return nn.Sequential(*parts, nn.Linear(widths[-1], outputs))
 
 
 def nice(features: int, couplings: int, hidden: tuple[int, ...]) -> dict[str, Callable[[], Model]]:
@@ -64,8 +88,8 @@ def nice(features: int, couplings: int, hidden: tuple[int, ...]) -> dict[str, Ca
     return {
         OURS: lambda: ours(flow()),
         EAGER: lambda: eager(flow()),
-        "nflows": lambda: _nflows("AdditiveCouplingTransform", _alternating(features, couplings), lambda i, o: MLP(i, hidden, o)),
-        "normflows": lambda: _normflows(couplings, lambda k: MLP(nets[k % 2][0], hidden, nets[k % 2][1]), scale=False),
+        "nflows": lambda: _nflows("AdditiveCouplingTransform", _alternating(features, couplings), lambda i, o: _PeerMLP(i, hidden, o)),
+        "normflows": lambda: _normflows(couplings, lambda k: mlp(nets[k % 2][0], hidden, nets[k % 2][1]), scale=False),
     }
 
 
@@ -82,10 +106,21 @@ def realnvp(features: int, transforms: int, hidden: tuple[int, ...]) -> dict[str
     return {
         OURS: lambda: ours(flow()),
         EAGER: lambda: eager(flow()),
-        "nflows": lambda: _nflows("AffineCouplingTransform", _alternating(features, transforms), lambda i, o: MLP(i, hidden, o)),
-        "normflows": lambda: _normflows(transforms, lambda k: MLP(half, hidden, 2 * half), scale=True),
+        "nflows": lambda: _nflows("AffineCouplingTransform", _alternating(features, transforms), lambda i, o: _PeerMLP(i, hidden, o)),
+        "normflows": lambda: _normflows(transforms, lambda k: mlp(half, hidden, 2 * half), scale=True),
         "zuko": lambda: _zuko(features, transforms, hidden),
     }
+
+
+class _PeerMLP(nn.Module):
+    """The same, called with a context that may be None, as nflows does."""
+
+    def __init__(self, features: int, hidden: Sequence[int], outputs: int) -> None:
+        super().__init__()
+        self.net = mlp(features, hidden, outputs)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.net(x)
 
 
 def image_realnvp(shape: tuple[int, int, int], **settings: int) -> dict[str, Callable[[], Model]]:

@@ -60,7 +60,7 @@ class LoopNetwork {
     check(t.x.dim() == 2, "x must have two dimensions");
     check(n >= 1 && n <= static_cast<size_t>(kMaxLayers), "a conditioner has 1 to 32 layers");
     check(t.biases.size() == n && t.visible.size() == n && t.activations.size() == n &&
-              (t.wiring.empty() ? contexts == 0 || contexts == n : t.wiring.size() == 4 * n),
+              (t.wiring.empty() ? contexts <= 1 || contexts == n : t.wiring.size() == 4 * n),
           "weights, biases, visible, activations and wiring must have one entry per layer");
     check(t.context_biases.empty() || t.context_biases.size() == contexts, "context_biases must have one entry per context weight");
     check((contexts > 0) == t.context.has_value(), "context and context_weights go together");
@@ -178,7 +178,8 @@ class LoopNetwork {
   void read_layer(const LoopTensors& t, int i, size_t& context) {
     const bool wired = !t.wiring.empty();
     const int64_t* wiring = wired ? &t.wiring[4 * i] : nullptr;
-    const int64_t source = wired ? wiring[0] : i, residual = wired ? wiring[1] : -1, use = wired ? wiring[2] : !t.context_weights.empty();
+    const int64_t source = wired ? wiring[0] : i, residual = wired ? wiring[1] : -1;
+    const int64_t use = wired ? wiring[2] : static_cast<size_t>(i) < t.context_weights.size();
     check(source >= 0 && source <= i && residual >= -1 && residual <= i, "a layer must read the features or a layer before it");
     const Tensor& weight = t.weights[i];
     LoopLayer<T>& layer = args.layers[i];

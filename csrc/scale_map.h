@@ -9,7 +9,7 @@
 namespace flowkernels {
 
 // the codes of ScaleKind and Form in flowkernels/ops/scale_map.py
-enum class ScaleKind : int { exp, exp_half, exp_clamped, exp_tanh, exp_atan, softclip, sigmoid, softplus };
+enum class ScaleKind : int { exp, exp_half, exp_clamped, exp_tanh, exp_atan, softclip, sigmoid, softplus, unit };
 enum class Form : int { scale_shift, shift_scale, divide, gate };
 
 struct ScaleMapParams {
@@ -241,7 +241,7 @@ FK_INLINE auto with_scale_map(const ScaleMapParams& p, F&& f) {
     case ScaleKind::softclip: return f(SoftclipMap<V>(p));
     case ScaleKind::sigmoid: return p.p1 == 0 ? f(SigmoidMap<V, false>(p)) : f(SigmoidMap<V, true>(p));
     case ScaleKind::softplus: return p.p0 == 0 ? f(SoftplusMap<V, false>(p)) : f(SoftplusMap<V, true>(p));
-    default: return f(ExpMap<V>(p));
+    default: return f(ExpMap<V>(p));  // unit too, whose raw scale is 0
   }
 }
 

@@ -51,6 +51,11 @@ def backend(name: str) -> Iterator[None]:
         _choice.name = before
 
 
+def prefers_compiled() -> bool:
+    """Whether compiled kernels may serve, by choice or because nothing was chosen."""
+    return _choice.name in ("auto", "cpp")
+
+
 def wants_reference(op: str, device: torch.device) -> bool:
     """Whether a call of `op` on `device` is to run the reference by choice; False leaves it to the dispatcher."""
     name = _choice.name

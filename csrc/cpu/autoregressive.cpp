@@ -41,12 +41,14 @@ struct Parts {
   std::span<const int64_t> activations, wiring;
 };
 
-// How a layer is wired: four numbers of the list `wiring`. Where that is empty, the layers are a chain.
+// How a layer is wired: four numbers of the list `wiring`. Where that is empty, the layers are a chain, and the context joins the sums
+// of all layers or of the first.
 struct Wiring {
   int64_t source, residual, context, context_activation;  // context: 0 none, 1 is added, 2 gates
 
   static constexpr size_t kNumbers = 4;
-  Wiring(const Parts& parts, size_t i) : source(static_cast<int64_t>(i)), residual(-1), context(!parts.context_weights.empty()), context_activation(0) {
+  Wiring(const Parts& parts, size_t i)
+      : source(static_cast<int64_t>(i)), residual(-1), context(i < parts.context_weights.size()), context_activation(0) {
     if (parts.wiring.empty()) return;
     const int64_t* numbers = &parts.wiring[kNumbers * i];
     source = numbers[0], residual = numbers[1], context = numbers[2], context_activation = numbers[3];
@@ -64,7 +66,7 @@ struct Network {
   Network(const Parts& parts, ScalarType dtype, int64_t features, int64_t context_features) : dtype(dtype) {
     const size_t n = parts.weights.size(), n_contexts = parts.context_weights.size();
     check(n >= 1 && parts.biases.size() == n && parts.visible.size() == n && parts.activations.size() == n &&
-              (parts.wiring.empty() ? n_contexts == 0 || n_contexts == n : parts.wiring.size() == Wiring::kNumbers * n),
+              (parts.wiring.empty() ? n_contexts <= 1 || n_contexts == n : parts.wiring.size() == Wiring::kNumbers * n),
           "weights, biases, visible, activations and wiring must have one entry per layer");
     check(parts.context_biases.empty() || parts.context_biases.size() == n_contexts, "context_biases must have one entry per context weight");
     kept.reserve(5 * n);
@@ -76,7 +78,6 @@ struct Network {
       if (wired.context) read_context(parts, context++, wired, context_features);
     }
     const MaskedLayer<T>& last = layers.back();
-    check(last.outputs == 2 * features, "the last layer must give shift and raw scale of each feature");
     check(!last.joins() && last.activation == static_cast<int>(Activation::identity), "the last layer must be a plain masked layer");
   }
 
@@ -88,9 +89,10 @@ struct Network {
     layer.residual = static_cast<int>(wired.residual);
     layer.activation = activation_code(parts.activations[i]);
     layer.unitwise = weight.dim() == 1;
-    const int64_t inputs = layer.inputs = width(wired.source);
+    int64_t& inputs = layer.inputs = width(wired.source);
     const int64_t outputs = layer.outputs = layer.unitwise ? inputs : weight.dim() == 2 ? weight.size(1) : -1;
     if (!layer.unitwise) {
+      if (wired.source == 0 && weight.dim() == 2) inputs = std::min(inputs, weight.size(0));  // of the features, the first alone may be read
       layer.weight = matrix(weight, inputs, outputs, layer.ld, "weight");
       layer.bias = vector(parts.biases[i], outputs, "bias");
     } else if (weight.numel() > 0) {
@@ -171,7 +173,10 @@ struct Map {
     args.scale = scale;
     args.form = form;
     args.inverse = inverse;
-    ends = make_schedule(args.layers, args.n_layers, features, inverse);
+    const int64_t outputs = network.layers.back().outputs;
+    args.output_columns = OutputColumns(outputs, features, scale.kind);
+    check(args.output_columns.fit(outputs, features), "the last layer must give shift and raw scale of each feature that does not pass");
+    ends = make_schedule(args.layers, args.n_layers, features, args.output_columns, inverse);
     check(features == 0 || !ends.empty(), "the network is not autoregressive");
     args.ends = ends.data();
     args.n_steps = static_cast<int64_t>(ends.size() / (args.n_layers + 1));

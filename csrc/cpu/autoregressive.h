@@ -31,6 +31,23 @@ struct MaskedLayer {
   bool own_context_term() const { return gate || context_bias || context_activation != static_cast<int>(Activation::identity); }
 };
 
+// Which columns of the last layer belong to which feature, features being counted in the order of generation. The first ones may pass
+// unchanged, as those of a coupling do that its network reads; each other has its shift and its raw scale, or, in an additive map, its
+// shift alone.
+struct OutputColumns {
+  int64_t passing;  // features
+  int each;         // columns of a feature
+
+  OutputColumns(int64_t outputs, int64_t features, int scale_kind)
+      : each(scale_kind == static_cast<int>(ScaleKind::unit) ? 1 : 2) {
+    passing = features - outputs / each;
+  }
+  OutputColumns() : passing(0), each(2) {}
+  bool fit(int64_t outputs, int64_t features) const { return passing >= 0 && passing * each + outputs == features * each; }
+  int64_t of(int64_t feature) const { return (feature - passing) * each; }
+  int64_t features_in(int64_t columns) const { return passing + columns / each; }
+};
+
 template <class T>
 struct Strided {  // a matrix [rows, columns] read through its strides
   const T* data;
@@ -44,6 +61,7 @@ struct AutoregressiveArgs {
   Strided<T> x, context;
   const T* affine;  // [3, features]: a loop begins with (x + affine[0]) * affine[1] + affine[2]; null for x
   int64_t batch, features, context_features;
+  OutputColumns output_columns;
   const int64_t* order;     // feature generated k-th; null for 0, 1, 2, ...
   const int64_t* position;  // its inverse: when each feature is generated
   ScaleMapParams scale;
@@ -65,17 +83,18 @@ struct Tiling {
   int64_t begin(int64_t tile) const { return tile * steps / tiles * step; }
 };
 
-// The steps of the inverse, one per distinct degree: step s computes the hidden units that see only the features known before it,
+// The steps of the inverse, one per distinct degree, after the features that pass: step s computes the hidden units that see only the features known before it,
 // then the features whose outputs those complete. The forward direction is one step that knows every feature.
 // Returns an empty vector where the staircases are not autoregressive.
 template <class T>
-std::vector<int64_t> make_schedule(const MaskedLayer<T>* layers, int n_layers, int64_t features, bool inverse) {
+std::vector<int64_t> make_schedule(const MaskedLayer<T>* layers, int n_layers, int64_t features, OutputColumns outputs, bool inverse) {
   std::vector<int64_t> ready(n_layers + 1, 0), ends;
   if (!inverse) {
     ready[0] = features;
     for (int l = 0; l < n_layers; ++l) ready[l + 1] = layers[l].outputs;
     return ready;
   }
+  ready[0] = outputs.passing;
   while (ready[0] < features) {
     const int64_t known = ready[0];
     for (int l = 1; l <= n_layers; ++l) {
@@ -85,10 +104,10 @@ std::vector<int64_t> make_schedule(const MaskedLayer<T>* layers, int n_layers, i
       while (end < most && layer.visible[end] <= seen) ++end;
       ready[l] = end;
     }
-    ready[n_layers] -= ready[n_layers] % 2;  // a feature is known when both its shift and its raw scale are
-    if (ready[n_layers] / 2 == known) return {};
+    ready[n_layers] -= ready[n_layers] % outputs.each;  // a feature is known when both its shift and its raw scale are
+    if (outputs.features_in(ready[n_layers]) == known) return {};
     ends.insert(ends.end(), ready.begin(), ready.end());
-    ready[0] = ready[n_layers] / 2;
+    ready[0] = outputs.features_in(ready[n_layers]);
   }
   return ends;
 }

@@ -59,7 +59,7 @@ void run_step(State& state, const AutoregressiveArgs<T>& args, int64_t s, int64_
     if (l < args.n_layers)
       state.finish_hidden(l, j0, j1);
     else
-      state.finish_features(j0 / 2, j1 / 2);
+      state.finish_features(args.output_columns.features_in(j0), args.output_columns.features_in(j1));
   }
 }
 

@@ -140,7 +140,8 @@ struct RowLanes {
     const T *acc = layer_values(last), *total = layer_totals(last);
     for (int64_t p = p0; p < p1; ++p)
       for (int64_t r = 0; r < rows; r += lanes<T>) {
-        const Vec<T> shift = sum(layer, acc, total, 2 * p, r), raw = sum(layer, acc, total, 2 * p + 1, r);
+        const int64_t at_shift = args.output_columns.of(p);
+        const Vec<T> shift = sum(layer, acc, total, at_shift, r), raw = args.output_columns.each == 2 ? sum(layer, acc, total, at_shift + 1, r) : zero<T>();
         T* at = values + p * rows + r;
         const ValueAndLog<Vec<T>> out = transform(args, load(at), shift, raw);
         store(at, out.value);

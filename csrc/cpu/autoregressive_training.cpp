@@ -38,11 +38,12 @@ struct Parts {
   const std::vector<int64_t>& activations;
   ScaleMapParams scale;
   Form form;
+  bool by_bound = false;  // whether the gradient by the scale map's bound is asked for
 };
 
 template <class T>
 TrainingNetwork<T> read_network(const Parts& parts, int64_t features, ScalarType dtype) {
-  return {features, dtype, parts.weights, parts.context_weights, parts.visible, parts.order, parts.activations};
+  return {features, dtype, parts.weights, parts.context_weights, parts.visible, parts.order, parts.activations, parts.scale.kind};
 }
 
 template <class T>
@@ -90,6 +91,8 @@ TrainingArgs<T> training_args(const TrainingNetwork<T>& net, int64_t batch, Scal
   args.values_ld = net.columns;
   args.deltas_ld = net.delta_columns;
   args.outputs = net.layers.back().offset;
+  args.output_columns = net.output_columns;
+  args.by_bound = -1;
   return args;
 }
 
@@ -133,10 +136,11 @@ void run_forward(TrainingArgs<T> args, const TrainingNetwork<T>& net, const std:
       term.out_ld = product.out_ld;
       term.finish.bias = biases[l];
       context_products.push_back(term);
-      product.finish.accumulate = true;
-    } else {
-      product.finish.bias = biases[l];
     }
+    if (context.data && layer.context_weight)
+      product.finish.accumulate = true;
+    else
+      product.finish.bias = biases[l];
     product.finish.activation = layer.activation;
     if (layer.pre >= 0) {
       product.finish.pre = args.values + layer.pre;
@@ -173,6 +177,7 @@ struct Descent {
   std::vector<MaskedLinearArgs<T>> layers, contexts;
 
   Descent(const TrainingArgs<T>& args, const TrainingNetwork<T>& net, T* dcontext) {
+    bool begun = false;
     for (size_t l = net.layers.size(); l-- > 0;) {
       const TrainingLayer<T>& layer = net.layers[l];
       MaskedLinearArgs<T> product = net.product(layer, args.batch);
@@ -189,13 +194,17 @@ struct Descent {
         product.finish.values_ld = args.values_ld;
       }
       layers.push_back(product);
-      if (!dcontext) continue;
+      if (!dcontext || !layer.context_weight) {
+        if (dcontext) contexts.push_back({});  // nothing to do
+        continue;
+      }
       MaskedLinearArgs<T> term = net.context_product(layer, args.batch);
       term.dy = product.dy;
       term.dy_ld = product.dy_ld;
       term.out = dcontext;
       term.out_ld = net.contexts;
-      term.finish.accumulate = !contexts.empty();
+      term.finish.accumulate = begun;
+      begun = true;
       contexts.push_back(term);
     }
   }
@@ -211,6 +220,8 @@ struct GradientCall {
   ParameterGradients<T> parameters;
   TrainingArgs<T> args;
 
+  static int64_t delta_columns(const TrainingNetwork<T>& net, const Parts& parts) { return net.delta_columns + parts.by_bound; }
+
   GradientCall(const Tensor& dy, const Tensor& dlogabsdet, const Tensor& like, const std::optional<Tensor>& context, const Parts& parts, bool need_dx)
       : net(read_network<T>(parts, dy.size(1), like.scalar_type())),
         contexts(context, net, dy.size(0)),
@@ -219,10 +230,15 @@ struct GradientCall {
         span(span_of(batch, threads)),
         dx(empty(like, {need_dx ? batch : 0, net.features})),
         dcontext(empty(like, {context ? batch : 0, net.contexts})),
-        deltas(empty(like, {span, net.delta_columns})),
-        parameters(net, like, threads),
+        deltas(empty(like, {span, delta_columns(net, parts)})),
+        parameters(net, like, threads, parts.by_bound),
         args(training_args(net, batch, parts.scale, parts.form)) {
     net.find_first();
+    args.deltas_ld = delta_columns(net, parts);
+    if (parts.by_bound) {
+      check_training(parts.scale.kind == static_cast<int>(ScaleKind::exp_tanh), "only exp_tanh has a bound");
+      args.by_bound = net.delta_columns;
+    }
     check_training(dy.dim() == 2 && dy.scalar_type() == net.dtype && dy.is_cpu(), "dy must be a matrix like y");
     check_training(dlogabsdet.dim() == 1 && dlogabsdet.size(0) == batch && dlogabsdet.scalar_type() == net.dtype && dlogabsdet.is_cpu(),
                    "dlogabsdet must have one entry per row");
@@ -234,7 +250,8 @@ struct GradientCall {
 
   T* dcontext_from(int64_t row) { return contexts.data ? static_cast<T*>(dcontext.mutable_data_ptr()) + row * net.contexts : nullptr; }
 
-  // dx (empty where nobody asks for it), dcontext (empty without context), then the gradients of weights, biases, context weights
+  // dx (empty where nobody asks for it), dcontext (empty without context), then the gradients of weights, biases, context weights, and
+  // last that of the bound where it is asked for
   Tensors outputs() const {
     Tensors out{dx, dcontext};
     parameters.append_to(out);
@@ -277,7 +294,7 @@ std::vector<int64_t> inverse_steps(const TrainingNetwork<T>& net) {
     layers[l].source = static_cast<int>(l);
     layers[l].residual = -1;
   }
-  return make_schedule(layers.data(), static_cast<int>(n), net.features, true);
+  return make_schedule(layers.data(), static_cast<int>(n), net.features, net.output_columns, true);
 }
 
 // The gradient of (x, logabsdet) = f^-1(z), whose dx is called dz here
@@ -287,6 +304,8 @@ Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tenso
   check_training(x.dim() == 2 && x.is_cpu() && dx.dim() == 2 && dx.size(0) == x.size(0) && dx.size(1) == x.size(1), "x must be a matrix like dx");
   GradientCall<T> call(dx, dlogabsdet, x, context, parts, true);
   TrainingNetwork<T>& net = call.net;
+  check_training(net.output_columns.passing == 0 && net.output_columns.each == 2 && net.layers[0].inputs == net.features,
+                 "the gradient of the inverse is that of a network with shift and raw scale of each feature");
   const std::vector<int64_t> ends = inverse_steps(net);
   check_training(net.features == 0 || !ends.empty(), "the network is not autoregressive");
   const int64_t n_steps = static_cast<int64_t>(ends.size() / (net.layers.size() + 1));
@@ -338,10 +357,11 @@ std::tuple<Tensor, Tensor, Tensor> autoregressive_training(Tensor x, std::option
 
 Tensors autoregressive_backward(Tensor dy, Tensor dlogabsdet, Tensor values, std::optional<Tensor> context, Tensors weights,
                                 Tensors context_weights, Tensors visible, std::optional<Tensor> order, std::vector<int64_t> activations,
-                                int64_t scale_kind, double scale_p0, double scale_p1, int64_t form, bool need_dx) {
+                                int64_t scale_kind, double scale_p0, double scale_p1, int64_t form, bool need_dx, bool need_dbound) {
   check_dtype(values);
   auto go = values.scalar_type() == ScalarType::Float ? backward<float> : backward<double>;
-  const Parts parts = parts_of(weights, context_weights, visible, order, activations, scale_kind, scale_p0, scale_p1, form);
+  Parts parts = parts_of(weights, context_weights, visible, order, activations, scale_kind, scale_p0, scale_p1, form);
+  parts.by_bound = need_dbound;
   return go(dy, dlogabsdet, values, context, parts, need_dx);
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cpu/autoregressive.h"
 #include "cpu/masked_linear.h"
 
 namespace flowkernels {
@@ -22,6 +23,8 @@ struct TrainingArgs {
   T *values, *deltas;
   int64_t values_ld, deltas_ld;
   int64_t outputs;  // first column of the outputs
+  OutputColumns output_columns;
+  int64_t by_bound;  // column of deltas for the gradient by the scale map's bound; -1 where nobody asks for it
   const T *x, *dy, *dlogabsdet;
   int64_t x_row, x_column, dy_row, dy_column, dlogabsdet_step;
   T *y, *logabsdet, *dx;  // contiguous

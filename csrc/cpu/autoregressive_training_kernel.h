@@ -6,7 +6,8 @@ namespace FK_TARGET {
 
 constexpr int64_t kLogTerms = 16;  // log-derivatives are summed in chunks, as inputs are
 
-// shift and raw scale of each feature lie side by side; the scratch holds [shift | raw | a | b], each `padded` long
+// shift and raw scale of each feature lie side by side; the scratch holds [shift | raw | a | b], each `padded` long. What belongs to
+// features that pass is 0 and stays so.
 template <class T>
 struct FeatureRow {
   T *shift, *raw, *a, *b;
@@ -19,16 +20,20 @@ int64_t padded_features(int64_t features) {
 }
 
 template <class T>
-void split_outputs(const T* outputs, int64_t features, FeatureRow<T>& row) {
-  for (int64_t p = 0; p < features; ++p) {
-    row.shift[p] = outputs[2 * p];
-    row.raw[p] = outputs[2 * p + 1];
+void split_outputs(const T* outputs, const OutputColumns& columns, int64_t features, FeatureRow<T>& row) {
+  if (columns.each == 1) {
+    for (int64_t p = columns.passing; p < features; ++p) row.shift[p] = outputs[columns.of(p)];
+    return;
+  }
+  for (int64_t p = columns.passing; p < features; ++p) {
+    row.shift[p] = outputs[columns.of(p)];
+    row.raw[p] = outputs[columns.of(p) + 1];
   }
 }
 
 template <class T>
 void training_forward(const TrainingArgs<T>& args, int64_t r0, int64_t r1, T* scratch) {
-  const int64_t D = args.features, padded = padded_features<T>(D);
+  const int64_t D = args.features, padded = padded_features<T>(D), passing = args.output_columns.passing;
   for (int64_t r = r0; r < r1; ++r)
     for (int64_t p = 0; p < D; ++p) args.values[r * args.values_ld + p] = args.x[r * args.x_row + (args.order ? args.order[p] : p) * args.x_column];
   for (int l = 0; l < args.n_layers; ++l) {
@@ -40,11 +45,15 @@ void training_forward(const TrainingArgs<T>& args, int64_t r0, int64_t r1, T* sc
   for (int64_t i = 0; i < 4 * padded; ++i) scratch[i] = T(0);
   for (int64_t r = r0; r < r1; ++r) {
     const T* values = args.values + r * args.values_ld;
-    split_outputs(values + args.outputs, D, row);
-    for (int64_t p = 0; p < D; p += lanes<T>) {
+    split_outputs(values + args.outputs, args.output_columns, D, row);
+    for (int64_t p = passing / lanes<T> * lanes<T>; p < D; p += lanes<T>) {
       const ValueAndLog<Vec<T>> out = apply_form(args.form, args.scale, load_some(values + p, D - p), load(row.shift + p), load(row.raw + p));
       store(row.a + p, out.value);
       store(row.b + p, out.log);
+    }
+    for (int64_t p = 0; p < passing; ++p) {
+      row.a[p] = values[p];
+      row.b[p] = T(0);
     }
     T* y = args.y + r * D;
     T total = 0;
@@ -58,28 +67,55 @@ void training_forward(const TrainingArgs<T>& args, int64_t r0, int64_t r1, T* sc
   }
 }
 
+// The gradient of g * y + c * log|dy/dx| by the bound of the scale map exp(bound * tanh(s / inner))
+template <class T>
+FK_INLINE Vec<T> gradient_by_bound(const TrainingArgs<T>& args, Vec<T> x, Vec<T> shift, Vec<T> raw, Vec<T> g, Vec<T> c) {
+  const ExpTanhMap<Vec<T>> map(args.scale);
+  const Vec<T> exponent = tanh(raw * map.inverse_inner);
+  if (args.form == Form::divide) return -fma(g * map.reciprocal(raw), x - shift, c) * exponent;
+  const Vec<T> by_sigma = args.form == Form::scale_shift ? x : args.form == Form::gate ? x - shift : x + shift;
+  return fma(g * by_sigma, map.sigma(raw), c) * exponent;
+}
+
 // The deltas of rows [r0, r1), and dx. need_dx: whether anybody asks for the gradient by x
 template <class T>
 void training_backward(const TrainingArgs<T>& args, bool need_dx, int64_t r0, int64_t r1, T* scratch) {
   const int64_t D = args.features, padded = padded_features<T>(D);
+  const OutputColumns columns = args.output_columns;
   FeatureRow<T> row(scratch, padded);
   for (int64_t i = 0; i < 4 * padded; ++i) scratch[i] = T(0);
   for (int64_t r = r0; r < r1; ++r) {
     const T* values = args.values + r * args.values_ld;
     T *deltas = args.deltas + r * args.deltas_ld, *outputs = deltas + args.outputs;
-    split_outputs(values + args.outputs, D, row);
+    split_outputs(values + args.outputs, columns, D, row);
     for (int64_t p = 0; p < D; ++p) row.a[p] = args.dy[r * args.dy_row + (args.order ? args.order[p] : p) * args.dy_column];
     const Vec<T> c = broadcast<T>(args.dlogabsdet[r * args.dlogabsdet_step]);
-    for (int64_t p = 0; p < D; p += lanes<T>) {
+    const int64_t begin = columns.passing / lanes<T> * lanes<T>;
+    if (args.by_bound >= 0) {
+      T total = 0;
+      for (int64_t p = begin; p < D; p += lanes<T>)
+        store(row.b + p, gradient_by_bound(args, load_some(values + p, D - p), load(row.shift + p), load(row.raw + p), load(row.a + p), c));
+      for (int64_t p = columns.passing; p < D; ++p) total += row.b[p];
+      deltas[args.by_bound] = total;
+    }
+    for (int64_t p = begin; p < D; p += lanes<T>) {
       const FormGradient<Vec<T>> gradient =
           form_gradient(args.form, args.scale, load_some(values + p, D - p), load(row.shift + p), load(row.raw + p), load(row.a + p), c);
       store_some(deltas + p, gradient.dx, D - p);
       store(row.shift + p, gradient.dshift);
       store(row.raw + p, gradient.draw);
     }
-    for (int64_t p = 0; p < D; ++p) {
-      outputs[2 * p] = row.shift[p];
-      outputs[2 * p + 1] = row.raw[p];
+    for (int64_t p = 0; p < columns.passing; ++p) {
+      deltas[p] = row.a[p];
+      row.shift[p] = row.raw[p] = T(0);
+    }
+    if (columns.each == 1) {
+      for (int64_t p = columns.passing; p < D; ++p) outputs[columns.of(p)] = row.shift[p], row.raw[p] = T(0);
+      continue;
+    }
+    for (int64_t p = columns.passing; p < D; ++p) {
+      outputs[columns.of(p)] = row.shift[p];
+      outputs[columns.of(p) + 1] = row.raw[p];
     }
   }
   for (int l = 0; l < args.n_layers; ++l) {

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -46,13 +47,14 @@ class TrainingNetwork {
   std::vector<TrainingLayer<T>> layers;
   const int64_t* order = nullptr;
   int64_t features = 0, contexts = 0, delta_columns = 0, columns = 0;
+  OutputColumns output_columns;
   ScalarType dtype;
 
   TrainingNetwork(int64_t features, ScalarType dtype, const Tensors& weights, const Tensors& context_weights, const Tensors& visible,
-                  const std::optional<Tensor>& order_, const std::vector<int64_t>& activations)
+                  const std::optional<Tensor>& order_, const std::vector<int64_t>& activations, int scale_kind)
       : features(features), dtype(dtype) {
     const size_t n = weights.size();
-    check_training(n >= 1 && visible.size() == n && activations.size() == n && (context_weights.empty() || context_weights.size() == n),
+    check_training(n >= 1 && visible.size() == n && activations.size() == n && (context_weights.size() <= 1 || context_weights.size() == n),
                    "weights, visible and activations must have one entry per layer");
     kept_.reserve(4 * n + 1);
     layers.resize(n);
@@ -61,6 +63,7 @@ class TrainingNetwork {
     int64_t inputs = features, offset = features;
     for (size_t l = 0; l < n; ++l) {
       TrainingLayer<T>& layer = layers[l];
+      if (l == 0 && weights[0].dim() == 2) inputs = std::min(inputs, weights[0].size(0));  // the first features alone may be read
       layer.inputs = inputs;
       layer.outputs = weights[l].dim() == 2 ? weights[l].size(1) : -1;
       check_training(inputs < (int64_t{1} << 31), "too many units");
@@ -68,7 +71,7 @@ class TrainingNetwork {
       layer.visible = static_cast<const int32_t*>(vector(visible[l], layer.outputs, ScalarType::Int));
       check_training(is_staircase(layer.visible, layer.outputs, inputs), "visible must ascend from 0 to the number of inputs");
       layer.context_weight = nullptr;
-      if (!context_weights.empty()) {
+      if (l < context_weights.size()) {
         layer.context_weight = matrix(context_weights[l], contexts, layer.outputs, layer.context_ld);
         layer.whole_context.assign(layer.outputs, static_cast<int32_t>(contexts));
       }
@@ -78,8 +81,9 @@ class TrainingNetwork {
       offset += layer.outputs;
       inputs = layer.outputs;
     }
-    check_training(inputs == 2 * features && layers.back().activation == Activation::identity,
-                   "the last layer must give shift and raw scale of each feature");
+    output_columns = OutputColumns(inputs, features, scale_kind);
+    check_training(output_columns.fit(inputs, features) && layers.back().activation == Activation::identity,
+                   "the last layer must give shift and raw scale of each feature that does not pass");
     delta_columns = offset;
     for (TrainingLayer<T>& layer : layers) {
       const bool keep = !derivative_from_value(layer.activation);
@@ -111,7 +115,8 @@ class TrainingNetwork {
 
   double multiply_adds(int64_t batch) const {
     double pairs = 0;
-    for (const TrainingLayer<T>& layer : layers) pairs += seen_pairs(layer.visible, layer.outputs) + static_cast<double>(layer.outputs * contexts);
+    for (const TrainingLayer<T>& layer : layers)
+      pairs += seen_pairs(layer.visible, layer.outputs) + static_cast<double>(layer.context_weight ? layer.outputs * contexts : 0);
     return pairs * static_cast<double>(batch);
   }
 
@@ -135,7 +140,7 @@ class TrainingNetwork {
     args.first = no_first_.data();
     args.batch = batch;
     args.inputs = contexts;
-    args.outputs = layer.outputs;
+    args.outputs = layer.context_weight ? layer.outputs : 0;
     return args;
   }
 

@@ -212,10 +212,10 @@ struct UnitLanes {
     for (int64_t p = p0; p < p1; ++p) {
       Vec<T> x = zero<T>(), shift = zero<T>(), raw = zero<T>();
       for (int b = 0; b < B; ++b) {
-        const int64_t at = b * units + offsets[args.n_layers] + 2 * p;
+        const int64_t at = b * units + offsets[args.n_layers] + args.output_columns.of(p);
         x[b] = values[b * units + p];
         shift[b] = totals[at] + values[at];
-        raw[b] = totals[at + 1] + values[at + 1];
+        if (args.output_columns.each == 2) raw[b] = totals[at + 1] + values[at + 1];
       }
       const ValueAndLog<Vec<T>> out = transform(args, x, shift, raw);
       add_log(log, log_total, out.log, p);

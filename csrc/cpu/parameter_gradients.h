@@ -1,4 +1,5 @@
-// The gradients of weights, biases and context weights of a masked autoregressive map: sums over rows, which come span by span.
+// The gradients of weights, biases and context weights of a masked autoregressive map, and of its scale map's bound: sums over rows,
+// which come span by span.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -23,13 +24,14 @@ class ParameterGradients {
   using Tensors = std::vector<Tensor>;
 
  public:
-  ParameterGradients(const TrainingNetwork<T>& net, const Tensor& like, int64_t threads) : net_(net) {
+  ParameterGradients(const TrainingNetwork<T>& net, const Tensor& like, int64_t threads, bool of_bound) : net_(net) {
     for (size_t l = 0; l < net.layers.size(); ++l) {
       const TrainingLayer<T>& layer = net.layers[l];
       weights_.push_back(add_product(net.product(layer, 0), l, false, like));
       if (layer.context_weight) context_weights_.push_back(add_product(net.context_product(layer, 0), l, true, like));
       biases_.push_back(empty(like, {layer.outputs}));
     }
+    if (of_bound) bound_.push_back(empty(like, {1}));
     make_tasks(threads);
   }
 
@@ -45,11 +47,13 @@ class ParameterGradients {
       p.finish.accumulate = begun_;
     }
     run_shares(shares_, [&](int64_t i) { run(tasks_[i], args); });
+    for (Tensor& bound : bound_)
+      FK_DISPATCH(sum_rows<T>(args.deltas + args.by_bound, args.deltas_ld, args.batch, int64_t(1), begun_, static_cast<T*>(bound.mutable_data_ptr())));
     begun_ = true;
   }
 
   void append_to(Tensors& out) const {
-    for (const Tensors* list : {&weights_, &biases_, &context_weights_}) out.insert(out.end(), list->begin(), list->end());
+    for (const Tensors* list : {&weights_, &biases_, &context_weights_, &bound_}) out.insert(out.end(), list->begin(), list->end());
   }
 
  private:
@@ -66,6 +70,7 @@ class ParameterGradients {
 
   const TrainingNetwork<T>& net_;
   Tensors weights_, biases_, context_weights_;
+  Tensors bound_;  // one, or none
   std::vector<Product> products_;
   std::vector<Task> tasks_;
   Shares shares_;

@@ -1,38 +1,8 @@
 """Conditioners of the coupling flows: what they are called with, and the context where there is one, to shifts and raw scales."""
 
-from collections.abc import Sequence
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-class MLP(nn.Module):
-    """ReLU network with a linear output; the context joins its input.
-
-    Args:
-        features: width of x.
-        hidden_features: widths of the hidden layers.
-        outputs: width of what is returned.
-        context_features: width of the context; 0 for none.
-
-    Shape:
-        x: [batch, features]; context: [batch, context_features]; output: [batch, outputs].
-    """
-
-    def __init__(self, features: int, hidden_features: Sequence[int], outputs: int, *, context_features: int = 0) -> None:
-        super().__init__()
-        if not hidden_features or min(hidden_features) < 1:
-            raise ValueError(f"hidden_features must be widths of at least 1; got {tuple(hidden_features)}")
-        widths = [features + context_features, *hidden_features]
-        parts: list[nn.Module] = []
-        for inputs, width in pairwise(widths):
-            parts += [nn.Linear(inputs, width), nn.ReLU(inplace=True)]
-        self.net = nn.Sequential(*parts, nn.Linear(widths[-1], outputs))
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.net(x if context is None else torch.cat([x, context], 1))
 
 
 class WeightNormConv2d(nn.Conv2d):

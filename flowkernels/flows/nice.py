@@ -3,10 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from ..layers import AdditiveCoupling, DiagonalScale, Reshape
+from ..layers import MLP, AdditiveCoupling, DiagonalScale, Reshape
 from .base import Base, StandardLogistic
 from .flow import Flow, parse_shape
-from .networks import MLP
 
 
 class NICE(Flow):

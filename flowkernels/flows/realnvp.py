@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..layers import AffineCoupling, FactorOut, FlowBatchNorm, Permute, Reshape, Squeeze
+from ..layers import MLP, AffineCoupling, FactorOut, FlowBatchNorm, Permute, Reshape, Squeeze
 from .flow import Flow, parse_shape
-from .networks import MLP, ResNet
+from .networks import ResNet
 
 
 class RealNVP(Flow):
@@ -67,7 +67,7 @@ def _vector_layers(
     for i in range(transforms):
         part, transformed = ("even", (features + 1) // 2) if i % 2 else ("odd", features // 2)
         conditioner = MLP(features - transformed, hidden_features, 2 * transformed, context_features=context_features)
-        layers.append(AffineCoupling(conditioner, part=part, scale_parameter=1.0))
+        layers.append(AffineCoupling(conditioner, part=part, scale_parameter=1.0, interleaved=True))
         if batch_norm:
             layers.append(FlowBatchNorm(features))
     return layers

@@ -11,11 +11,13 @@ from .inverse import Inverse
 from .invertible_conv1x1 import ActNormConv1x1, InvertibleConv1x1
 from .masked_autoregressive import MaskedAutoregressive
 from .masked_linear import MaskedLinear, Unitwise
+from .mlp import MLP
 from .permute import Permute
 from .reshape import Reshape
 from .squeeze import Squeeze
 
 __all__ = [
+    "MLP",
     "ActNorm",
     "ActNormConv1x1",
     "AdditiveCoupling",

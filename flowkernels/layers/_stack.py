@@ -1,4 +1,5 @@
-"""Runs of autoregressive layers, with the permutations and normalisations between them, as one call of `ops.autoregressive_stack`."""
+"""Runs of autoregressive layers and of couplings of vectors, with the permutations and normalisations between them, as one call of
+`ops.autoregressive_stack`."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Map, autoregressive_stack
-from .batch_norm import FlowBatchNorm
+from ._coupling_map import is_plain
+from .batch_norm import FlowBatchNorm, evaluation_affines
+from .coupling import AdditiveCoupling, AffineCoupling
 from .inverse import Inverse
 from .masked_autoregressive import MaskedAutoregressive
 from .permute import Permute
@@ -15,73 +18,75 @@ from .permute import Permute
 def run(layers: Iterable[nn.Module], x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
     """Apply layers in the order given, all forward or all inverse: the result, and the sum of their log|det|s."""
     total = None
-    for group in _groups(layers, inverse):
+    for group in _groups(layers, x, inverse):
         if len(group) == 1:
-            x, logabsdet = (group[0].inverse if inverse else group[0])(x, context)
+            layer, own = group[0]
+            if own is None:
+                x, logabsdet = (layer.inverse if inverse else layer)(x, context)
+            else:
+                x, logabsdet = autoregressive_stack(x, [own], context)
         else:
             x, logabsdet = _run_stack(group, x, context, inverse)
         total = logabsdet if total is None else total + logabsdet
     return x, total
 
 
-def _groups(layers: Iterable[nn.Module], inverse: bool) -> list[list[nn.Module]]:
-    """Layers that run together. Each group but those of one layer begins and ends with an autoregressive one."""
-    groups: list[list[nn.Module]] = []
-    gap: list[nn.Module] = []  # what has come since the last autoregressive layer, if it may stand between two of them
+_Part = tuple[nn.Module, Map | None]  # a layer, and the map that it is where it can be one
+
+
+def _groups(layers: Iterable[nn.Module], x: Tensor, inverse: bool) -> list[list[_Part]]:
+    """Layers that run together. Each group but those of one layer begins and ends with a map."""
+    groups: list[list[_Part]] = []
+    gap: list[_Part] = []  # what has come since the last map, if it may stand between two of them
     open_ = False
     for layer in layers:
-        if _is_autoregressive(layer):
+        own = _as_map(layer, x, inverse)
+        if own is not None:
             if open_:
-                groups[-1] += [*gap, layer]
+                groups[-1] += [*gap, (layer, own)]
             else:
-                groups.append([layer])
+                groups.append([(layer, own)])
             gap, open_ = [], True
         elif open_ and _may_stand_between(layer, gap, inverse):
-            gap.append(layer)
+            gap.append((layer, None))
         else:
-            groups += [[each] for each in (*gap, layer)]
+            groups += [[part] for part in (*gap, (layer, None))]
             gap, open_ = [], False
-    return groups + [[each] for each in gap]
+    return groups + [[part] for part in gap]
 
 
-def _is_autoregressive(layer: nn.Module) -> bool:
-    while _is_plain(layer, Inverse):
-        layer = layer.layer
-    return _is_plain(layer, MaskedAutoregressive)
+def _as_map(layer: nn.Module, x: Tensor, inverse: bool) -> Map | None:
+    while is_plain(layer, Inverse):
+        layer, inverse = layer.layer, not inverse
+    if is_plain(layer, MaskedAutoregressive):
+        return Map(layer.conditioner(), layer.scale, layer.form, inverse)
+    if is_plain(layer, AffineCoupling) or is_plain(layer, AdditiveCoupling):
+        return layer.as_map(x, inverse=inverse)
+    return None
 
 
-def _may_stand_between(layer: nn.Module, gap: Sequence[nn.Module], inverse: bool) -> bool:
-    if _is_plain(layer, FlowBatchNorm):
-        return (inverse or not layer.training) and not any(isinstance(other, FlowBatchNorm) for other in gap)
-    return _is_plain(layer, Permute)
+def _may_stand_between(layer: nn.Module, gap: Sequence[_Part], inverse: bool) -> bool:
+    if is_plain(layer, FlowBatchNorm):
+        return (inverse or not layer.training) and not any(isinstance(other, FlowBatchNorm) for other, _ in gap)
+    return is_plain(layer, Permute)
 
 
-def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the layer does what its class says, and nothing more: neither a subclass nor hooks."""
-    return type(layer) is kind and not layer._forward_hooks and not layer._forward_pre_hooks
-
-
-def _run_stack(group: Sequence[nn.Module], x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+def _run_stack(group: Sequence[_Part], x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
     maps: list[Map] = []
-    affine = None
+    norms = [layer for layer, _ in group if isinstance(layer, FlowBatchNorm)]
+    affines, constant = evaluation_affines(norms, inverse=inverse) if norms else (None, None)
+    affine, done = None, 0
     permutation = None  # column k of what a layer is given is column permutation[k] of what goes through the op
-    constant = None  # log|det| of the normalisations
-    for layer in group:
+    for layer, own in group:
         if isinstance(layer, Permute):
             step = torch.argsort(layer.permutation) if inverse else layer.permutation
             permutation = step if permutation is None else permutation[step]
         elif isinstance(layer, FlowBatchNorm):
-            affine, log_scale = layer.evaluation_affine(inverse=inverse)
-            affine = affine if permutation is None else affine[:, torch.argsort(permutation)]
-            constant = log_scale.sum() if constant is None else constant + log_scale.sum()
+            affine, done = affines[done] if permutation is None else affines[done][:, torch.argsort(permutation)], done + 1
         else:
-            backwards = inverse
-            while isinstance(layer, Inverse):
-                layer, backwards = layer.layer, not backwards
-            network = layer.conditioner()
             if permutation is not None:
-                network = network._replace(order=permutation[network.order])
-            maps.append(Map(network, layer.scale, layer.form, backwards, affine))
+                own = own._replace(conditioner=own.conditioner._replace(order=permutation[own.conditioner.order]))
+            maps.append(own._replace(affine=affine))
             affine = None
     y, logabsdet = autoregressive_stack(x, maps, context)
     if permutation is not None:

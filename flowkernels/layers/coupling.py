@@ -5,8 +5,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from ..ops import Part, ScaleMap, coupling, parse_part
-from ..ops.scale_map import parse_form
+from ..ops import Form, Map, Part, ScaleMap, autoregressive_stack, coupling, parse_part
+from ..ops.scale_map import ScaleKind, parse_form
+from ._coupling_map import UNIT, coupling_map
+
+_SOFTCLIP, _TANH = ScaleMap.softclip(), ScaleMap.exp_tanh(1.0)
 
 
 @lru_cache
@@ -25,6 +28,25 @@ class _Coupling(nn.Module):
         super().__init__()
         self.conditioner = conditioner
         self.part = parse_part(part)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run(x, context, inverse=False)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run(z, context, inverse=True)
+
+    def _run(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        map_ = self.as_map(x, inverse=inverse)
+        if map_ is not None:
+            return autoregressive_stack(x, [map_], context)
+        return self._apply_map(x, context, inverse=inverse)
+
+    def as_map(self, x: Tensor, *, inverse: bool) -> Map | None:
+        """The layer as a map of `ops.autoregressive_stack`, for x; None where it has to be made of its parts."""
+        raise NotImplementedError
+
+    def _apply_map(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
     def _condition(self, x: Tensor, context: Tensor | None) -> Tensor:
         part, shape = self.part, x.shape
@@ -83,11 +105,11 @@ class AdditiveCoupling(_Coupling):
     def __init__(self, conditioner: nn.Module, *, part: str = "second_half") -> None:
         super().__init__(conditioner, part)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return coupling(x, self._condition(x, context), part=self.part)
+    def as_map(self, x: Tensor, *, inverse: bool) -> Map | None:
+        return coupling_map(x, self.part, self.conditioner, UNIT, None, Form.SCALE_SHIFT, inverse)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return coupling(z, self._condition(z, context), part=self.part, inverse=True)
+    def _apply_map(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        return coupling(x, self._condition(x, context), part=self.part, inverse=inverse)
 
 
 class AffineCoupling(_Coupling):
@@ -129,6 +151,8 @@ class AffineCoupling(_Coupling):
         super().__init__(conditioner, part)
         if scale is not None and not isinstance(scale, ScaleMap):
             raise ValueError(f"scale must be a ScaleMap, such as ScaleMap.sigmoid(bias=2.0); got {scale!r}")
+        if scale is not None and scale.kind == ScaleKind.UNIT:
+            raise ValueError("scale must not be ScaleMap.unit(): an AdditiveCoupling has no raw scale")
         self.form = parse_form(form)
         self.scale = scale
         self.interleaved = interleaved
@@ -137,11 +161,13 @@ class AffineCoupling(_Coupling):
             scale_parameter = nn.Parameter(torch.atleast_1d(initial).clone())
         self.register_parameter("scale_parameter", scale_parameter)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._apply_map(x, context, inverse=False)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._apply_map(z, context, inverse=True)
+    def as_map(self, x: Tensor, *, inverse: bool) -> Map | None:
+        if not self.interleaved:
+            return None
+        scale = self.scale
+        if scale is None:
+            scale = _SOFTCLIP if self.scale_parameter is None else _TANH
+        return coupling_map(x, self.part, self.conditioner, scale, self.scale_parameter, self.form, inverse)
 
     def _apply_map(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
         out = self._condition(x, context)

@@ -95,10 +95,10 @@ class MaskedAutoregressive(nn.Module):
         return layer
 
     def _assemble(self, modules: list[nn.Module], network: Conditioner, scale: ScaleMap | None, form: str) -> None:
-        check_conditioner(network)
+        self.scale = ScaleMap.softclip() if scale is None else scale
+        check_conditioner(network, self.scale)
         self.features = len(network.order)
         self.context_features = network.context_weights[0].shape[0] if network.context_weights else 0
-        self.scale = ScaleMap.softclip() if scale is None else scale
         self.form = parse_form(form)
         self.register_buffer("order", network.order)
         self.layers = nn.ModuleList(modules)

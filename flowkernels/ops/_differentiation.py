@@ -7,6 +7,8 @@ from torch import Tensor
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
+from .._library import library
+
 
 def forward_mode() -> bool:
     """Whether tensors may carry tangents, by torch.autograd.forward_ad or by torch.func's jvp and jacfwd."""
@@ -27,6 +29,33 @@ def needs_autograd(tensors: Iterable[Tensor | None]) -> bool:
             if t is not None and t.requires_grad:
                 return True
     return False
+
+
+library.define("_each_cotangent(Tensor dy, Tensor dlogabsdet, int job) -> Tensor")
+_jobs: dict[int, Callable[[Tensor, Tensor], Tensor]] = {}
+library.impl("_each_cotangent", lambda dy, dlogabsdet, job: _jobs[job](dy, dlogabsdet), "CompositeExplicitAutograd")
+
+
+def each_cotangent(op: Callable[..., list[Tensor]], dy: Tensor, dlogabsdet: Tensor, *args) -> list[Tensor]:
+    """op(dy, dlogabsdet, *args), also where autograd goes back for several cotangents at once (is_grads_batched,
+    torch.autograd.functional.jacobian with vectorize=True). There it runs an op once for each, if the op takes and returns single tensors.
+    """
+    if torch.compiler.is_compiling() or not any(torch._C._functorch.is_legacy_batchedtensor(t) for t in (dy, dlogabsdet)):
+        return op(dy, dlogabsdet, *args)
+    shapes: list[torch.Size] = []
+
+    def flat(dy: Tensor, dlogabsdet: Tensor) -> Tensor:
+        results = op(dy, dlogabsdet, *args)
+        shapes[:] = [t.shape for t in results]
+        return torch.cat([t.flatten() for t in results])
+
+    _jobs[id(flat)] = flat
+    try:
+        results = torch.ops.flowkernels._each_cotangent(dy, dlogabsdet, id(flat))
+    finally:
+        del _jobs[id(flat)]
+    parts = results.split([shape.numel() for shape in shapes])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def apply_function(function: type[torch.autograd.Function], *args):

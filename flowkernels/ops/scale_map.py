@@ -6,12 +6,13 @@ csrc/scale_map.h is the same mathematics for the compiled kernels; the integer c
 import enum
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Form", "ScaleKind", "ScaleMap", "apply_form", "invert_form", "parse_form"]
+__all__ = ["Form", "PoweredMap", "ScaleKind", "ScaleMap", "apply_form", "invert_form", "parse_form"]
 
 _SOFTPLUS_THRESHOLD = 40.0  # torch's own 20 is visible in float64
 _SOFTPLUS_CUT = 0.0  # below it log softplus(s) is s + log(log1p(u) / u), u = exp(s)
@@ -27,6 +28,7 @@ class ScaleKind(enum.IntEnum):
     SOFTCLIP = 5
     SIGMOID = 6
     SOFTPLUS = 7
+    UNIT = 8
 
 
 # argument names and defaults of each kind, in the order of `params`
@@ -39,6 +41,7 @@ _ARGUMENTS = {
     ScaleKind.SOFTCLIP: ("slope",),
     ScaleKind.SIGMOID: ("bias", "floor"),
     ScaleKind.SOFTPLUS: ("floor", "ceiling"),
+    ScaleKind.UNIT: (),
 }
 
 
@@ -114,6 +117,11 @@ class ScaleMap:
         return cls(ScaleKind.SOFTPLUS, (floor, math.inf if ceiling is None else _number("ceiling", ceiling, above=floor)))
 
     @classmethod
+    def unit(cls) -> "ScaleMap":
+        """sigma = 1: an additive map, whose conditioner gives shifts alone (NICE)."""
+        return cls(ScaleKind.UNIT)
+
+    @classmethod
     def from_packed(cls, kind: int, p0: float, p1: float) -> "ScaleMap":
         """The map whose ``kind`` and ``packed`` these are."""
         kind = ScaleKind(kind)
@@ -138,6 +146,8 @@ class ScaleMap:
         kind, params = self.kind, self.params
         if kind == ScaleKind.EXP:
             return s
+        if kind == ScaleKind.UNIT:
+            return torch.zeros_like(s)
         if kind == ScaleKind.EXP_HALF:
             return 0.5 * s
         if kind == ScaleKind.EXP_CLAMPED:
@@ -187,6 +197,8 @@ class ScaleMap:
             floor, ceiling = params
             dlog = torch.sigmoid(s) / (F.softplus(s, threshold=_SOFTPLUS_THRESHOLD) + floor) if floor else _dlog_softplus(s)
             return torch.where(self.sigma(s) < ceiling, dlog, 0.0)
+        if kind == ScaleKind.UNIT:
+            return torch.zeros_like(s)
         return torch.ones_like(s)  # exp, and exp_clamped straight through
 
     def dlog_reciprocal(self, s: Tensor) -> Tensor:
@@ -201,6 +213,47 @@ class ScaleMap:
             bias, floor = self.params
             return torch.sigmoid(-(s + bias)) - floor
         return 1.0 - self.sigma(s)
+
+
+class PoweredMap(NamedTuple):
+    """The scale map sigma(s)^a: with sigma = exp(tanh(s)) RealNVP's exp(a tanh(s)) (Dinh et al. 2016, section 4.1).
+
+    a: a learned number, or what broadcasts against s.
+    """
+
+    scale: ScaleMap
+    a: Tensor
+
+    @property
+    def kind(self) -> ScaleKind:
+        return self.scale.kind
+
+    @property
+    def packed(self) -> tuple[float, float]:
+        """Those of the `exp_tanh` map that this is while a, of one element, is what it is."""
+        bound, inner = self.scale.packed
+        return bound * self.a.item(), inner
+
+    def log_sigma(self, s: Tensor) -> Tensor:
+        return self.a * self.scale.log_sigma(s)
+
+    def log_reciprocal(self, s: Tensor) -> Tensor:
+        return -self.log_sigma(s)
+
+    def sigma(self, s: Tensor) -> Tensor:
+        return torch.exp(self.log_sigma(s))
+
+    def reciprocal(self, s: Tensor) -> Tensor:
+        return torch.exp(self.log_reciprocal(s))
+
+    def complement(self, s: Tensor) -> Tensor:
+        return 1.0 - self.sigma(s)
+
+    def dlog_sigma(self, s: Tensor) -> Tensor:
+        return self.a * self.scale.dlog_sigma(s)
+
+    def dlog_reciprocal(self, s: Tensor) -> Tensor:
+        return -self.dlog_sigma(s)
 
 
 def _clamp_straight_through(s: Tensor, low: float, high: float) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 
 from ..flows import IAF
 from ..flows.base import StandardNormal
-from ..flows.networks import MLP
+from ..layers import MLP
 
 POSTERIORS = ("diagonal", "iaf")
 _ROWS = 2**16  # decoded at once when log p(x) is estimated

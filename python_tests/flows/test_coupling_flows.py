@@ -166,7 +166,7 @@ def test_nice_is_the_papers():
     flow = NICE((1, 28, 28))
     assert [layer.part.name for layer in flow.layers[1:5]] == ["ODD", "EVEN", "ODD", "EVEN"] and isinstance(flow.layers[5], DiagonalScale)
     assert isinstance(flow.base, StandardLogistic)
-    widths = [part.out_features for part in flow.layers[1].conditioner.net if isinstance(part, torch.nn.Linear)]
+    widths = [part.weight.shape[1] for part in flow.layers[1].conditioner.layers]
     assert widths == [1000] * 5 + [392]
     assert isinstance(NICE(4, hidden_features=(3,), base=StandardNormal()).base, StandardNormal)
 

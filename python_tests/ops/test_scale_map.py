@@ -50,7 +50,7 @@ def test_repr_reads_well() -> None:
 
 
 def test_codes_are_those_of_the_kernels() -> None:
-    kinds = ["exp", "exp_half", "exp_clamped", "exp_tanh", "exp_atan", "softclip", "sigmoid", "softplus"]
+    kinds = ["exp", "exp_half", "exp_clamped", "exp_tanh", "exp_atan", "softclip", "sigmoid", "softplus", "unit"]
     assert [(kind.name.lower(), int(kind)) for kind in ScaleKind] == [(name, i) for i, name in enumerate(kinds)]
     assert [(form.name.lower(), int(form)) for form in Form] == [("scale_shift", 0), ("shift_scale", 1), ("divide", 2), ("gate", 3)]
 

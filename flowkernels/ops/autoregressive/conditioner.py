@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..activation import Activation
+from ..scale_map import PoweredMap, ScaleKind, ScaleMap
 
 
 class MaskedLayer(NamedTuple):
@@ -72,14 +73,17 @@ class Conditioner(NamedTuple):
     `MaskedLayer`s, and `layers` gives them back; lists are what the op's schema takes, and small flows feel every conversion.
 
     weights: input-major, [inputs, outputs]; [units], or empty, where the layer is unitwise. Values 0 are the features in the order
-        in which they are generated; outputs 2p and 2p + 1 of the last layer are shift and raw scale of the p-th generated feature.
+        in which they are generated, of which a layer may have weights for the first alone; outputs 2p and 2p + 1 of the last layer
+        are shift and raw scale of the p-th generated feature, output p the shift where sigma is 1 (`ScaleMap.unit`). Where there are
+        fewer, and `order` says how many features there are, the outputs belong to the last features, and those before them pass
+        unchanged: that is a coupling.
     biases: [outputs].
     visible: int32 [outputs], ascending: how many inputs each output sees.
     activations: codes of `Activation`.
     context_weights: [context features, outputs], one for each layer that takes the context; an empty list where there is none.
     order: the k-th entry is the feature generated k-th, int64 [features]; None for 0, 1, 2, ...
     wiring: the numbers of a `Wiring` for each layer, one after the other; empty for a plain chain, where each layer reads the one
-        before it and context terms are added in every layer or in none.
+        before it and context terms are added in every layer, in the first, or in none.
     context_biases: one for each of context_weights, or an empty list for zeros.
 
     What each unit may see is in `visible` alone; degrees are how one makes it (`ops.degrees`). Features whose outputs are ready at
@@ -114,6 +118,19 @@ class Conditioner(NamedTuple):
         )
 
     @property
+    def features(self) -> int:
+        return len(self.visible[-1]) // 2 if self.order is None else len(self.order)
+
+    def passing(self, scale: ScaleMap | PoweredMap) -> int:
+        """How many features, the first in the order of generation, pass unchanged."""
+        outputs, each = len(self.visible[-1]), 1 if scale.kind == ScaleKind.UNIT else 2
+        passing = self.features - outputs // each
+        if outputs % each or passing < 0:
+            what = "the shift" if each == 1 else "shift and raw scale"
+            raise ValueError(f"the last layer must give {what} of at most {self.features} features; got {outputs} outputs")
+        return passing
+
+    @property
     def layers(self) -> list[MaskedLayer]:
         weights, biases = iter(self.context_weights), iter(self.context_biases)
         layers = []
@@ -126,7 +143,7 @@ class Conditioner(NamedTuple):
                 layer = layer._replace(source=source, residual=None if residual < 0 else residual, gate=use == ContextUse.GATE)
                 layer = layer._replace(context_activation=Activation(context_activation))
             else:
-                use = ContextUse.ADD if self.context_weights else ContextUse.NONE
+                use = ContextUse.ADD if number < len(self.context_weights) else ContextUse.NONE
             if use != ContextUse.NONE:
                 layer = layer._replace(context_weight=next(weights), context_bias=next(biases, None))
             layers.append(layer)
@@ -143,23 +160,29 @@ class Conditioner(NamedTuple):
 def wiring(layers: Sequence[MaskedLayer]) -> list[int]:
     """`Conditioner.wiring` of these layers: empty where they are a plain chain."""
     wired = [Wiring.of(number, layer) for number, layer in enumerate(layers)]
-    chains = ([Wiring(number, -1, use, Activation.IDENTITY) for number in range(len(wired))] for use in (ContextUse.NONE, ContextUse.ADD))
+    numbers = range(len(wired))
+    takes = (range(0), range(1), numbers)  # the layers that a chain's context joins
+    chains = ([Wiring(n, -1, ContextUse.ADD if n in some else ContextUse.NONE, Activation.IDENTITY) for n in numbers] for some in takes)
     if wired in chains and all(layer.context_bias is None for layer in layers):
         return []
     return [int(number) for w in wired for number in w]
 
 
-def check_conditioner(conditioner: Conditioner) -> list[list[int]]:
+def check_conditioner(conditioner: Conditioner, scale: ScaleMap | None = None) -> list[list[int]]:
     """Check that a network is autoregressive, and return its steps: steps[s][l] units of values l are known after step s.
 
-    Reads the staircases, so it belongs where a network is built, not where it is called.
+    Reads the staircases, so it belongs where a network is built, not where it is called. The scale map matters where it is
+    `ScaleMap.unit()`, whose networks give shifts alone.
 
     Raises:
         ValueError: shapes do not fit, a staircase does not ascend or leaves its inputs, order is not a permutation, or an
             output depends on itself or on a later feature (the message says which).
     """
     layers = conditioner.layers
-    features = layers[0].weight.shape[0] if not layers[0].unitwise else len(layers[0].visible)
+    last = layers[-1]
+    features = conditioner.features
+    if conditioner.order is None:
+        features = layers[0].weight.shape[0] if not layers[0].unitwise else len(layers[0].visible)
     if conditioner.order is not None and sorted(conditioner.order.tolist()) != list(range(features)):
         raise ValueError(f"order must be a permutation of 0..{features - 1}; got {conditioner.order.tolist()}")
     widths, staircases, reads = [features], [], []
@@ -168,20 +191,24 @@ def check_conditioner(conditioner: Conditioner) -> list[list[int]]:
         if not 0 <= source <= number or not -1 <= residual <= number:
             raise ValueError(f"layer {number} must read values 0 to {number}; got source {source} and residual {residual}")
         visible = layer.visible.tolist()
-        _check_shapes(number, layer, widths[source], context_features(conditioner))
-        if visible != sorted(visible) or (visible and not 0 <= visible[0] <= visible[-1] <= widths[source]):
-            raise ValueError(f"layer {number}: visible must ascend from 0 to at most {widths[source]}; got {visible}")
+        inputs = widths[source]
+        if source == 0 and not layer.unitwise:
+            inputs = min(inputs, layer.weight.shape[0])
+        _check_shapes(number, layer, inputs, context_features(conditioner))
+        if visible != sorted(visible) or (visible and not 0 <= visible[0] <= visible[-1] <= inputs):
+            raise ValueError(f"layer {number}: visible must ascend from 0 to at most {inputs}; got {visible}")
         if residual >= 0 and widths[residual] != len(visible):
             raise ValueError(f"layer {number}: residual must be {len(visible)} wide, like the layer; got {widths[residual]}")
         widths.append(len(visible))
         staircases.append(visible)
         reads.append((source, residual))
-    last = layers[-1]
-    if widths[-1] != 2 * features:
+    scale = ScaleMap.softclip() if scale is None else scale
+    if conditioner.order is None and scale.kind != ScaleKind.UNIT and widths[-1] != 2 * features:
         raise ValueError(f"the last layer must have {2 * features} outputs, shift and raw scale of {features} features; got {widths[-1]}")
+    passing = conditioner.passing(scale)
     if last.unitwise or last.gate or last.residual is not None or last.activation != Activation.IDENTITY:
         raise ValueError("the last layer must be a masked layer with neither gate nor residual nor activation")
-    return _steps(features, staircases, reads)
+    return _steps(features, passing, staircases, reads)
 
 
 def _check_shapes(number: int, layer: MaskedLayer, inputs: int, contexts: int) -> None:
@@ -205,8 +232,9 @@ def _check_shapes(number: int, layer: MaskedLayer, inputs: int, contexts: int) -
             raise ValueError(f"layer {number}: {name} must have shape {list(shape)}; got {list(value.shape)}")
 
 
-def _steps(features: int, staircases: list[list[int]], reads: list[tuple[int, int]]) -> list[list[int]]:
-    ready = [0] * (len(staircases) + 1)
+def _steps(features: int, passing: int, staircases: list[list[int]], reads: list[tuple[int, int]]) -> list[list[int]]:
+    ready = [passing] + [0] * len(staircases)
+    each = len(staircases[-1]) // (features - passing) if features > passing else 1
     steps = []
     while ready[0] < features or not steps:
         before = ready[-1]
@@ -215,15 +243,15 @@ def _steps(features: int, staircases: list[list[int]], reads: list[tuple[int, in
             while end < most and visible[end] <= ready[source]:
                 end += 1
             ready[number] = end
-        ready[-1] -= ready[-1] % 2  # a feature is known when both its shift and its raw scale are
+        ready[-1] -= ready[-1] % each  # a feature is known when both its shift and its raw scale are
         if ready[-1] == before:
             raise ValueError(
-                f"the network is not autoregressive: feature {ready[-1] // 2} in the order of generation can see itself or a later one "
-                f"(its outputs see {staircases[-1][ready[-1]]} and {staircases[-1][ready[-1] + 1]} units, of which {ready[reads[-1][0]]} "
-                f"can be known when {ready[0]} features are)"
+                f"the network is not autoregressive: feature {passing + ready[-1] // each} in the order of generation can see itself or a "
+                f"later one (its outputs see {' and '.join(map(str, staircases[-1][ready[-1] : ready[-1] + each]))} units, of which "
+                f"{ready[reads[-1][0]]} can be known when {ready[0]} features are)"
             )
         steps.append(list(ready))
-        ready[0] = ready[-1] // 2
+        ready[0] = passing + ready[-1] // each
     return steps
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..._library import library
-from ..scale_map import Form, ScaleMap
+from ..scale_map import Form, PoweredMap, ScaleMap
 from .conditioner import Conditioner
 from .reference import autoregressive_reference
 
@@ -58,7 +58,7 @@ def _(x: Tensor, *_) -> tuple[Tensor, Tensor]:
 
 
 def autoregressive_op(
-    x: Tensor, context: Tensor | None, conditioner: Conditioner, scale: ScaleMap, form: Form, inverse: bool
+    x: Tensor, context: Tensor | None, conditioner: Conditioner, scale: ScaleMap | PoweredMap, form: Form, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """The bare op: no checks, no gradient."""
     weights, biases, visible, activations, context_weights, order, wiring, context_biases = conditioner
@@ -77,7 +77,7 @@ class Map(NamedTuple):
     """
 
     conditioner: Conditioner
-    scale: ScaleMap
+    scale: ScaleMap | PoweredMap
     form: Form
     inverse: bool = False
     affine: Tensor | None = None
@@ -108,7 +108,7 @@ class Lists(NamedTuple):
             lists.context_weights.extend(context_weights)
             lists.context_biases.extend(context_biases)
             lists.visible.extend(visible)
-            lists.orders.append(torch.arange(weights[-1].shape[1] // 2, device=weights[-1].device) if order is None else order)
+            lists.orders.append(torch.arange(len(visible[-1]) // 2, device=visible[-1].device) if order is None else order)
             lists.affines.append(none if affine is None else affine)
             lists.activations.extend(activations)
             lists.wiring.extend(wiring)

@@ -7,11 +7,11 @@ from ..._backend import wants_reference
 from .._autocast import any_autocast, cast
 from .._differentiation import needs_autograd
 from ..masked_linear import masked_linear
-from ..scale_map import Form, ScaleMap, parse_form
+from ..scale_map import Form, PoweredMap, ScaleKind, ScaleMap, parse_form
 from .conditioner import Conditioner, context_features
 from .loop import Map, autoregressive_op
 from .reference import autoregressive_reference
-from .training import CUDA_LAYERS, serves, with_gradient
+from .training import loop_serves, serves, with_gradient
 
 
 def autoregressive(
@@ -19,7 +19,7 @@ def autoregressive(
     conditioner: Conditioner,
     context: Tensor | None = None,
     *,
-    scale: ScaleMap | None = None,
+    scale: ScaleMap | PoweredMap | None = None,
     form: str | Form = "scale_shift",
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,8 @@ def autoregressive(
 
     Forward, z_i = x_i * sigma(s_i) + shift_i for form "scale_shift", where (shift_i, s_i) depend on the features generated before
     feature i and on the context; `inverse` undoes it, in one fused loop where a kernel serves, in D passes of the network
-    elsewhere. So is its gradient, which is one more loop.
+    elsewhere. So is its gradient, which is one more loop. Features for which the network has no output pass unchanged: a coupling
+    whose network reads those is the same loop in one step.
 
     Half precision is computed in float32 and rounded once. Under autocast x and context take the dtype of the weights, so a float32
     network stays in float32, in both directions.
@@ -36,7 +37,7 @@ def autoregressive(
         x: input of the map that is applied: data, or noise with `inverse`; [batch, features].
         conditioner: the network, plain, residual or gated by the context; `check_conditioner` tells whether it is autoregressive.
         context: [batch, context features] where the network takes one.
-        scale: scale map from raw scale to sigma; `ScaleMap.softclip()` by default.
+        scale: scale map from raw scale to sigma; `ScaleMap.softclip()` by default. With `ScaleMap.unit()` the network gives shifts alone.
         form: "scale_shift" x*sigma + shift, "shift_scale" (x + shift)*sigma, "divide" (x - shift)/sigma, or
             "gate" sigma*x + (1 - sigma)*shift.
         inverse: undo the map.
@@ -55,6 +56,7 @@ def autoregressive(
     scale = _SOFTCLIP if scale is None else scale
     form = parse_form(form)
     check_input(x, conditioner, context)
+    check_outputs(conditioner, scale, form)
     dtype = x.dtype
     compute = _COMPUTE[dtype]
     if dtype != compute or conditioner.weights[-1].dtype != compute:
@@ -62,12 +64,13 @@ def autoregressive(
         context = None if context is None else context.to(compute)
 
     weights, biases, _, _, context_weights, _, _, context_biases = conditioner
-    if needs_autograd((x, context, *weights, *biases, *context_weights, *context_biases)):
-        if serves(conditioner, x, inverse):
+    learned = scale.a if isinstance(scale, PoweredMap) else None
+    if needs_autograd((x, context, learned, *weights, *biases, *context_weights, *context_biases)):
+        if serves(conditioner, scale, x, inverse):
             y, logabsdet = with_gradient(x, context, [Map(conditioner, scale, form, inverse)])
         else:
             y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse, linear=masked_linear)
-    elif wants_reference("autoregressive", x.device) or (x.device.type == "cuda" and len(weights) > CUDA_LAYERS):
+    elif wants_reference("autoregressive", x.device) or not loop_serves(conditioner, scale, x.device):
         y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse)
     else:
         y, logabsdet = autoregressive_op(x, context, conditioner, scale, form, inverse)
@@ -80,8 +83,7 @@ _COMPUTE = {torch.float64: torch.float64} | dict.fromkeys((torch.float32, torch.
 
 
 def check_input(x: Tensor, conditioner: Conditioner, context: Tensor | None) -> None:
-    last = conditioner.weights[-1]
-    features = last.shape[1] // 2
+    last, features = conditioner.weights[-1], conditioner.features
     if x.dim() != 2 or x.shape[1] != features:
         raise ValueError(f"x must have shape [batch, {features}], one column per feature; got {list(x.shape)}")
     if x.dtype not in _COMPUTE:
@@ -102,3 +104,11 @@ def check_input(x: Tensor, conditioner: Conditioner, context: Tensor | None) -> 
         raise ValueError(f"context must have shape [{x.shape[0]}, {wanted}], one row per row of x; got {list(context.shape)}")
     if context.device != x.device or context.dtype != x.dtype:
         raise ValueError(f"context must be {x.dtype} on {x.device}, like x; got {context.dtype} on {context.device}")
+
+
+def check_outputs(conditioner: Conditioner, scale: ScaleMap | PoweredMap, form: Form) -> None:
+    conditioner.passing(scale)
+    if scale.kind == ScaleKind.UNIT and form == Form.GATE:
+        raise ValueError("form must not be 'gate' where sigma is 1: its shift would have no weight")
+    if isinstance(scale, PoweredMap) and (scale.kind != ScaleKind.EXP_TANH or scale.a.numel() != 1):
+        raise ValueError(f"a learned scale must be one number over an exp_tanh map; got {list(scale.a.shape)} over {scale.scale!r}")

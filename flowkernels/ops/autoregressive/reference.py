@@ -8,16 +8,14 @@ from torch import Tensor
 from .._autocast import autocast_off
 from ..activation import apply_activation
 from ..masked_linear.reference import masked_linear_reference
-from ..scale_map import Form, ScaleMap, apply_form, invert_form
+from ..scale_map import Form, PoweredMap, ScaleKind, ScaleMap, apply_form, invert_form
 from .conditioner import Conditioner, MaskedLayer
 
 Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
 
-def conditioner_reference(
-    x: Tensor, conditioner: Conditioner, context: Tensor | None, linear: Linear = masked_linear_reference
-) -> tuple[Tensor, Tensor]:
-    """Shift and raw scale of every feature, given the features in the order of generation; each [batch, features]."""
+def conditioner_reference(x: Tensor, conditioner: Conditioner, context: Tensor | None, linear: Linear = masked_linear_reference) -> Tensor:
+    """What the network's last layer gives, [batch, outputs], for the features in the order of generation."""
     values = [x]
     for layer in conditioner.layers:
         h = _sum(layer, values[-1 if layer.source is None else layer.source], linear)
@@ -27,12 +25,12 @@ def conditioner_reference(
         if layer.residual is not None:
             h = h + values[layer.residual]
         values.append(apply_activation(layer.activation, h))
-    return values[-1][:, 0::2], values[-1][:, 1::2]
+    return values[-1]
 
 
 def _sum(layer: MaskedLayer, h: Tensor, linear: Linear) -> Tensor:
     if not layer.unitwise:
-        return linear(h, layer.weight, layer.bias, layer.visible)
+        return linear(h[:, : layer.weight.shape[0]], layer.weight, layer.bias, layer.visible)
     return h if layer.weight is None else h * layer.weight + layer.bias
 
 
@@ -47,7 +45,7 @@ def autoregressive_reference(
     x: Tensor,
     conditioner: Conditioner,
     context: Tensor | None,
-    scale: ScaleMap,
+    scale: ScaleMap | PoweredMap,
     form: Form,
     inverse: bool,
     linear: Linear = masked_linear_reference,
@@ -55,29 +53,41 @@ def autoregressive_reference(
     """z = form(x; shift(x), sigma(x)), or its inverse by D passes, one feature a pass; and log|det| of the map applied."""
     if conditioner.order is not None:
         x = x.index_select(1, conditioner.order)
-    if inverse:
-        y, log_derivative = _inverse(x, conditioner, context, scale, form, linear)
+    passing = conditioner.passing(scale)
+    if inverse and not _is_coupling(conditioner, passing):
+        y, log_derivative = _inverse(x, passing, conditioner, context, scale, form, linear)
     else:
-        shift, raw = conditioner_reference(x, conditioner, context, linear)
-        y, log_derivative = apply_form(form, x, shift, raw, scale)
+        shift, raw = _shift_and_raw(conditioner_reference(x, conditioner, context, linear), scale)
+        y, log_derivative = (invert_form if inverse else apply_form)(form, x[:, passing:], shift, raw, scale)
+        y = torch.cat([x[:, :passing], y], dim=1) if passing else y
     if conditioner.order is not None:
         y = torch.index_copy(torch.zeros_like(y), 1, conditioner.order, y)  # a sort and x[:, order]'s gradient cost more than the map
     return y, log_derivative.sum(-1)
 
 
+def _is_coupling(conditioner: Conditioner, passing: int) -> bool:
+    """Whether the network reads nothing but what passes."""
+    return not conditioner.wiring and conditioner.weights[0].dim() == 2 and conditioner.weights[0].shape[0] <= passing
+
+
+def _shift_and_raw(outputs: Tensor, scale: ScaleMap | PoweredMap) -> tuple[Tensor, Tensor]:
+    return (outputs, outputs) if scale.kind == ScaleKind.UNIT else (outputs[:, 0::2], outputs[:, 1::2])
+
+
 def _inverse(
-    z: Tensor, conditioner: Conditioner, context: Tensor | None, scale: ScaleMap, form: Form, linear: Linear
+    z: Tensor, passing: int, conditioner: Conditioner, context: Tensor | None, scale: ScaleMap | PoweredMap, form: Form, linear: Linear
 ) -> tuple[Tensor, Tensor]:
     features = z.shape[1]
-    known: list[Tensor] = []
+    known = [z[:, :passing]] if passing else []
     log_derivatives: list[Tensor] = []
-    for i in range(features):
+    for i in range(passing, features):
         # features not known yet are zeros that no output in use sees; nothing is written in place, so autograd can follow
         x = torch.cat([*known, torch.zeros_like(z[:, i:])], dim=1)
-        shift, raw = conditioner_reference(x, conditioner, context, linear)
-        xi, log_derivative = invert_form(form, z[:, i : i + 1], shift[:, i : i + 1], raw[:, i : i + 1], scale)
+        shift, raw = _shift_and_raw(conditioner_reference(x, conditioner, context, linear), scale)
+        own = slice(i - passing, i - passing + 1)
+        xi, log_derivative = invert_form(form, z[:, i : i + 1], shift[:, own], raw[:, own], scale)
         known.append(xi)
         log_derivatives.append(log_derivative)
-    if not features:
-        return z, torch.zeros_like(z)
+    if not log_derivatives:
+        return z, z.new_zeros((len(z), 0))
     return torch.cat(known, dim=1), torch.cat(log_derivatives, dim=1)

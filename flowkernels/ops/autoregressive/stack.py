@@ -11,9 +11,10 @@ from ... import _extension
 from ..._backend import wants_reference
 from .._autocast import any_autocast
 from .._differentiation import needs_autograd, transformed
+from ..scale_map import PoweredMap
 from .loop import Lists, Map, moved, stack_op
-from .map import autoregressive, check_input
-from .training import CUDA_LAYERS, serves, with_gradient
+from .map import autoregressive, check_input, check_outputs
+from .training import loop_serves, serves, with_gradient
 
 # torch.compile cannot ask
 _COMPILED = frozenset(d.lower() for d in ("CPU", "CUDA") if _extension.has_kernel("autoregressive_stack", d))
@@ -45,13 +46,16 @@ def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None 
             own = context if m.conditioner.context_weights else None
             takes |= own is not None
             check_input(x, m.conditioner, own)
+            check_outputs(m.conditioner, m.scale, m.form)
         if context is not None and not takes:
             raise ValueError(f"context was given, {list(context.shape)}, but no network takes one")
         lists = Lists.of(maps)
-        if not needs_autograd((x, context, *lists.weights, *lists.biases, *lists.context_weights, *lists.context_biases, *lists.affines)):
+        learned = (m.scale.a for m in maps if isinstance(m.scale, PoweredMap))
+        networks = (*lists.weights, *lists.biases, *lists.context_weights, *lists.context_biases)
+        if not needs_autograd((x, context, *networks, *lists.affines, *learned)):
             y, logabsdet, _ = stack_op(x, context, *lists, False)
             return y, logabsdet
-        if all(m.affine is None and serves(m.conditioner, x, m.inverse) for m in maps):
+        if all(m.affine is None and serves(m.conditioner, m.scale, x, m.inverse) for m in maps):
             return with_gradient(x, context, maps)
     total = None
     for conditioner, scale, form, inverse, affine in maps:
@@ -62,6 +66,6 @@ def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None 
 
 
 def _serves(x: Tensor, maps: Sequence[Map]) -> bool:
-    if x.device.type == "cuda" and any(len(m.conditioner.weights) > CUDA_LAYERS for m in maps):
+    if not all(loop_serves(m.conditioner, m.scale, x.device) for m in maps):
         return False
     return x.device.type in _COMPILED and x.dtype in (torch.float32, torch.float64) and not transformed()

@@ -204,6 +204,8 @@ def coupling(
             scale = _SOFTCLIP if scale_parameter is None else _TANH
         elif not isinstance(scale, ScaleMap):
             raise ValueError(f"scale must be a ScaleMap, such as ScaleMap.sigmoid(bias=2.0); got {scale!r}")
+        elif scale.kind == ScaleKind.UNIT:
+            raise ValueError("scale must not be ScaleMap.unit() beside a raw scale; without both the coupling is additive")
         if scale_parameter is not None:
             scale_parameter = _checked_parameter(scale_parameter, scale, x, expected)
     if keep not in ("input", "output"):

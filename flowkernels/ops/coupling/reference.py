@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._differentiation import as_dtype
-from ..scale_map import Form, ScaleMap, apply_form, invert_form
+from ..scale_map import Form, PoweredMap, ScaleMap, apply_form, invert_form
 from .part import Part
 
 
@@ -17,34 +17,6 @@ class Coupling(NamedTuple):
     scale: ScaleMap
     form: Form
     inverse: bool
-
-
-class _Powered(NamedTuple):
-    """The scale map sigma(s)^a: with sigma = exp(tanh(s)) RealNVP's exp(a tanh(s)) (Dinh et al. 2016, section 4.1)."""
-
-    scale: ScaleMap
-    a: Tensor
-
-    def log_sigma(self, s: Tensor) -> Tensor:
-        return self.a * self.scale.log_sigma(s)
-
-    def log_reciprocal(self, s: Tensor) -> Tensor:
-        return -self.log_sigma(s)
-
-    def sigma(self, s: Tensor) -> Tensor:
-        return torch.exp(self.log_sigma(s))
-
-    def reciprocal(self, s: Tensor) -> Tensor:
-        return torch.exp(self.log_reciprocal(s))
-
-    def complement(self, s: Tensor) -> Tensor:
-        return 1.0 - self.sigma(s)
-
-    def dlog_sigma(self, s: Tensor) -> Tensor:
-        return self.a * self.scale.dlog_sigma(s)
-
-    def dlog_reciprocal(self, s: Tensor) -> Tensor:
-        return -self.dlog_sigma(s)
 
 
 def coupling_reference(
@@ -141,7 +113,7 @@ def _prepare(x: Tensor, shift: Tensor, raw_scale: Tensor | None, scale_parameter
     if mask is not None:  # whatever stands at untouched sites must not reach a gradient, as 0 * inf would
         shift, s = torch.where(mask, shift, 0), None if s is None else torch.where(mask, s, 0)
     if scale_parameter is not None:
-        scale = _Powered(scale, scale_parameter.to(compute).view(1, -1, *[1] * (x.dim() - 2)))
+        scale = PoweredMap(scale, scale_parameter.to(compute).view(1, -1, *[1] * (x.dim() - 2)))
     return mask, old, shift, s, scale
 
 

@@ -1,0 +1,67 @@
+"""Fully connected networks, as conditioners of couplings of vectors."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Dense(nn.Module):
+    """y = x @ weight + context @ context_weight + bias.
+
+    Weights are input-major, [inputs, outputs], as the fused kernels take them. All parameters begin uniform within 1 / sqrt(fan-in), as in
+    nn.Linear.
+
+    Args:
+        inputs: width of x.
+        outputs: width of y.
+        context_features: width of the context; 0 for none.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, context_features: int = 0) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(max(inputs + context_features, 1))
+        uniform = lambda *shape: nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.weight, self.bias = uniform(inputs, outputs), uniform(outputs)
+        self.register_parameter("context_weight", uniform(context_features, outputs) if context_features else None)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        y = F.linear(x, self.weight.t(), self.bias)
+        return y if context is None else y + context @ self.context_weight
+
+    def extra_repr(self) -> str:
+        contexts = 0 if self.context_weight is None else len(self.context_weight)
+        return f"inputs={self.weight.shape[0]}, outputs={self.weight.shape[1]}, context_features={contexts}"
+
+
+class MLP(nn.Module):
+    """ReLU network with a linear output; the context joins its input.
+
+    On a CPU, couplings of vectors run it inside their own kernel (`layers.AffineCoupling`).
+
+    Args:
+        features: width of x.
+        hidden_features: widths of the hidden layers.
+        outputs: width of what is returned.
+        context_features: width of the context; 0 for none.
+
+    Shape:
+        x: [batch, features]; context: [batch, context_features]; output: [batch, outputs].
+    """
+
+    def __init__(self, features: int, hidden_features: Sequence[int], outputs: int, *, context_features: int = 0) -> None:
+        super().__init__()
+        if not hidden_features or min(hidden_features) < 1:
+            raise ValueError(f"hidden_features must be widths of at least 1; got {tuple(hidden_features)}")
+        first, *rest = pairwise([features, *hidden_features, outputs])
+        self.layers = nn.ModuleList([Dense(*first, context_features=context_features), *(Dense(*widths) for widths in rest)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        first, *rest = self.layers
+        h = first(x, context)
+        for layer in rest:
+            h = layer(torch.relu_(h))
+        return h

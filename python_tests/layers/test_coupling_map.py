@@ -1,0 +1,193 @@
+"""Couplings of vectors whose network is an MLP: one kernel, and the same function as the conditioner and the coupling apart."""
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+import flowkernels.layers._coupling_map as coupling_map
+import flowkernels.layers._stack as stack
+from flowkernels import ScaleMap, backend
+from flowkernels.flows import NICE, RealNVP
+from flowkernels.layers import MLP, AdditiveCoupling, AffineCoupling, Chain, FlowBatchNorm, Inverse, MaskedAutoregressive, Permute
+from flowkernels.ops import parse_part
+
+KINDS = {
+    "additive": {},
+    "softclip": {},
+    "learned": {"scale_parameter": 0.7},
+    "divide": {"form": "divide", "scale": ScaleMap.exp_tanh(2.0)},
+    "gate": {"form": "gate", "scale": ScaleMap.sigmoid(2.0)},
+}
+
+
+def coupling(kind, features, part, context=0, hidden=(9, 17)):
+    transformed = parse_part(part).count(features)
+    outputs = transformed if kind == "additive" else 2 * transformed
+    network = MLP(features - transformed, hidden, outputs, context_features=context)
+    if kind == "additive":
+        return AdditiveCoupling(network, part=part)
+    return AffineCoupling(network, part=part, interleaved=True, **KINDS[kind])
+
+
+@contextmanager
+def in_parts():
+    compiled, coupling_map._COMPILED = coupling_map._COMPILED, False
+    try:
+        yield
+    finally:
+        coupling_map._COMPILED = compiled
+
+
+def values_and_gradients(layer, x, context):
+    inputs = [x, *([] if context is None else [context]), *layer.parameters()]
+    for t in inputs:
+        t.requires_grad_()
+    y, logabsdet = layer(x, context)
+    loss = (y * torch.linspace(1, 2, y.shape[1], dtype=y.dtype)).sum() + (logabsdet * torch.linspace(-1, 2, len(y), dtype=y.dtype)).sum()
+    return [y, logabsdet, *torch.autograd.grad(loss, inputs)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part", ["even", "odd", "first_half", "second_half"])
+@pytest.mark.parametrize("context", [0, 3])
+def test_is_the_conditioner_and_the_coupling(kind, part, context):
+    torch.manual_seed(0)
+    for features, batch in ((2, 3), (7, 37), (16, 1)):
+        layer = coupling(kind, features, part, context).double()
+        x = torch.randn(batch, features, dtype=torch.float64)
+        c = torch.randn(batch, context, dtype=torch.float64) if context else None
+        assert layer.as_map(x, inverse=False) is not None
+        got = values_and_gradients(layer, x, c)
+        with in_parts():
+            want = values_and_gradients(layer, x, c)
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+        with torch.no_grad():
+            back, opposite = layer.inverse(got[0], c)
+        torch.testing.assert_close(back, x.detach(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(opposite, -got[1].detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_a_gradient_of_the_inverse_goes_through_the_parts():
+    layer = coupling("learned", 5, "even")
+    z = torch.randn(4, 5)
+    assert layer.as_map(z, inverse=True) is None
+    x, logabsdet = layer.inverse(z)
+    (x.sum() + logabsdet.sum()).backward()
+    assert all(p.grad is not None and p.grad.any() for p in layer.parameters())
+    with torch.no_grad():
+        assert layer.as_map(z, inverse=True) is not None
+    layer.requires_grad_(False)
+    assert layer.as_map(z, inverse=True) is not None and layer.as_map(z.requires_grad_(), inverse=True) is None
+
+
+@pytest.mark.parametrize(
+    "change", ["hook", "hook of a layer", "subclass", "parametrization", "half", "reference", "blocked", "image", "large"]
+)
+def test_what_others_have_to_see_is_made_of_parts(change):
+    layer, x = coupling("softclip", 6, "second_half"), torch.randn(20, 6)
+    assert layer.as_map(x, inverse=False) is not None
+    want = layer(x)
+    seen = []
+    if change == "hook":
+        layer.conditioner.register_forward_hook(lambda *_: seen.append(1))
+    elif change == "hook of a layer":
+        layer.conditioner.layers[1].register_forward_pre_hook(lambda *_: seen.append(1))
+    elif change == "subclass":
+        layer.conditioner.__class__ = type("Counting", (MLP,), {"forward": lambda self, *a: seen.append(1) or MLP.forward(self, *a)})
+    elif change == "parametrization":
+        register = nn.utils.parametrize.register_parametrization
+        register(layer.conditioner.layers[0], "weight", type("Same", (nn.Module,), {"forward": lambda self, w: seen.append(1) or w})())
+        seen.clear()
+    elif change == "half":
+        layer, x = layer.bfloat16(), x.bfloat16()
+    elif change == "reference":
+        with backend("reference"):
+            assert layer.as_map(x, inverse=False) is None
+            return
+    elif change == "blocked":
+        layer.interleaved = False
+    elif change == "image":
+        assert layer.as_map(x[:, :, None, None], inverse=False) is None
+        return
+    else:
+        layer = coupling("softclip", 6, "second_half", hidden=(1000, 1000))
+        with torch.no_grad():
+            assert layer.as_map(x[:8], inverse=False) is not None  # few rows, where reading the weights is all there is
+    assert layer.as_map(x, inverse=False) is None
+    got = layer(x)
+    if change not in ("half", "blocked", "large"):
+        assert seen and all(torch.allclose(g, w, rtol=1e-4, atol=1e-5) for g, w in zip(got, want, strict=True))
+
+
+def test_bad_input_is_told_alike():
+    layer, with_context = coupling("softclip", 6, "odd"), coupling("softclip", 6, "odd", context=2)
+    x = torch.randn(4, 6)
+    for call, message in (
+        (lambda: layer(x[:, :5]), r"mat1 and mat2|x must|conditioner must return"),
+        (lambda: layer(x.double()), "dtype|Double"),
+        (lambda: layer(x, torch.randn(4, 2)), r"context was given, \[4, 2\], but no network takes one"),
+        (lambda: with_context(x), r"context is missing: the network takes \[batch, 2\]"),
+        (lambda: with_context(x, torch.randn(3, 2)), r"context must have shape \[4, 2\]"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            call()
+
+
+def flows():
+    mixed = Chain(
+        [coupling("learned", 6, "even"), FlowBatchNorm(6), Permute.random(6), MaskedAutoregressive(6, (8,)), coupling("additive", 6, "odd")]
+    )
+    return {
+        "NICE": NICE(6, hidden_features=(9,)),
+        "RealNVP": RealNVP(6, hidden_features=(9, 8), transforms=5),
+        "mixed": mixed,
+        "inverted": Chain([Inverse(coupling("learned", 6, "even")), coupling("learned", 6, "odd")]),
+    }
+
+
+@pytest.mark.parametrize("name", ["NICE", "RealNVP", "mixed", "inverted"])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_flow_is_one_call(monkeypatch, name, inverse):
+    torch.manual_seed(0)
+    flow = flows()[name].double().eval()
+    for parameter in flow.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    for layer in flow.modules():
+        if isinstance(layer, FlowBatchNorm):
+            nn.init.normal_(layer.running_mean)
+            nn.init.uniform_(layer.running_var, 0.5, 2.0)
+    x, calls = torch.randn(11, 6, dtype=torch.float64), []
+    real = stack.autoregressive_stack
+    monkeypatch.setattr(stack, "autoregressive_stack", lambda x, maps, context: calls.append(len(maps)) or real(x, maps, context))
+    with torch.no_grad():
+        got = (flow.inverse if inverse else flow)(x)
+        assert len(calls) == 1 and calls[0] == sum(
+            isinstance(m, (AdditiveCoupling, AffineCoupling, MaskedAutoregressive)) for m in flow.modules()
+        )
+        want, total = x, 0
+        for layer in reversed(flow.layers) if inverse else flow.layers:
+            want, logabsdet = (layer.inverse if inverse else layer)(want)
+            total = total + logabsdet
+    torch.testing.assert_close(got, (want, total), rtol=1e-11, atol=1e-11)
+
+
+def test_training_reaches_the_same_gradients_as_the_parts():
+    torch.manual_seed(0)
+    for name in ("NICE", "RealNVP"):
+        flow = flows()[name].double().train()
+        twin, x = copy.deepcopy(flow), torch.randn(37, 6, dtype=torch.float64)
+        (-flow.log_prob(x).mean()).backward()
+        with in_parts():
+            (-twin.log_prob(x).mean()).backward()
+        torch.testing.assert_close([p.grad for p in flow.parameters()], [p.grad for p in twin.parameters()], rtol=1e-9, atol=1e-12)
+
+
+def test_several_cotangents_at_once():
+    for layer in (coupling("learned", 5, "even").double(), MaskedAutoregressive(5, (8,)).double()):
+        x = torch.randn(3, 5, dtype=torch.float64)
+        f = lambda v, layer=layer: torch.cat([layer(v)[0], layer(v)[1][:, None]], 1)
+        one_by_one, at_once = (torch.autograd.functional.jacobian(f, x, vectorize=way) for way in (False, True))
+        torch.testing.assert_close(at_once, one_by_one)
