@@ -86,7 +86,7 @@ def _run_stack(group: Sequence[_Part], x: Tensor, context: Tensor | None, invers
         else:
             if permutation is not None:
                 own = own._replace(conditioner=own.conditioner._replace(order=permutation[own.conditioner.order]))
-            maps.append(own._replace(affine=affine))
+            maps.append(own if affine is None else own._replace(affine=affine))
             affine = None
     y, logabsdet = autoregressive_stack(x, maps, context)
     if permutation is not None:

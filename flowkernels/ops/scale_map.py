@@ -231,6 +231,8 @@ class PoweredMap(NamedTuple):
     @property
     def packed(self) -> tuple[float, float]:
         """Those of the `exp_tanh` map that this is while a, of one element, is what it is."""
+        if self.kind != ScaleKind.EXP_TANH or self.a.numel() != 1:
+            raise ValueError(f"a learned scale must be one number over an exp_tanh map; got {list(self.a.shape)} over {self.scale!r}")
         bound, inner = self.scale.packed
         return bound * self.a.item(), inner
 

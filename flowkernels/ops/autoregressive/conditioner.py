@@ -119,11 +119,11 @@ class Conditioner(NamedTuple):
 
     @property
     def features(self) -> int:
-        return len(self.visible[-1]) // 2 if self.order is None else len(self.order)
+        return self.visible[-1].shape[0] // 2 if self.order is None else self.order.shape[0]  # len of a tensor takes a microsecond
 
     def passing(self, scale: ScaleMap | PoweredMap) -> int:
         """How many features, the first in the order of generation, pass unchanged."""
-        outputs, each = len(self.visible[-1]), 1 if scale.kind == ScaleKind.UNIT else 2
+        outputs, each = self.visible[-1].shape[0], 1 if scale.kind == ScaleKind.UNIT else 2
         passing = self.features - outputs // each
         if outputs % each or passing < 0:
             what = "the shift" if each == 1 else "shift and raw scale"

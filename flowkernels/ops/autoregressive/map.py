@@ -1,5 +1,7 @@
 """The op `autoregressive`: one map, in either direction."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -55,31 +57,51 @@ def autoregressive(
             return autoregressive(x, conditioner, context, scale=scale, form=form, inverse=inverse)
     scale = _SOFTCLIP if scale is None else scale
     form = parse_form(form)
-    check_input(x, conditioner, context)
-    check_outputs(conditioner, scale, form)
-    dtype = x.dtype
-    compute = _COMPUTE[dtype]
-    if dtype != compute or conditioner.weights[-1].dtype != compute:
+    last, dtype = conditioner.weights[-1], x.dtype
+    compute = _COMPUTE.get(dtype)
+    if dtype != compute or last.dtype != compute or x.device != last.device:
+        _check(x, conditioner, context, scale, form)
         x, conditioner = x.to(compute), conditioner.to(compute)
         context = None if context is None else context.to(compute)
 
     weights, biases, _, _, context_weights, _, _, context_biases = conditioner
     learned = scale.a if isinstance(scale, PoweredMap) else None
     if needs_autograd((x, context, learned, *weights, *biases, *context_weights, *context_biases)):
+        _check(x, conditioner, context, scale, form)
         if serves(conditioner, scale, x, inverse):
             y, logabsdet = with_gradient(x, context, [Map(conditioner, scale, form, inverse)])
         else:
             y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse, linear=masked_linear)
     elif wants_reference("autoregressive", x.device) or not loop_serves(conditioner, scale, x.device):
+        _check(x, conditioner, context, scale, form)
         y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse)
     else:
-        y, logabsdet = autoregressive_op(x, context, conditioner, scale, form, inverse)
+        subject = x, conditioner, context, scale, form
+        y, logabsdet = checked(_check, subject, autoregressive_op, x, context, conditioner, scale, form, inverse)
     return (y if dtype == compute else y.to(dtype)), logabsdet
 
 
 _SOFTCLIP = ScaleMap.softclip()
 # the loop computes in float64 for float64, in float32 for everything narrower
 _COMPUTE = {torch.float64: torch.float64} | dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float32)
+
+
+def checked(check: Callable[..., None], subject: tuple, op: Callable, *args):
+    """op(*args). What does not fit is told by check(*subject), which is asked where the op refuses: a small flow's checks take as long as
+    its loop. Ops check what would corrupt memory."""
+    if torch.compiler.is_compiling():
+        check(*subject)
+        return op(*args)
+    try:
+        return op(*args)
+    except RuntimeError:
+        check(*subject)
+        raise
+
+
+def _check(x: Tensor, conditioner: Conditioner, context: Tensor | None, scale: ScaleMap | PoweredMap, form: Form) -> None:
+    check_input(x, conditioner, context)
+    check_outputs(conditioner, scale, form)
 
 
 def check_input(x: Tensor, conditioner: Conditioner, context: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from .._autocast import any_autocast
 from .._differentiation import needs_autograd, transformed
 from ..scale_map import PoweredMap
 from .loop import Lists, Map, moved, stack_op
-from .map import autoregressive, check_input, check_outputs
+from .map import autoregressive, check_input, check_outputs, checked
 from .training import loop_serves, serves, with_gradient
 
 # torch.compile cannot ask
@@ -41,20 +41,15 @@ def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None 
     if not maps:
         raise ValueError("maps must hold at least one map; got none")
     if _serves(x, maps) and not any_autocast() and not wants_reference("autoregressive_stack", x.device):
-        takes = False
-        for m in maps:
-            own = context if m.conditioner.context_weights else None
-            takes |= own is not None
-            check_input(x, m.conditioner, own)
-            check_outputs(m.conditioner, m.scale, m.form)
-        if context is not None and not takes:
-            raise ValueError(f"context was given, {list(context.shape)}, but no network takes one")
         lists = Lists.of(maps)
         learned = (m.scale.a for m in maps if isinstance(m.scale, PoweredMap))
         networks = (*lists.weights, *lists.biases, *lists.context_weights, *lists.context_biases)
         if not needs_autograd((x, context, *networks, *lists.affines, *learned)):
-            y, logabsdet, _ = stack_op(x, context, *lists, False)
+            if context is not None and not lists.context_weights:
+                _check(x, maps, context)
+            y, logabsdet, _ = checked(_check, (x, maps, context), stack_op, x, context, *lists, False)
             return y, logabsdet
+        _check(x, maps, context)
         if all(m.affine is None and serves(m.conditioner, m.scale, x, m.inverse) for m in maps):
             return with_gradient(x, context, maps)
     total = None
@@ -65,7 +60,19 @@ def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None 
     return x, total
 
 
+def _check(x: Tensor, maps: Sequence[Map], context: Tensor | None) -> None:
+    takes = False
+    for m in maps:
+        own = context if m.conditioner.context_weights else None
+        takes |= own is not None
+        check_input(x, m.conditioner, own)
+        check_outputs(m.conditioner, m.scale, m.form)
+    if context is not None and not takes:
+        raise ValueError(f"context was given, {list(context.shape)}, but no network takes one")
+
+
 def _serves(x: Tensor, maps: Sequence[Map]) -> bool:
-    if not all(loop_serves(m.conditioner, m.scale, x.device) for m in maps):
-        return False
+    for m in maps:
+        if not loop_serves(m.conditioner, m.scale, x.device):
+            return False
     return x.device.type in _COMPILED and x.dtype in (torch.float32, torch.float64) and not transformed()

@@ -86,7 +86,7 @@ def loop_serves(conditioner: Conditioner, scale: ScaleMap | PoweredMap, device: 
 
 def _is_whole(conditioner: Conditioner, scale: ScaleMap | PoweredMap) -> bool:
     """Whether the network gives shift and raw scale of every feature."""
-    return scale.kind != ScaleKind.UNIT and len(conditioner.visible[-1]) == 2 * conditioner.features
+    return scale.kind != ScaleKind.UNIT and conditioner.visible[-1].shape[0] == 2 * conditioner.features
 
 
 def serves(conditioner: Conditioner, scale: ScaleMap | PoweredMap, x: Tensor, inverse: bool) -> bool:
