@@ -16,6 +16,7 @@
 
 #include "cpu/autoregressive.h"
 #include "cpu/scratch.h"
+#include "cpu/stack_lists.h"
 #include "cpu/tensor.h"
 
 #define FK_KERNEL "cpu/autoregressive_tiles.h"
@@ -229,28 +230,13 @@ std::tuple<Tensor, Tensor> autoregressive(Tensor x, std::optional<Tensor> contex
   return go(x, context, parts, order, scale, static_cast<int>(form), inverse);
 }
 
-// The tensors of a stack's networks, one network after the other; next(n) is the part of the next one.
-template <class Item>
-struct Rest {
-  std::span<const Item> items;
-
-  std::span<const Item> next(int64_t n) {
-    check(n >= 0 && n <= static_cast<int64_t>(items.size()), "a list of the stack is too short");
-    const std::span<const Item> part = items.first(n);
-    items = items.subspan(n);
-    return part;
-  }
-};
-
-// `stages` has for each map: layers, context weights, whether they have biases, whether the network is wired, scale map, form, inverse.
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> stack(const Tensor& x, const std::optional<Tensor>& context, const Parts& all, std::span<const Tensor> orders,
                                          std::span<const Tensor> affines, std::span<const int64_t> stages, std::span<const double> scales,
                                          bool keep) {
-  constexpr size_t kNumbers = 7;
   const size_t n = orders.size();
   check(x.dim() == 2, "x must have two dimensions");
-  check(n >= 1 && affines.size() == n && stages.size() == kNumbers * n && scales.size() == 2 * n, "every map needs its entries in each list");
+  check(n >= 1 && affines.size() == n && stages.size() == Stage::kNumbers * n && scales.size() == 2 * n, "every map needs its entries in each list");
   const int64_t batch = x.size(0), features = x.size(1);
   Rest<Tensor> weights{all.weights}, biases{all.biases}, context_weights{all.context_weights}, context_biases{all.context_biases}, visible{all.visible};
   Rest<int64_t> activations{all.activations}, wiring{all.wiring};
@@ -262,16 +248,16 @@ std::tuple<Tensor, Tensor, Tensor> stack(const Tensor& x, const std::optional<Te
   maps.reserve(n);
   args.reserve(n);
   for (size_t i = 0; i < n; ++i) {
-    const int64_t *stage = &stages[kNumbers * i], layers = stage[0], contexts = stage[1];
-    const Parts parts{weights.next(layers),
-                      biases.next(layers),
-                      context_weights.next(contexts),
-                      context_biases.next(stage[2] ? contexts : 0),
-                      visible.next(layers),
-                      activations.next(layers),
-                      wiring.next(stage[3] ? static_cast<int64_t>(Wiring::kNumbers) * layers : 0)};
-    const ScaleMapParams scale{static_cast<int>(stage[4]), scales[2 * i], scales[2 * i + 1]};
-    maps.emplace_back(x, context, parts, &orders[i], affines[i].numel() ? &affines[i] : nullptr, scale, static_cast<int>(stage[5]), stage[6] != 0);
+    const Stage stage(stages, i);
+    const Parts parts{weights.next(stage.layers),
+                      biases.next(stage.layers),
+                      context_weights.next(stage.contexts),
+                      context_biases.next(stage.context_biases),
+                      visible.next(stage.layers),
+                      activations.next(stage.layers),
+                      wiring.next(stage.wired ? static_cast<int64_t>(Wiring::kNumbers) * stage.layers : 0)};
+    const ScaleMapParams scale{static_cast<int>(stage.scale_kind), scales[2 * i], scales[2 * i + 1]};
+    maps.emplace_back(x, context, parts, &orders[i], affines[i].numel() ? &affines[i] : nullptr, scale, static_cast<int>(stage.form), stage.inverse != 0);
     AutoregressiveArgs<T>& map = args.emplace_back(maps.back().args);
     if (i > 0) {
       map.x = {args[i - 1].y, features, 1};

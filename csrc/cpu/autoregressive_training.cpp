@@ -9,12 +9,14 @@
 
 #include <algorithm>
 #include <optional>
+#include <span>
 #include <tuple>
 #include <vector>
 
 #include "cpu/autoregressive.h"
 #include "cpu/autoregressive_training.h"
 #include "cpu/scratch.h"
+#include "cpu/stack_lists.h"
 
 #define FK_KERNEL "cpu/autoregressive_training_targets.h"
 #include "cpu/for_each_target.h"
@@ -31,11 +33,11 @@ using Tensors = std::vector<Tensor>;
 
 constexpr double kParallelMultiplyAdds = 4e5;  // about 10 us of one thread, against 5 us to start the others
 
-// The tensors of a conditioner, in the order of the schema, and its map
+// The tensors of a conditioner, and its map
 struct Parts {
-  const Tensors &weights, &context_weights, &visible;
-  const std::optional<Tensor>& order;
-  const std::vector<int64_t>& activations;
+  std::span<const Tensor> weights, biases, context_weights, visible;
+  const Tensor* order;
+  std::span<const int64_t> activations;
   ScaleMapParams scale;
   Form form;
   bool by_bound = false;  // whether the gradient by the scale map's bound is asked for
@@ -155,20 +157,21 @@ void run_forward(TrainingArgs<T> args, const TrainingNetwork<T>& net, const std:
   });
 }
 
+// x's image under the map, and the values that its gradient needs; log|det| is added to what logabsdet holds already, unless it is the first
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& context, const Tensors& biases, const Parts& parts) {
-  check_training(x.dim() == 2 && x.is_cpu(), "x must be a matrix");
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& context, const Parts& parts, Tensor& logabsdet, bool first) {
   const int64_t batch = x.size(0), features = x.size(1);
   TrainingNetwork<T> net = read_network<T>(parts, features, x.scalar_type());
   const ContextRows<T> contexts(context, net, batch);
-  Tensor y = empty(x, {batch, features}), logabsdet = empty(x, {batch}), values = empty(x, {batch, net.columns});
+  Tensor y = empty(x, {batch, features}), values = empty(x, {batch, net.columns});
   TrainingArgs<T> args = training_args(net, batch, parts.scale, parts.form);
   args.set_x(static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1));
   args.values = static_cast<T*>(values.mutable_data_ptr());
   args.y = static_cast<T*>(y.mutable_data_ptr());
   args.logabsdet = static_cast<T*>(logabsdet.mutable_data_ptr());
-  run_forward(args, net, net.read_biases(biases), contexts.from(0), threads_for(net, batch));
-  return {y, logabsdet, values};
+  args.adds_log = !first;
+  run_forward(args, net, net.read_biases(parts.biases), contexts.from(0), threads_for(net, batch));
+  return {y, values};
 }
 
 // The products that carry deltas down, from the last layer to the first, and those that carry them to the context
@@ -176,8 +179,8 @@ template <class T>
 struct Descent {
   std::vector<MaskedLinearArgs<T>> layers, contexts;
 
-  Descent(const TrainingArgs<T>& args, const TrainingNetwork<T>& net, T* dcontext) {
-    bool begun = false;
+  // begun: whether dcontext holds values already
+  Descent(const TrainingArgs<T>& args, const TrainingNetwork<T>& net, T* dcontext, bool begun) {
     for (size_t l = net.layers.size(); l-- > 0;) {
       const TrainingLayer<T>& layer = net.layers[l];
       MaskedLinearArgs<T> product = net.product(layer, args.batch);
@@ -216,20 +219,24 @@ struct GradientCall {
   TrainingNetwork<T> net;
   ContextRows<T> contexts;
   int64_t batch, threads, span;
+  bool adds_dcontext;  // to what dcontext holds already
   Tensor dx, dcontext, deltas;
   ParameterGradients<T> parameters;
   TrainingArgs<T> args;
 
   static int64_t delta_columns(const TrainingNetwork<T>& net, const Parts& parts) { return net.delta_columns + parts.by_bound; }
 
-  GradientCall(const Tensor& dy, const Tensor& dlogabsdet, const Tensor& like, const std::optional<Tensor>& context, const Parts& parts, bool need_dx)
+  // dcontext: where the context's gradient so far lies, or nothing
+  GradientCall(const Tensor& dy, const Tensor& dlogabsdet, const Tensor& like, const std::optional<Tensor>& context, const Parts& parts, bool need_dx,
+               const std::optional<Tensor>& dcontext_)
       : net(read_network<T>(parts, dy.size(1), like.scalar_type())),
         contexts(context, net, dy.size(0)),
         batch(dy.size(0)),
         threads(threads_for(net, batch)),
         span(span_of(batch, threads)),
+        adds_dcontext(context && dcontext_),
         dx(empty(like, {need_dx ? batch : 0, net.features})),
-        dcontext(empty(like, {context ? batch : 0, net.contexts})),
+        dcontext(adds_dcontext ? *dcontext_ : empty(like, {context ? batch : 0, net.contexts})),
         deltas(empty(like, {span, delta_columns(net, parts)})),
         parameters(net, like, threads, parts.by_bound),
         args(training_args(net, batch, parts.scale, parts.form)) {
@@ -261,16 +268,16 @@ struct GradientCall {
 
 template <class T>
 Tensors backward(const Tensor& dy, const Tensor& dlogabsdet, const Tensor& values, const std::optional<Tensor>& context, const Parts& parts,
-                 bool need_dx) {
+                 bool need_dx, const std::optional<Tensor>& dcontext) {
   check_training(dy.dim() == 2, "dy must be a matrix like y");
-  GradientCall<T> call(dy, dlogabsdet, values, context, parts, need_dx);
+  GradientCall<T> call(dy, dlogabsdet, values, context, parts, need_dx, dcontext);
   check_training(values.dim() == 2 && values.size(0) == call.batch && values.size(1) == call.net.columns && values.is_contiguous(),
                  "values are not those of the forward pass");
   call.args.values = const_cast<T*>(static_cast<const T*>(values.const_data_ptr()));
   for_each_span(call.batch, call.span, [&](int64_t first, int64_t rows) {
     TrainingArgs<T> args = call.args.span(first, rows);
     args.values += first * args.values_ld;
-    const Descent<T> descent(args, call.net, call.dcontext_from(first));
+    const Descent<T> descent(args, call.net, call.dcontext_from(first), call.adds_dcontext);
     args.layers = descent.layers.data();
     args.contexts = call.contexts.data ? descent.contexts.data() : nullptr;
     for_each_block(rows, call.threads, [&](int64_t r0, int64_t r1) {
@@ -299,10 +306,10 @@ std::vector<int64_t> inverse_steps(const TrainingNetwork<T>& net) {
 
 // The gradient of (x, logabsdet) = f^-1(z), whose dx is called dz here
 template <class T>
-Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tensor& x, const std::optional<Tensor>& context, const Tensors& biases,
-                         const Parts& parts) {
+Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tensor& x, const std::optional<Tensor>& context, const Parts& parts,
+                         const std::optional<Tensor>& dcontext) {
   check_training(x.dim() == 2 && x.is_cpu() && dx.dim() == 2 && dx.size(0) == x.size(0) && dx.size(1) == x.size(1), "x must be a matrix like dx");
-  GradientCall<T> call(dx, dlogabsdet, x, context, parts, true);
+  GradientCall<T> call(dx, dlogabsdet, x, context, parts, true, dcontext);
   TrainingNetwork<T>& net = call.net;
   check_training(net.output_columns.passing == 0 && net.output_columns.each == 2 && net.layers[0].inputs == net.features,
                  "the gradient of the inverse is that of a network with shift and raw scale of each feature");
@@ -311,7 +318,7 @@ Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tenso
   const int64_t n_steps = static_cast<int64_t>(ends.size() / (net.layers.size() + 1));
   std::vector<int64_t> offsets{0};
   for (const TrainingLayer<T>& layer : net.layers) offsets.push_back(layer.offset);
-  const std::vector<const T*> bias_data = net.read_biases(biases);
+  const std::vector<const T*> bias_data = net.read_biases(parts.biases);
   Tensor values = empty(x, {call.span, net.columns});
   call.args.values = static_cast<T*>(values.mutable_data_ptr());
   call.args.set_x(static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1));
@@ -319,7 +326,7 @@ Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tenso
   for_each_span(call.batch, call.span, [&](int64_t first, int64_t span) {
     const TrainingArgs<T> args = call.args.span(first, span);
     run_forward(args, net, bias_data, call.contexts.from(first), call.threads);
-    const Descent<T> descent(args, net, call.dcontext_from(first));
+    const Descent<T> descent(args, net, call.dcontext_from(first), call.adds_dcontext);
     const std::vector<MaskedLinearArgs<T>> upward(descent.layers.rbegin(), descent.layers.rend());
     // equal tiles, as many as the rows need, in a multiple of the threads
     const int64_t most = FK_DISPATCH(solve_rows<T>()), even = ((span + most - 1) / most + call.threads - 1) / call.threads * call.threads;
@@ -337,32 +344,93 @@ Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tenso
   return call.outputs();
 }
 
+// The maps of a stack, in turn
+class Maps {
+ public:
+  Maps(std::span<const Tensor> weights, std::span<const Tensor> biases, std::span<const Tensor> context_weights, std::span<const Tensor> visible,
+       std::span<const Tensor> orders, std::span<const int64_t> activations, std::span<const int64_t> stages, std::span<const double> scales) {
+    const size_t n = orders.size();
+    check_training(n >= 1 && stages.size() == Stage::kNumbers * n && scales.size() == 2 * n, "every map needs its entries in each list");
+    Rest<Tensor> w{weights}, b{biases}, c{context_weights}, v{visible};
+    Rest<int64_t> a{activations};
+    for (size_t i = 0; i < n; ++i) {
+      const Stage stage(stages, i);
+      check_training(stage.wired == 0 && stage.context_biases == 0, "networks must be plain chains");
+      const ScaleMapParams scale{static_cast<int>(stage.scale_kind), scales[2 * i], scales[2 * i + 1]};
+      parts.push_back({w.next(stage.layers), b.next(stage.layers), c.next(stage.contexts), v.next(stage.layers), &orders[i], a.next(stage.layers), scale,
+                       static_cast<Form>(stage.form)});
+      inverse.push_back(stage.inverse != 0);
+    }
+  }
+
+  std::vector<Parts> parts;
+  std::vector<bool> inverse;
+};
+
 void check_dtype(const Tensor& t) {
   check_training(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, "tensors must be float32 or float64");
 }
 
-Parts parts_of(const Tensors& weights, const Tensors& context_weights, const Tensors& visible, const std::optional<Tensor>& order,
-               const std::vector<int64_t>& activations, int64_t scale_kind, double scale_p0, double scale_p1, int64_t form) {
-  return {weights, context_weights, visible, order, activations, {static_cast<int>(scale_kind), scale_p0, scale_p1}, static_cast<Form>(form)};
+// a map that takes no context is not given it
+std::optional<Tensor> context_of(const Parts& parts, const std::optional<Tensor>& context) {
+  return parts.context_weights.empty() ? std::nullopt : context;
 }
 
-std::tuple<Tensor, Tensor, Tensor> autoregressive_training(Tensor x, std::optional<Tensor> context, Tensors weights, Tensors biases,
-                                                           Tensors context_weights, Tensors visible, std::optional<Tensor> order,
-                                                           std::vector<int64_t> activations, int64_t scale_kind, double scale_p0,
-                                                           double scale_p1, int64_t form) {
+std::tuple<Tensor, Tensor, Tensors> autoregressive_training(Tensor x, std::optional<Tensor> context, Tensors weights, Tensors biases,
+                                                            Tensors context_weights, Tensors visible, Tensors orders,
+                                                            std::vector<int64_t> activations, std::vector<int64_t> stages,
+                                                            std::vector<double> scales) {
   check_dtype(x);
-  auto go = x.scalar_type() == ScalarType::Float ? forward<float> : forward<double>;
-  return go(x, context, biases, parts_of(weights, context_weights, visible, order, activations, scale_kind, scale_p0, scale_p1, form));
+  check_training(x.dim() == 2 && x.is_cpu(), "x must be a matrix");
+  const Maps maps(weights, biases, context_weights, visible, orders, activations, stages, scales);
+  Tensor logabsdet = empty(x, {x.size(0)});
+  Tensors kept;
+  for (size_t i = 0; i < maps.parts.size(); ++i) {
+    check_training(!maps.inverse[i], "the maps must be forward ones");
+    auto go = x.scalar_type() == ScalarType::Float ? forward<float> : forward<double>;
+    auto [y, values] = go(x, context_of(maps.parts[i], context), maps.parts[i], logabsdet, i == 0);
+    x = y;
+    kept.push_back(values);
+  }
+  return {x, logabsdet, kept};
 }
 
-Tensors autoregressive_backward(Tensor dy, Tensor dlogabsdet, Tensor values, std::optional<Tensor> context, Tensors weights,
-                                Tensors context_weights, Tensors visible, std::optional<Tensor> order, std::vector<int64_t> activations,
-                                int64_t scale_kind, double scale_p0, double scale_p1, int64_t form, bool need_dx, bool need_dbound) {
-  check_dtype(values);
-  auto go = values.scalar_type() == ScalarType::Float ? backward<float> : backward<double>;
-  Parts parts = parts_of(weights, context_weights, visible, order, activations, scale_kind, scale_p0, scale_p1, form);
-  parts.by_bound = need_dbound;
-  return go(dy, dlogabsdet, values, context, parts, need_dx);
+// The gradient of a stack: dx (empty where nobody asks for it), dcontext (empty without context), then the gradients of all weights, of all
+// biases, of all context weights, and of the bounds of the scale maps that learn theirs
+Tensors autoregressive_backward(Tensor dy, Tensor dlogabsdet, Tensors kept, std::optional<Tensor> context, Tensors weights, Tensors biases,
+                                Tensors context_weights, Tensors visible, Tensors orders, std::vector<int64_t> activations,
+                                std::vector<int64_t> stages, std::vector<double> scales, std::vector<int64_t> learned, bool need_dx) {
+  check_dtype(dy);
+  Maps maps(weights, biases, context_weights, visible, orders, activations, stages, scales);
+  const size_t n = maps.parts.size();
+  check_training(kept.size() == n && learned.size() == n, "every map needs its entries in each list");
+  const bool single = dy.scalar_type() == ScalarType::Float;
+  std::optional<Tensor> dcontext;
+  std::vector<Tensors> found(n);
+  for (size_t i = n; i-- > 0;) {
+    Parts& parts = maps.parts[i];
+    parts.by_bound = learned[i] != 0;
+    check_training(kept[i].scalar_type() == dy.scalar_type(), "dy must be of the dtype of y");
+    const std::optional<Tensor> own = context_of(parts, context);
+    if (maps.inverse[i]) {
+      check_training(!parts.by_bound, "the gradient of an inverse has none by a bound");
+      found[i] = (single ? inverse_backward<float> : inverse_backward<double>)(dy, dlogabsdet, kept[i], own, parts, dcontext);
+    } else {
+      found[i] = (single ? backward<float> : backward<double>)(dy, dlogabsdet, kept[i], own, parts, need_dx || i > 0, dcontext);
+    }
+    dy = found[i][0];
+    if (own) dcontext = found[i][1];
+  }
+  Tensors out{dy, dcontext ? *dcontext : empty(dy, {0, 0})};
+  const auto append = [&](auto begin, auto count) {  // of each map's gradients
+    for (size_t i = 0; i < n; ++i) out.insert(out.end(), found[i].begin() + begin(i), found[i].begin() + begin(i) + count(i));
+  };
+  const auto layers = [&](size_t i) { return static_cast<int64_t>(maps.parts[i].weights.size()); };
+  append([&](size_t) { return int64_t(2); }, layers);
+  append([&](size_t i) { return 2 + layers(i); }, layers);
+  append([&](size_t i) { return 2 + 2 * layers(i); }, [&](size_t i) { return static_cast<int64_t>(maps.parts[i].context_weights.size()); });
+  append([&](size_t i) { return static_cast<int64_t>(found[i].size()) - learned[i]; }, [&](size_t i) { return learned[i]; });
+  return out;
 }
 
 Tensors autoregressive_inverse_backward(Tensor dx, Tensor dlogabsdet, Tensor x, std::optional<Tensor> context, Tensors weights, Tensors biases,
@@ -370,8 +438,9 @@ Tensors autoregressive_inverse_backward(Tensor dx, Tensor dlogabsdet, Tensor x, 
                                         int64_t scale_kind, double scale_p0, double scale_p1, int64_t form) {
   check_dtype(x);
   auto go = x.scalar_type() == ScalarType::Float ? inverse_backward<float> : inverse_backward<double>;
-  const Parts parts = parts_of(weights, context_weights, visible, order, activations, scale_kind, scale_p0, scale_p1, form);
-  return go(dx, dlogabsdet, x, context, biases, parts);
+  const Parts parts{weights,     biases, context_weights, visible, order ? &*order : nullptr,
+                    activations, {static_cast<int>(scale_kind), scale_p0, scale_p1}, static_cast<Form>(form)};
+  return go(dx, dlogabsdet, x, context, parts, std::nullopt);
 }
 
 }  // namespace

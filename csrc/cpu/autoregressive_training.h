@@ -28,6 +28,7 @@ struct TrainingArgs {
   const T *x, *dy, *dlogabsdet;
   int64_t x_row, x_column, dy_row, dy_column, dlogabsdet_step;
   T *y, *logabsdet, *dx;  // contiguous
+  bool adds_log;          // to what logabsdet holds already
 
   void set_x(const T* data, int64_t row, int64_t column) { x = data, x_row = row, x_column = column; }
   void set_cotangents(const T* of_y, int64_t row, int64_t column, const T* of_logabsdet, int64_t step) {

@@ -63,7 +63,7 @@ void training_forward(const TrainingArgs<T>& args, int64_t r0, int64_t r1, T* sc
       total += sum;
     }
     for (int64_t p = 0; p < D; ++p) y[args.order ? args.order[p] : p] = row.a[p];
-    args.logabsdet[r] = total;
+    args.logabsdet[r] = args.adds_log ? args.logabsdet[r] + total : total;
   }
 }
 

@@ -6,7 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <optional>
+#include <span>
 #include <vector>
 
 #include "cpu/autoregressive_training.h"
@@ -50,8 +50,8 @@ class TrainingNetwork {
   OutputColumns output_columns;
   ScalarType dtype;
 
-  TrainingNetwork(int64_t features, ScalarType dtype, const Tensors& weights, const Tensors& context_weights, const Tensors& visible,
-                  const std::optional<Tensor>& order_, const std::vector<int64_t>& activations, int scale_kind)
+  TrainingNetwork(int64_t features, ScalarType dtype, std::span<const Tensor> weights, std::span<const Tensor> context_weights,
+                  std::span<const Tensor> visible, const Tensor* order_, std::span<const int64_t> activations, int scale_kind)
       : features(features), dtype(dtype) {
     const size_t n = weights.size();
     check_training(n >= 1 && visible.size() == n && activations.size() == n && (context_weights.size() <= 1 || context_weights.size() == n),
@@ -97,7 +97,7 @@ class TrainingNetwork {
     }
   }
 
-  std::vector<const T*> read_biases(const Tensors& biases) {
+  std::vector<const T*> read_biases(std::span<const Tensor> biases) {
     check_training(biases.size() == layers.size(), "there must be one bias per layer");
     std::vector<const T*> data;
     for (size_t l = 0; l < layers.size(); ++l) data.push_back(static_cast<const T*>(vector(biases[l], layers[l].outputs, dtype)));

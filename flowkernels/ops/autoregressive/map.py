@@ -11,7 +11,7 @@ from .._differentiation import needs_autograd
 from ..masked_linear import masked_linear
 from ..scale_map import Form, PoweredMap, ScaleKind, ScaleMap, parse_form
 from .conditioner import Conditioner, context_features
-from .loop import Map, autoregressive_op
+from .loop import Lists, Map, autoregressive_op
 from .reference import autoregressive_reference
 from .training import loop_serves, serves, with_gradient
 
@@ -68,8 +68,9 @@ def autoregressive(
     learned = scale.a if isinstance(scale, PoweredMap) else None
     if needs_autograd((x, context, learned, *weights, *biases, *context_weights, *context_biases)):
         _check(x, conditioner, context, scale, form)
-        if serves(conditioner, scale, x, inverse):
-            y, logabsdet = with_gradient(x, context, [Map(conditioner, scale, form, inverse)])
+        maps = [Map(conditioner, scale, form, inverse)]
+        if serves(maps, x):
+            y, logabsdet = with_gradient(x, context, maps, Lists.of(maps))
         else:
             y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse, linear=masked_linear)
     elif wants_reference("autoregressive", x.device) or not loop_serves(conditioner, scale, x.device):

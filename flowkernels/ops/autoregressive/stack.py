@@ -42,16 +42,15 @@ def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None 
         raise ValueError("maps must hold at least one map; got none")
     if _serves(x, maps) and not any_autocast() and not wants_reference("autoregressive_stack", x.device):
         lists = Lists.of(maps)
+        if context is not None and not lists.context_weights:
+            raise ValueError(f"context was given, {list(context.shape)}, but no network takes one")
         learned = (m.scale.a for m in maps if isinstance(m.scale, PoweredMap))
         networks = (*lists.weights, *lists.biases, *lists.context_weights, *lists.context_biases)
         if not needs_autograd((x, context, *networks, *lists.affines, *learned)):
-            if context is not None and not lists.context_weights:
-                _check(x, maps, context)
             y, logabsdet, _ = checked(_check, (x, maps, context), stack_op, x, context, *lists, False)
             return y, logabsdet
-        _check(x, maps, context)
-        if all(m.affine is None and serves(m.conditioner, m.scale, x, m.inverse) for m in maps):
-            return with_gradient(x, context, maps)
+        if serves(maps, x):
+            return checked(_check, (x, maps, context), with_gradient, x, context, maps, lists)
     total = None
     for conditioner, scale, form, inverse, affine in maps:
         own = context if conditioner.context_weights else None
@@ -61,14 +60,9 @@ def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None 
 
 
 def _check(x: Tensor, maps: Sequence[Map], context: Tensor | None) -> None:
-    takes = False
     for m in maps:
-        own = context if m.conditioner.context_weights else None
-        takes |= own is not None
-        check_input(x, m.conditioner, own)
+        check_input(x, m.conditioner, context if m.conditioner.context_weights else None)
         check_outputs(m.conditioner, m.scale, m.form)
-    if context is not None and not takes:
-        raise ValueError(f"context was given, {list(context.shape)}, but no network takes one")
 
 
 def _serves(x: Tensor, maps: Sequence[Map]) -> bool:

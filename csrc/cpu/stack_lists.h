@@ -1,0 +1,35 @@
+// The lists of a stack of maps, as its ops take them: what belongs to the maps stands one map after the other.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <span>
+
+namespace flowkernels {
+
+// What of a list the maps so far have left; next(n) is the part of the next one.
+template <class Item>
+struct Rest {
+  std::span<const Item> items;
+
+  std::span<const Item> next(int64_t n) {
+    STD_TORCH_CHECK(n >= 0 && n <= static_cast<int64_t>(items.size()), "flowkernels::autoregressive: a list of the stack is too short");
+    const std::span<const Item> part = items.first(n);
+    items = items.subspan(n);
+    return part;
+  }
+};
+
+// One map's numbers in the list `stages` of Lists (flowkernels/ops/autoregressive/loop.py)
+struct Stage {
+  static constexpr size_t kNumbers = 7;
+  int64_t layers, contexts, context_biases, wired, scale_kind, form, inverse;
+
+  Stage(std::span<const int64_t> stages, size_t map) {
+    const int64_t* n = &stages[kNumbers * map];
+    layers = n[0], contexts = n[1], context_biases = n[2] ? contexts : 0, wired = n[3], scale_kind = n[4], form = n[5], inverse = n[6];
+  }
+};
+
+}  // namespace flowkernels
