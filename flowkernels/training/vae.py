@@ -98,8 +98,8 @@ class VAE(nn.Module):
         z, log_q = mu + sigma * eps, _PRIOR.log_prob(eps) - sigma.log().sum(-1)
         if self.iaf is None:
             return z, log_q
-        rows = h.expand(samples, *h.shape).reshape(-1, h.shape[-1])
-        z, logabsdet = self.iaf.inverse(z.reshape(-1, self.latent), rows)
+        rows = h if samples == 1 else h.expand(samples, *h.shape).reshape(-1, h.shape[-1])
+        z, logabsdet = self.iaf.inverse(z.view(-1, self.latent), rows)
         return z.view(eps.shape), log_q - logabsdet.view(log_q.shape)
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from ..activation import Activation
 from ..masked_linear import masked_linear
 from ..scale_map import PoweredMap, ScaleKind, ScaleMap
 from .conditioner import Conditioner
-from .loop import Lists, Map, stack_op
+from .loop import Lists, Map, autoregressive_op, stack_op
 from .reference import autoregressive_reference
 from .solve import backward_by_solve
 
@@ -139,10 +139,9 @@ def with_gradient(x: Tensor, context: Tensor | None, maps: Sequence[Map], lists:
             x, logabsdet = with_gradient(x, context, group, Lists.of(group))
             total = logabsdet if total is None else total + logabsdet
         return x, total
-    scales = [m.scale for m in maps]
-    learned = [scale.a for scale in scales if isinstance(scale, PoweredMap)]
+    learned = (m.scale.a for m in maps if isinstance(m.scale, PoweredMap))
     own = context if lists.context_weights else None
-    return apply_function(_Maps, x, own, lists, scales, *lists.weights, *lists.biases, *lists.context_weights, *learned)
+    return apply_function(_Maps, x, own, maps, lists, *lists.weights, *lists.biases, *lists.context_weights, *learned)
 
 
 class _Numbers(NamedTuple):
@@ -160,16 +159,19 @@ class _Maps(torch.autograd.Function):
     the values of its layers."""
 
     @staticmethod
-    def forward(ctx, x, context, lists, scales, *parameters) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x, context, maps, lists, *parameters) -> tuple[Tensor, Tensor]:
         weights, biases, context_weights, _, visible, orders, _, activations, _, stages, packed = lists
-        if stages[-1]:
+        if maps[0].inverse and len(maps) == 1:
+            y, total = autoregressive_op(x, context, *maps[0][:-1])
+            kept = [y]
+        elif maps[0].inverse:
             y, total, between = stack_op(x, context, *lists, True)
             kept = [*between.unbind(), y]
         else:
             y, total, kept = _training(x, context, weights, biases, context_weights, visible, orders, activations, stages, packed)
         ctx.save_for_backward(x, context, *kept, *orders, *visible, *parameters)
-        learned = [int(isinstance(scale, PoweredMap)) for scale in scales]
-        bases = [scale.scale if powered else scale for scale, powered in zip(scales, learned, strict=True)]
+        learned = [int(isinstance(m.scale, PoweredMap)) for m in maps]
+        bases = [m.scale.scale if powered else m.scale for m, powered in zip(maps, learned, strict=True)]
         ctx.numbers, ctx.contexts = _Numbers(activations, stages, packed, bases, learned), len(context_weights)
         return y, total
 
