@@ -48,9 +48,8 @@ TrainingNetwork<T> read_network(const Parts& parts, int64_t features, ScalarType
   return {features, dtype, parts.weights, parts.context_weights, parts.visible, parts.order, parts.activations, parts.scale.kind};
 }
 
-template <class T>
-int64_t threads_for(const TrainingNetwork<T>& net, int64_t batch) {
-  return net.multiply_adds(batch) > kParallelMultiplyAdds ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
+int64_t threads_for(double multiply_adds) {
+  return multiply_adds > kParallelMultiplyAdds ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
 }
 
 // run(i) for i < n
@@ -119,60 +118,79 @@ struct ContextRows {
   Rows<T> from(int64_t row) const { return {data ? data + row * ld : nullptr, ld}; }
 };
 
-// Fills args.values, and args.y and args.logabsdet where they are wanted
+// The products that make the values, layer by layer, and those of the context
 template <class T>
-void run_forward(TrainingArgs<T> args, const TrainingNetwork<T>& net, const std::vector<const T*>& biases, Rows<T> context, int64_t threads) {
-  std::vector<MaskedLinearArgs<T>> products, context_products;
-  for (size_t l = 0; l < net.layers.size(); ++l) {
-    const TrainingLayer<T>& layer = net.layers[l];
-    MaskedLinearArgs<T> product = net.product(layer, args.batch);
-    product.x = args.values + net.input_offset(l);
-    product.x_ld = args.values_ld;
-    product.out = args.values + layer.offset;
-    product.out_ld = args.values_ld;
-    if (context.data) {
-      MaskedLinearArgs<T> term = net.context_product(layer, args.batch);
-      term.x = context.data;
-      term.x_ld = context.ld;
-      term.out = product.out;
-      term.out_ld = product.out_ld;
-      term.finish.bias = biases[l];
-      context_products.push_back(term);
+struct Ascent {
+  std::vector<MaskedLinearArgs<T>> layers, contexts;
+
+  Ascent(const TrainingArgs<T>& args, const TrainingNetwork<T>& net, const std::vector<const T*>& biases, Rows<T> context) {
+    for (size_t l = 0; l < net.layers.size(); ++l) {
+      const TrainingLayer<T>& layer = net.layers[l];
+      MaskedLinearArgs<T> product = net.product(layer, args.batch);
+      product.x = args.values + net.input_offset(l);
+      product.x_ld = args.values_ld;
+      product.out = args.values + layer.offset;
+      product.out_ld = args.values_ld;
+      if (context.data) {
+        MaskedLinearArgs<T> term = net.context_product(layer, args.batch);
+        term.x = context.data;
+        term.x_ld = context.ld;
+        term.out = product.out;
+        term.out_ld = product.out_ld;
+        term.finish.bias = biases[l];
+        contexts.push_back(term);
+      }
+      if (context.data && layer.context_weight)
+        product.finish.accumulate = true;
+      else
+        product.finish.bias = biases[l];
+      product.finish.activation = layer.activation;
+      if (layer.pre >= 0) {
+        product.finish.pre = args.values + layer.pre;
+        product.finish.pre_ld = args.values_ld;
+      }
+      layers.push_back(product);
     }
-    if (context.data && layer.context_weight)
-      product.finish.accumulate = true;
-    else
-      product.finish.bias = biases[l];
-    product.finish.activation = layer.activation;
-    if (layer.pre >= 0) {
-      product.finish.pre = args.values + layer.pre;
-      product.finish.pre_ld = args.values_ld;
-    }
-    products.push_back(product);
   }
-  args.layers = products.data();
-  args.contexts = context.data ? context_products.data() : nullptr;
-  for_each_block(args.batch, threads, [&](int64_t r0, int64_t r1) {
-    FK_DISPATCH(training_forward<T>(args, r0, r1, static_cast<T*>(thread_scratch(FK_DISPATCH(training_scratch_bytes<T>(args.features))))));
-  });
+
+  void set(TrainingArgs<T>& args) const {
+    args.layers = layers.data();
+    args.contexts = contexts.empty() ? nullptr : contexts.data();
+  }
+};
+
+template <class T>
+T* training_scratch(int64_t features) {
+  return static_cast<T*>(thread_scratch(FK_DISPATCH(training_scratch_bytes<T>(features))));
 }
 
-// x's image under the map, and the values that its gradient needs; log|det| is added to what logabsdet holds already, unless it is the first
+// One map of a stack, with what its gradient needs. It must stay where it is.
 template <class T>
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& context, const Parts& parts, Tensor& logabsdet, bool first) {
-  const int64_t batch = x.size(0), features = x.size(1);
-  TrainingNetwork<T> net = read_network<T>(parts, features, x.scalar_type());
-  const ContextRows<T> contexts(context, net, batch);
-  Tensor y = empty(x, {batch, features}), values = empty(x, {batch, net.columns});
-  TrainingArgs<T> args = training_args(net, batch, parts.scale, parts.form);
-  args.set_x(static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1));
-  args.values = static_cast<T*>(values.mutable_data_ptr());
-  args.y = static_cast<T*>(y.mutable_data_ptr());
-  args.logabsdet = static_cast<T*>(logabsdet.mutable_data_ptr());
-  args.adds_log = !first;
-  run_forward(args, net, net.read_biases(parts.biases), contexts.from(0), threads_for(net, batch));
-  return {y, values};
-}
+struct ForwardCall {
+  TrainingNetwork<T> net;
+  ContextRows<T> contexts;
+  Tensor y, values;
+  TrainingArgs<T> args;
+  Ascent<T> ascent;
+
+  ForwardCall(const Tensor& x, const std::optional<Tensor>& context, const Parts& parts)
+      : net(read_network<T>(parts, x.size(1), x.scalar_type())),
+        contexts(context, net, x.size(0)),
+        y(empty(x, {x.size(0), x.size(1)})),
+        values(empty(x, {x.size(0), net.columns})),
+        args(with_tensors(training_args(net, x.size(0), parts.scale, parts.form), x)),
+        ascent(args, net, net.read_biases(parts.biases), contexts.from(0)) {
+    ascent.set(args);
+  }
+
+ private:
+  TrainingArgs<T> with_tensors(TrainingArgs<T> some, const Tensor& x) {
+    some.set_x(static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1));
+    some.values = static_cast<T*>(values.mutable_data_ptr());
+    some.y = static_cast<T*>(y.mutable_data_ptr());
+    return some;
+  }
+};
 
 // The products that carry deltas down, from the last layer to the first, and those that carry them to the context
 template <class T>
@@ -211,29 +229,35 @@ struct Descent {
       contexts.push_back(term);
     }
   }
+
+  void set(TrainingArgs<T>& args) const {
+    args.layers = layers.data();
+    args.contexts = contexts.empty() ? nullptr : contexts.data();
+  }
 };
 
-// What both gradients take and return, for any span of rows
+// What both gradients take and return, for any span of rows. It must stay where it is.
 template <class T>
 struct GradientCall {
   TrainingNetwork<T> net;
   ContextRows<T> contexts;
   int64_t batch, threads, span;
-  bool adds_dcontext;  // to what dcontext holds already
+  bool need_dx, adds_dcontext;  // to what dcontext holds already
   Tensor dx, dcontext, deltas;
   ParameterGradients<T> parameters;
   TrainingArgs<T> args;
 
   static int64_t delta_columns(const TrainingNetwork<T>& net, const Parts& parts) { return net.delta_columns + parts.by_bound; }
 
-  // dcontext: where the context's gradient so far lies, or nothing
+  // threads_: 0 for as many as the work is worth; dcontext: where the context's gradient so far lies, or nothing
   GradientCall(const Tensor& dy, const Tensor& dlogabsdet, const Tensor& like, const std::optional<Tensor>& context, const Parts& parts, bool need_dx,
-               const std::optional<Tensor>& dcontext_)
+               int64_t threads_, const std::optional<Tensor>& dcontext_)
       : net(read_network<T>(parts, dy.size(1), like.scalar_type())),
         contexts(context, net, dy.size(0)),
         batch(dy.size(0)),
-        threads(threads_for(net, batch)),
+        threads(threads_ ? threads_ : threads_for(net.multiply_adds(batch))),
         span(span_of(batch, threads)),
+        need_dx(need_dx),
         adds_dcontext(context && dcontext_),
         dx(empty(like, {need_dx ? batch : 0, net.features})),
         dcontext(adds_dcontext ? *dcontext_ : empty(like, {context ? batch : 0, net.contexts})),
@@ -267,26 +291,36 @@ struct GradientCall {
 };
 
 template <class T>
-Tensors backward(const Tensor& dy, const Tensor& dlogabsdet, const Tensor& values, const std::optional<Tensor>& context, const Parts& parts,
-                 bool need_dx, const std::optional<Tensor>& dcontext) {
-  check_training(dy.dim() == 2, "dy must be a matrix like y");
-  GradientCall<T> call(dy, dlogabsdet, values, context, parts, need_dx, dcontext);
+void set_values(GradientCall<T>& call, const Tensor& values) {
   check_training(values.dim() == 2 && values.size(0) == call.batch && values.size(1) == call.net.columns && values.is_contiguous(),
                  "values are not those of the forward pass");
   call.args.values = const_cast<T*>(static_cast<const T*>(values.const_data_ptr()));
-  for_each_span(call.batch, call.span, [&](int64_t first, int64_t rows) {
-    TrainingArgs<T> args = call.args.span(first, rows);
-    args.values += first * args.values_ld;
-    const Descent<T> descent(args, call.net, call.dcontext_from(first), call.adds_dcontext);
-    args.layers = descent.layers.data();
-    args.contexts = call.contexts.data ? descent.contexts.data() : nullptr;
-    for_each_block(rows, call.threads, [&](int64_t r0, int64_t r1) {
-      T* scratch = static_cast<T*>(thread_scratch(FK_DISPATCH(training_scratch_bytes<T>(args.features))));
-      FK_DISPATCH(training_backward<T>(args, need_dx, r0, r1, scratch));
+}
+
+// Forward maps of a stack, the last one first, each getting its dy from the one before it in the list. A thread takes its rows through all
+// of them, and then its share of all their parameters.
+template <class T>
+void run_backward(std::span<GradientCall<T>> calls) {
+  const int64_t batch = calls[0].batch, threads = calls[0].threads, features = calls[0].net.features;
+  for_each_span(batch, calls[0].span, [&](int64_t first, int64_t rows) {
+    std::vector<TrainingArgs<T>> args;
+    std::vector<Descent<T>> descents;
+    for (GradientCall<T>& call : calls) {
+      TrainingArgs<T>& of_span = args.emplace_back(call.args.span(first, rows));
+      of_span.values += first * of_span.values_ld;
+      descents.emplace_back(of_span, call.net, call.dcontext_from(first), call.adds_dcontext);
+    }
+    for (size_t i = 0; i < calls.size(); ++i) descents[i].set(args[i]);
+    for_each_block(rows, threads, [&](int64_t r0, int64_t r1) {
+      T* scratch = training_scratch<T>(features);
+      for (size_t i = 0; i < calls.size(); ++i) FK_DISPATCH(training_backward<T>(args[i], calls[i].need_dx, r0, r1, scratch));
     });
-    call.parameters.add(args, call.contexts.from(first));
+    for (size_t i = 0; i < calls.size(); ++i) calls[i].parameters.set_rows(args[i], calls[i].contexts.from(first));
+    in_parallel(threads, threads, [&](int64_t share) {
+      for (size_t i = 0; i < calls.size(); ++i) calls[i].parameters.add_share(share, args[i]);
+    });
+    for (size_t i = 0; i < calls.size(); ++i) calls[i].parameters.finish_rows(args[i]);
   });
-  return call.outputs();
 }
 
 // The steps of the inverse: ends[s][l] units of layer l are known after step s, layer 0 being the features known before it.
@@ -309,7 +343,7 @@ template <class T>
 Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tensor& x, const std::optional<Tensor>& context, const Parts& parts,
                          const std::optional<Tensor>& dcontext) {
   check_training(x.dim() == 2 && x.is_cpu() && dx.dim() == 2 && dx.size(0) == x.size(0) && dx.size(1) == x.size(1), "x must be a matrix like dx");
-  GradientCall<T> call(dx, dlogabsdet, x, context, parts, true, dcontext);
+  GradientCall<T> call(dx, dlogabsdet, x, context, parts, true, 0, dcontext);
   TrainingNetwork<T>& net = call.net;
   check_training(net.output_columns.passing == 0 && net.output_columns.each == 2 && net.layers[0].inputs == net.features,
                  "the gradient of the inverse is that of a network with shift and raw scale of each feature");
@@ -324,8 +358,10 @@ Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tenso
   call.args.set_x(static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1));
 
   for_each_span(call.batch, call.span, [&](int64_t first, int64_t span) {
-    const TrainingArgs<T> args = call.args.span(first, span);
-    run_forward(args, net, bias_data, call.contexts.from(first), call.threads);
+    TrainingArgs<T> args = call.args.span(first, span);
+    const Ascent<T> ascent(args, net, bias_data, call.contexts.from(first));
+    ascent.set(args);
+    for_each_block(span, call.threads, [&](int64_t r0, int64_t r1) { FK_DISPATCH(training_forward<T>(args, r0, r1, training_scratch<T>(args.features))); });
     const Descent<T> descent(args, net, call.dcontext_from(first), call.adds_dcontext);
     const std::vector<MaskedLinearArgs<T>> upward(descent.layers.rbegin(), descent.layers.rend());
     // equal tiles, as many as the rows need, in a multiple of the threads
@@ -336,10 +372,12 @@ Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tenso
       T* scratch = static_cast<T*>(thread_scratch(FK_DISPATCH(solve_scratch_bytes<T>(args))));
       FK_DISPATCH(solve_tile<T>(args, upward.data(), ends.data(), n_steps, offsets.data(), r0, r1, scratch));
       if (!call.contexts.data) return;
-      T* panel = static_cast<T*>(thread_scratch(FK_DISPATCH(training_scratch_bytes<T>(args.features))));
+      T* panel = training_scratch<T>(args.features);
       for (const MaskedLinearArgs<T>& term : descent.contexts) FK_DISPATCH(masked_linear_dx<T>(term, r0, r1, int64_t(0), term.inputs, panel));
     });
-    call.parameters.add(args, call.contexts.from(first));
+    call.parameters.set_rows(args, call.contexts.from(first));
+    in_parallel(call.threads, call.threads, [&](int64_t share) { call.parameters.add_share(share, args); });
+    call.parameters.finish_rows(args);
   });
   return call.outputs();
 }
@@ -376,6 +414,30 @@ std::optional<Tensor> context_of(const Parts& parts, const std::optional<Tensor>
   return parts.context_weights.empty() ? std::nullopt : context;
 }
 
+template <class T>
+std::tuple<Tensor, Tensor, Tensors> forward(Tensor x, const std::optional<Tensor>& context, const Maps& maps) {
+  const int64_t batch = x.size(0);
+  Tensor logabsdet = empty(x, {batch});
+  Tensors kept;
+  std::vector<ForwardCall<T>> calls;
+  calls.reserve(maps.parts.size());
+  double work = 0;
+  for (size_t i = 0; i < maps.parts.size(); ++i) {
+    check_training(!maps.inverse[i], "the maps must be forward ones");
+    ForwardCall<T>& call = calls.emplace_back(x, context_of(maps.parts[i], context), maps.parts[i]);
+    call.args.logabsdet = static_cast<T*>(logabsdet.mutable_data_ptr());
+    call.args.adds_log = i > 0;
+    work += call.net.multiply_adds(batch);
+    kept.push_back(call.values);
+    x = call.y;
+  }
+  for_each_block(batch, threads_for(work), [&](int64_t r0, int64_t r1) {
+    T* scratch = training_scratch<T>(calls[0].net.features);
+    for (const ForwardCall<T>& call : calls) FK_DISPATCH(training_forward<T>(call.args, r0, r1, scratch));
+  });
+  return {x, logabsdet, kept};
+}
+
 std::tuple<Tensor, Tensor, Tensors> autoregressive_training(Tensor x, std::optional<Tensor> context, Tensors weights, Tensors biases,
                                                             Tensors context_weights, Tensors visible, Tensors orders,
                                                             std::vector<int64_t> activations, std::vector<int64_t> stages,
@@ -383,54 +445,83 @@ std::tuple<Tensor, Tensor, Tensors> autoregressive_training(Tensor x, std::optio
   check_dtype(x);
   check_training(x.dim() == 2 && x.is_cpu(), "x must be a matrix");
   const Maps maps(weights, biases, context_weights, visible, orders, activations, stages, scales);
-  Tensor logabsdet = empty(x, {x.size(0)});
-  Tensors kept;
-  for (size_t i = 0; i < maps.parts.size(); ++i) {
-    check_training(!maps.inverse[i], "the maps must be forward ones");
-    auto go = x.scalar_type() == ScalarType::Float ? forward<float> : forward<double>;
-    auto [y, values] = go(x, context_of(maps.parts[i], context), maps.parts[i], logabsdet, i == 0);
-    x = y;
-    kept.push_back(values);
-  }
-  return {x, logabsdet, kept};
+  return (x.scalar_type() == ScalarType::Float ? forward<float> : forward<double>)(x, context, maps);
 }
 
-// The gradient of a stack: dx (empty where nobody asks for it), dcontext (empty without context), then the gradients of all weights, of all
-// biases, of all context weights, and of the bounds of the scale maps that learn theirs
+// What the gradient of a stack returns: dx (empty where nobody asks for it), dcontext (empty without context), then the gradients of all
+// weights, of all biases, of all context weights, and of the bounds of the scale maps that learn theirs. of_maps: the same of each map
+Tensors joined(const std::vector<Tensors>& of_maps, const Maps& maps, const Tensor& dx, const std::optional<Tensor>& dcontext) {
+  Tensors out{dx, dcontext ? *dcontext : empty(dx, {0, 0})};
+  const auto append = [&](auto begin, auto count) {
+    for (size_t i = 0; i < of_maps.size(); ++i) {
+      const auto from = of_maps[i].begin() + begin(maps.parts[i]);
+      out.insert(out.end(), from, from + count(maps.parts[i]));
+    }
+  };
+  const auto layers = [](const Parts& p) { return static_cast<int64_t>(p.weights.size()); };
+  const auto contexts = [](const Parts& p) { return static_cast<int64_t>(p.context_weights.size()); };
+  append([](const Parts&) { return int64_t(2); }, layers);
+  append([&](const Parts& p) { return 2 + layers(p); }, layers);
+  append([&](const Parts& p) { return 2 + 2 * layers(p); }, contexts);
+  append([&](const Parts& p) { return 2 + 2 * layers(p) + contexts(p); }, [](const Parts& p) { return static_cast<int64_t>(p.by_bound); });
+  return out;
+}
+
+template <class T>
+Tensors backward(Tensor dy, const Tensor& dlogabsdet, const Tensors& kept, const std::optional<Tensor>& context, const Maps& maps, bool need_dx) {
+  constexpr int64_t kTogether = 4 << 20;  // bytes of deltas that maps run together may hold
+  const int64_t batch = dy.size(0);
+  std::optional<Tensor> dcontext;
+  std::vector<Tensors> found(maps.parts.size());
+  std::vector<GradientCall<T>> calls;
+  for (size_t i = found.size(); i > 0;) {
+    if (maps.inverse[i - 1]) {
+      --i;
+      const std::optional<Tensor> own = context_of(maps.parts[i], context);
+      check_training(!maps.parts[i].by_bound, "the gradient of an inverse has none by a bound");
+      found[i] = inverse_backward<T>(dy, dlogabsdet, kept[i], own, maps.parts[i], dcontext);
+      dy = found[i][0];
+      if (own) dcontext = found[i][1];
+      continue;
+    }
+    // maps from i down to `first`
+    size_t first = i;
+    double work = 0;
+    for (int64_t bytes = 0; first > 0 && !maps.inverse[first - 1] && (first == i || bytes < kTogether); --first) {
+      const TrainingNetwork<T> net = read_network<T>(maps.parts[first - 1], dy.size(1), dy.scalar_type());
+      work += net.multiply_adds(batch);
+      bytes += net.delta_columns * span_of(batch, static_cast<int64_t>(torch::stable::get_num_threads())) * static_cast<int64_t>(sizeof(T));
+    }
+    const size_t n = i - first;
+    calls.clear();
+    calls.reserve(n);
+    while (i-- > first) {
+      const std::optional<Tensor> own = context_of(maps.parts[i], context);
+      GradientCall<T>& call = calls.emplace_back(dy, dlogabsdet, kept[i], own, maps.parts[i], need_dx || i > 0, threads_for(work), dcontext);
+      set_values(call, kept[i]);
+      dy = call.dx;
+      if (own) dcontext = call.dcontext;
+    }
+    i = first;
+    run_backward<T>(calls);
+    for (size_t k = 0; k < n; ++k) found[first + n - 1 - k] = calls[k].outputs();
+  }
+  return joined(found, maps, dy, dcontext);
+}
+
 Tensors autoregressive_backward(Tensor dy, Tensor dlogabsdet, Tensors kept, std::optional<Tensor> context, Tensors weights, Tensors biases,
                                 Tensors context_weights, Tensors visible, Tensors orders, std::vector<int64_t> activations,
                                 std::vector<int64_t> stages, std::vector<double> scales, std::vector<int64_t> learned, bool need_dx) {
   check_dtype(dy);
+  check_training(dy.dim() == 2, "dy must be a matrix like y");
   Maps maps(weights, biases, context_weights, visible, orders, activations, stages, scales);
   const size_t n = maps.parts.size();
   check_training(kept.size() == n && learned.size() == n, "every map needs its entries in each list");
-  const bool single = dy.scalar_type() == ScalarType::Float;
-  std::optional<Tensor> dcontext;
-  std::vector<Tensors> found(n);
-  for (size_t i = n; i-- > 0;) {
-    Parts& parts = maps.parts[i];
-    parts.by_bound = learned[i] != 0;
-    check_training(kept[i].scalar_type() == dy.scalar_type(), "dy must be of the dtype of y");
-    const std::optional<Tensor> own = context_of(parts, context);
-    if (maps.inverse[i]) {
-      check_training(!parts.by_bound, "the gradient of an inverse has none by a bound");
-      found[i] = (single ? inverse_backward<float> : inverse_backward<double>)(dy, dlogabsdet, kept[i], own, parts, dcontext);
-    } else {
-      found[i] = (single ? backward<float> : backward<double>)(dy, dlogabsdet, kept[i], own, parts, need_dx || i > 0, dcontext);
-    }
-    dy = found[i][0];
-    if (own) dcontext = found[i][1];
+  for (size_t i = 0; i < n; ++i) {
+    check_training(kept[i].scalar_type() == dy.scalar_type() && kept[i].is_cpu(), "dy must be of the dtype of y");
+    maps.parts[i].by_bound = learned[i] != 0;
   }
-  Tensors out{dy, dcontext ? *dcontext : empty(dy, {0, 0})};
-  const auto append = [&](auto begin, auto count) {  // of each map's gradients
-    for (size_t i = 0; i < n; ++i) out.insert(out.end(), found[i].begin() + begin(i), found[i].begin() + begin(i) + count(i));
-  };
-  const auto layers = [&](size_t i) { return static_cast<int64_t>(maps.parts[i].weights.size()); };
-  append([&](size_t) { return int64_t(2); }, layers);
-  append([&](size_t i) { return 2 + layers(i); }, layers);
-  append([&](size_t i) { return 2 + 2 * layers(i); }, [&](size_t i) { return static_cast<int64_t>(maps.parts[i].context_weights.size()); });
-  append([&](size_t i) { return static_cast<int64_t>(found[i].size()) - learned[i]; }, [&](size_t i) { return learned[i]; });
-  return out;
+  return (dy.scalar_type() == ScalarType::Float ? backward<float> : backward<double>)(dy, dlogabsdet, kept, context, maps, need_dx);
 }
 
 Tensors autoregressive_inverse_backward(Tensor dx, Tensor dlogabsdet, Tensor x, std::optional<Tensor> context, Tensors weights, Tensors biases,

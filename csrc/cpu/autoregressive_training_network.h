@@ -113,10 +113,13 @@ class TrainingNetwork {
 
   int64_t input_offset(size_t l) const { return l == 0 ? 0 : layers[l - 1].offset; }
 
+  // of a forward pass; what is done for each value besides, activations and maps among it, counts as so many
   double multiply_adds(int64_t batch) const {
-    double pairs = 0;
+    constexpr int64_t kForEachValue = 32;
+    double pairs = static_cast<double>(kForEachValue * features);
     for (const TrainingLayer<T>& layer : layers)
-      pairs += seen_pairs(layer.visible, layer.outputs) + static_cast<double>(layer.context_weight ? layer.outputs * contexts : 0);
+      pairs += seen_pairs(layer.visible, layer.outputs) +
+               static_cast<double>(layer.outputs * (kForEachValue + (layer.context_weight ? contexts : 0)));
     return pairs * static_cast<double>(batch);
   }
 

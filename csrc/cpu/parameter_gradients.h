@@ -35,8 +35,9 @@ class ParameterGradients {
     make_tasks(threads);
   }
 
-  // Adds those of the next rows: a multiple of kChunkRows of them, but for the last.
-  void add(const TrainingArgs<T>& args, Rows<T> context) {
+  // The next rows, a multiple of kChunkRows of them but for the last, are added in three calls: set_rows, add_share for each thread, which
+  // may run at the same time, and finish_rows.
+  void set_rows(const TrainingArgs<T>& args, Rows<T> context) {
     for (Product& product : products_) {
       MaskedLinearArgs<T>& p = product.args;
       p.batch = args.batch;
@@ -46,7 +47,13 @@ class ParameterGradients {
       p.dy_ld = args.deltas_ld;
       p.finish.accumulate = begun_;
     }
-    run_shares(shares_, [&](int64_t i) { run(tasks_[i], args); });
+  }
+
+  void add_share(int64_t share, const TrainingArgs<T>& args) {
+    for (int64_t task : shares_[share]) run(tasks_[task], args);
+  }
+
+  void finish_rows(const TrainingArgs<T>& args) {
     for (Tensor& bound : bound_)
       FK_DISPATCH(sum_rows<T>(args.deltas + args.by_bound, args.deltas_ld, args.batch, int64_t(1), begun_, static_cast<T*>(bound.mutable_data_ptr())));
     begun_ = true;
