@@ -87,6 +87,7 @@ TrainingArgs<T> training_args(const TrainingNetwork<T>& net, int64_t batch, Scal
   args.batch = batch;
   args.features = net.features;
   args.order = net.order;
+  args.order_kind = net.order_kind;
   args.scale = scale;
   args.form = form;
   args.values_ld = net.columns;

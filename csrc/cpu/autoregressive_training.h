@@ -11,6 +11,9 @@
 
 namespace flowkernels {
 
+// Two orders that most networks have, and that need no look at each number
+enum class OrderKind { any, ascending, descending };
+
 template <class T>
 struct TrainingArgs {
   const MaskedLinearArgs<T>* layers;    // forward products in turn, or those of dx from the last layer to the first
@@ -18,6 +21,7 @@ struct TrainingArgs {
   int n_layers;
   int64_t batch, features;
   const int64_t* order;  // feature generated k-th; null for 0, 1, 2, ...
+  OrderKind order_kind;
   ScaleMapParams scale;
   Form form;
   T *values, *deltas;

@@ -31,11 +31,34 @@ void split_outputs(const T* outputs, const OutputColumns& columns, int64_t featu
   }
 }
 
+// to[k] = the feature generated k-th of a row whose features are `column` apart
+template <class T>
+FK_INLINE void to_order(const TrainingArgs<T>& args, const T* from, int64_t column, T* to) {
+  const int64_t D = args.features;
+  if (column == 1 && args.order_kind == OrderKind::ascending)
+    for (int64_t p = 0; p < D; ++p) to[p] = from[p];
+  else if (column == 1 && args.order_kind == OrderKind::descending)
+    for (int64_t p = 0; p < D; ++p) to[p] = from[D - 1 - p];
+  else
+    for (int64_t p = 0; p < D; ++p) to[p] = from[(args.order ? args.order[p] : p) * column];
+}
+
+// and back, into a contiguous row
+template <class T>
+FK_INLINE void from_order(const TrainingArgs<T>& args, const T* from, T* to) {
+  const int64_t D = args.features;
+  if (args.order_kind == OrderKind::ascending)
+    for (int64_t p = 0; p < D; ++p) to[p] = from[p];
+  else if (args.order_kind == OrderKind::descending)
+    for (int64_t p = 0; p < D; ++p) to[D - 1 - p] = from[p];
+  else
+    for (int64_t p = 0; p < D; ++p) to[args.order[p]] = from[p];
+}
+
 template <class T>
 void training_forward(const TrainingArgs<T>& args, int64_t r0, int64_t r1, T* scratch) {
   const int64_t D = args.features, padded = padded_features<T>(D), passing = args.output_columns.passing;
-  for (int64_t r = r0; r < r1; ++r)
-    for (int64_t p = 0; p < D; ++p) args.values[r * args.values_ld + p] = args.x[r * args.x_row + (args.order ? args.order[p] : p) * args.x_column];
+  for (int64_t r = r0; r < r1; ++r) to_order(args, args.x + r * args.x_row, args.x_column, args.values + r * args.values_ld);
   for (int l = 0; l < args.n_layers; ++l) {
     if (args.contexts) masked_linear_forward(args.contexts[l], r0, r1, int64_t(0), args.contexts[l].outputs, scratch);
     masked_linear_forward(args.layers[l], r0, r1, int64_t(0), args.layers[l].outputs, scratch);
@@ -62,7 +85,7 @@ void training_forward(const TrainingArgs<T>& args, int64_t r0, int64_t r1, T* sc
       for (int64_t p = chunk + 1; p < smaller(chunk + kLogTerms, D); ++p) sum += row.b[p];
       total += sum;
     }
-    for (int64_t p = 0; p < D; ++p) y[args.order ? args.order[p] : p] = row.a[p];
+    from_order(args, row.a, y);
     args.logabsdet[r] = args.adds_log ? args.logabsdet[r] + total : total;
   }
 }
@@ -88,7 +111,7 @@ void training_backward(const TrainingArgs<T>& args, bool need_dx, int64_t r0, in
     const T* values = args.values + r * args.values_ld;
     T *deltas = args.deltas + r * args.deltas_ld, *outputs = deltas + args.outputs;
     split_outputs(values + args.outputs, columns, D, row);
-    for (int64_t p = 0; p < D; ++p) row.a[p] = args.dy[r * args.dy_row + (args.order ? args.order[p] : p) * args.dy_column];
+    to_order(args, args.dy + r * args.dy_row, args.dy_column, row.a);
     const Vec<T> c = broadcast<T>(args.dlogabsdet[r * args.dlogabsdet_step]);
     const int64_t begin = columns.passing / lanes<T> * lanes<T>;
     if (args.by_bound >= 0) {
@@ -123,8 +146,7 @@ void training_backward(const TrainingArgs<T>& args, bool need_dx, int64_t r0, in
     if (need_dx || l + 1 < args.n_layers) masked_linear_dx(args.layers[l], r0, r1, int64_t(0), args.layers[l].inputs, scratch);
   }
   if (!need_dx) return;
-  for (int64_t r = r0; r < r1; ++r)
-    for (int64_t p = 0; p < D; ++p) args.dx[r * D + (args.order ? args.order[p] : p)] = args.deltas[r * args.deltas_ld + p];
+  for (int64_t r = r0; r < r1; ++r) from_order(args, args.deltas + r * args.deltas_ld, args.dx + r * D);
 }
 
 template <class T>

@@ -46,6 +46,7 @@ class TrainingNetwork {
  public:
   std::vector<TrainingLayer<T>> layers;
   const int64_t* order = nullptr;
+  OrderKind order_kind = OrderKind::ascending;
   int64_t features = 0, contexts = 0, delta_columns = 0, columns = 0;
   OutputColumns output_columns;
   ScalarType dtype;
@@ -93,7 +94,13 @@ class TrainingNetwork {
     columns = offset;
     if (order_) {
       order = static_cast<const int64_t*>(vector(*order_, features, ScalarType::Long));
-      for (int64_t p = 0; p < features; ++p) check_training(order[p] >= 0 && order[p] < features, "order must be a permutation");
+      bool ascending = true, descending = true;
+      for (int64_t p = 0; p < features; ++p) {
+        check_training(order[p] >= 0 && order[p] < features, "order must be a permutation");
+        ascending &= order[p] == p;
+        descending &= order[p] == features - 1 - p;
+      }
+      order_kind = ascending ? OrderKind::ascending : descending ? OrderKind::descending : OrderKind::any;
     }
   }
 

@@ -48,19 +48,17 @@ void pack(const T* weight, int64_t ld, const Panel<T>& p) {
 // outputs are rows of the weight, which see the terms from their limit on
 template <class T>
 void pack_transposed(const T* weight, int64_t ld, const Panel<T>& p) {
-  for (int64_t i = 0; i < kPanel<T>; i += lanes<T>) {
-    for (int64_t k = p.k0; k < p.k1;) {
+  for (int64_t i = 0; i < p.n; i += lanes<T>) {
+    const int64_t outputs = smaller(lanes<T>, p.n - i), everyone = p.limits[i + outputs - 1];
+    for (int64_t k = p.k0; k < p.k1; k += lanes<T>) {
+      const int64_t terms = smaller(lanes<T>, p.k1 - k);
+      Vec<T> block[lanes<T>];
+      for (int l = 0; l < lanes<T>; ++l) block[l] = l < outputs ? load_some(weight + (i + l) * ld + k, terms) : zero<T>();
+      if (k < everyone)
+        for (int l = 0; l < outputs; ++l) block[l] = select(iota<T>() < static_cast<int>(p.limits[i + l] - k), zero<T>(), block[l]);
+      transpose(block);
       T* to = p.data + (k - p.k0) * kPanel<T> + i;
-      if (i + lanes<T> <= p.n && k + lanes<T> <= p.k1 && p.limits[i + lanes<T> - 1] <= k) {
-        Vec<T> block[lanes<T>];
-        for (int l = 0; l < lanes<T>; ++l) block[l] = load(weight + (i + l) * ld + k);
-        transpose(block);
-        for (int l = 0; l < lanes<T>; ++l) store(to + l * kPanel<T>, block[l]);
-        k += lanes<T>;
-      } else {
-        for (int l = 0; l < lanes<T>; ++l) to[l] = i + l < p.n && k >= p.limits[i + l] ? weight[(i + l) * ld + k] : T(0);
-        ++k;
-      }
+      for (int l = 0; l < terms; ++l) store(to + l * kPanel<T>, block[l]);
     }
   }
 }
