@@ -86,6 +86,9 @@ class AdditiveCoupling(_Coupling):
 
         z = x + shift on the transformed part,   shift = conditioner(untouched part, context);   z = x on the rest
 
+    With a `layers.MLP` as conditioner of vectors on a CPU, network and coupling are one kernel, in both directions and with gradients of
+    the forward one, and a `Chain` of such layers is one call.
+
     Args:
         conditioner: any module. It is called with the untouched part, and the context where there is one, and returns the shift,
             [batch, transformed channels, *sites]. For a checkerboard it sees all of x with the transformed sites zeroed, and what it
@@ -116,6 +119,9 @@ class AffineCoupling(_Coupling):
     """Affine coupling (RealNVP, Dinh et al. 2016, section 3.2; Glow, Kingma and Dhariwal 2018, section 3.3), in one kernel.
 
         z = x * sigma(s) + shift on the transformed part,   (shift, s) = conditioner(untouched part, context);   z = x on the rest
+
+    With a `layers.MLP` as conditioner of vectors on a CPU and `interleaved`, network and coupling are one kernel, in both directions and
+    with gradients of the forward one, and a `Chain` of such layers is one call.
 
     Args:
         conditioner: any module. It is called with the untouched part, and the context where there is one, and returns shift and raw

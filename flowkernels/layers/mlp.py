@@ -40,7 +40,8 @@ class Dense(nn.Module):
 class MLP(nn.Module):
     """ReLU network with a linear output; the context joins its input.
 
-    On a CPU, couplings of vectors run it inside their own kernel (`layers.AffineCoupling`).
+    On a CPU, couplings of vectors run it inside their own kernel (`layers.AffineCoupling`), unless its weights are so large that BLAS is
+    faster.
 
     Args:
         features: width of x.

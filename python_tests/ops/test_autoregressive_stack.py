@@ -8,6 +8,7 @@ import torch
 from flowkernels import backend
 from flowkernels.ops import Conditioner, Form, Map, ScaleMap, autoregressive, autoregressive_stack
 from flowkernels.ops.autoregressive.loop import Lists, stack_op
+from flowkernels.ops.autoregressive.training import _inverses_one_by_one
 from python_tests.battery import Example, OpBattery, assert_same_bits, with_grad
 from python_tests.ops.test_autoregressive import GATED, RESIDUAL, example
 
@@ -112,6 +113,49 @@ def test_the_gradient_is_that_of_the_maps_one_by_one(batch):
     with backend("reference"):
         want = torch.autograd.grad(weigh(*one_by_one(x, maps, context)), inputs)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("batch", [0, 3, 130, 700])
+def test_forward_maps_together_are_the_maps_one_by_one(batch):
+    """Those with few deltas share their parallel regions, those with many do not; one takes no context, and it may be the last."""
+    for widths in ((7, 6), (900, 300)):
+        makers = [
+            example(5, widths, context=2),
+            example(5, (20,), order=(4, 0, 3, 1, 2)),
+            example(5, (9,), order=(4, 3, 2, 1, 0), context=2),
+        ]
+        made = [maker(batch, torch.float64) for maker in makers]
+        for order in ((0, 1, 2), (0, 2, 1)):
+            parameters = [with_grad(p.parameters) for p in made]
+            maps = []
+            for i in order:
+                _, _, weights, biases, contexts, _, visible, generated, activations, *_ = made[i].schema(made[i].rows, parameters[i])
+                network = Conditioner(weights, biases, visible, activations, contexts, generated)
+                maps.append(Map(network, ScaleMap.softclip(), Form.SCALE_SHIFT))
+            x, context = with_grad(made[0].rows)
+            inputs = [x, context, *itertools.chain(*parameters)]
+            weigh = lambda y, logabsdet: (y.sin().sum() + logabsdet.square().sum(),)
+            got = autoregressive_stack(x, maps, context)
+            want = one_by_one(x, maps, context)
+            assert_same_bits(got[:1], want[:1])
+            got, want = (torch.autograd.grad(weigh(*outputs), inputs) for outputs in (got, want))
+            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("batch", [3, 37])
+def test_gradient_by_one_inverse_after_another_is_that_of_the_op(batch):
+    """What a GPU runs, whose kernel takes one map."""
+    x, context, maps, _ = three_inverses(batch, torch.float64)
+    lists = Lists.of(maps)
+    with torch.no_grad():
+        y, _, between = stack_op(x, context, *lists, True)
+        kept = [*between.unbind(), y]
+        weights, biases, contexts, _, visible, orders, _, activations, _, stages, scales = lists
+        network = weights, biases, contexts, visible, orders, activations, stages, scales, [0, 0, 0], True
+        arguments = torch.randn_like(y), torch.randn_like(y[:, 0]), kept, context, *network
+        torch.testing.assert_close(
+            _inverses_one_by_one(*arguments), torch.ops.flowkernels.autoregressive_backward(*arguments), rtol=1e-11, atol=1e-11
+        )
 
 
 def test_half_precision_goes_map_by_map():
