@@ -238,7 +238,7 @@ class LoopNetwork {
 
   const T* matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t& ld, const char* name) {
     check(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && fits(t, like_.scalar_type()), name, " does not fit its layer");
-    kept_.push_back(rows <= 1 || columns <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t));
+    kept_.push_back(columns <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t));
     ld = kept_.back().stride(0);
     return static_cast<const T*>(kept_.back().const_data_ptr());
   }

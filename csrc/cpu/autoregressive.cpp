@@ -176,7 +176,7 @@ struct Map {
     args.inverse = inverse;
     const int64_t outputs = network.layers.back().outputs;
     args.output_columns = OutputColumns(outputs, features, scale.kind);
-    check(order || args.output_columns.passing == 0, "x does not have the network's features");
+    check(order || (args.output_columns.passing == 0 && args.output_columns.each == 2), "x does not have the network's features");
     check(args.output_columns.fit(outputs, features), "the last layer must give shift and raw scale of each feature that does not pass");
     check(scale.kind != static_cast<int>(ScaleKind::unit) || form != static_cast<int>(Form::gate), "a gate needs a scale");
     ends = make_schedule(args.layers, args.n_layers, features, args.output_columns, inverse);

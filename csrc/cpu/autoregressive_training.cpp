@@ -395,6 +395,7 @@ class Maps {
     for (size_t i = 0; i < n; ++i) {
       const Stage stage(stages, i);
       check_training(stage.wired == 0 && stage.context_biases == 0, "networks must be plain chains");
+      check_training(stage.scale_kind != static_cast<int64_t>(ScaleKind::unit) || stage.form != static_cast<int64_t>(Form::gate), "a gate needs a scale");
       const ScaleMapParams scale{static_cast<int>(stage.scale_kind), scales[2 * i], scales[2 * i + 1]};
       parts.push_back({w.next(stage.layers), b.next(stage.layers), c.next(stage.contexts), v.next(stage.layers), &orders[i], a.next(stage.layers), scale,
                        static_cast<Form>(stage.form)});

@@ -6,8 +6,8 @@ namespace FK_TARGET {
 
 constexpr int64_t kLogTerms = 16;  // log-derivatives are summed in chunks, as inputs are
 
-// shift and raw scale of each feature lie side by side; the scratch holds [shift | raw | a | b], each `padded` long. What belongs to
-// features that pass is 0 and stays so.
+// shift and raw scale of each feature lie side by side; the scratch holds [shift | raw | a | b], each `padded` long. Shift and raw scale of
+// features that pass are 0 before each row.
 template <class T>
 struct FeatureRow {
   T *shift, *raw, *a, *b;

@@ -95,8 +95,10 @@ class TrainingNetwork {
     if (order_) {
       order = static_cast<const int64_t*>(vector(*order_, features, ScalarType::Long));
       bool ascending = true, descending = true;
+      std::vector<bool> seen(features);
       for (int64_t p = 0; p < features; ++p) {
-        check_training(order[p] >= 0 && order[p] < features, "order must be a permutation");
+        check_training(order[p] >= 0 && order[p] < features && !seen[order[p]], "order must be a permutation");
+        seen[order[p]] = true;
         ascending &= order[p] == p;
         descending &= order[p] == features - 1 - p;
       }

@@ -13,9 +13,9 @@ namespace flowkernels {
 // asks first: the call of contiguous itself goes through the dispatcher
 inline torch::stable::Tensor made_contiguous(const torch::stable::Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-// a matrix whose rows are contiguous
+// a matrix whose rows are contiguous, also where there is one row alone
 inline torch::stable::Tensor rows_contiguous(const torch::stable::Tensor& t) {
-  return t.size(0) <= 1 || t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
 }
 
 inline std::vector<int64_t> sizes_of(const torch::stable::Tensor& t) {

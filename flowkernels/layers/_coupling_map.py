@@ -32,6 +32,8 @@ def coupling_map(
     if not (
         is_plain(conditioner, MLP)
         and _COMPILED
+        and type(x) in (Tensor, nn.Parameter)  # a fake one's shapes must not stay in the caches below
+        and not has_global_hooks()
         and x.dim() == 2
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
@@ -53,7 +55,7 @@ def coupling_map(
             context_weights.append(parameters["context_weight"])
     features = x.shape[1]
     count = part.count(features)
-    if weights[0].shape[0] != features - count or weights[-1].shape[1] != count * (1 if scale is UNIT else 2) or count == features:
+    if weights[0].shape[0] != features - count or weights[-1].shape[1] != count * (1 if scale is UNIT else 2) or not 0 < count < features:
         return None
     learned = [] if scale_parameter is None else [scale_parameter]
     tensors = (*weights, *biases, *context_weights, *learned)
@@ -73,21 +75,28 @@ def coupling_map(
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of the layer does what its class says, and nothing more: neither a subclass nor hooks."""
-    return type(layer) is kind and not layer._forward_hooks and not layer._forward_pre_hooks
+    if type(layer) is not kind or layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
+        return False
+    return not (layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def has_global_hooks() -> bool:
+    """Whether somebody watches the calls of all modules."""
+    return torch.nn.modules.module._has_any_global_hook()
 
 
 @lru_cache
 def _whole(inputs: int, outputs: int) -> Tensor:
     """The staircase of a layer without a mask."""
     with torch.inference_mode(False):
-        return torch.full((outputs,), inputs, dtype=torch.int32)
+        return torch.full((outputs,), inputs, dtype=torch.int32, device="cpu")
 
 
 @lru_cache
 def _order(part: Part, features: int) -> Tensor:
     """The features that pass, then those that are transformed."""
     with torch.inference_mode(False):
-        index = torch.arange(features)[None]
+        index = torch.arange(features, device="cpu")[None]
         return torch.cat([part.untouched(index), part.transformed(index)], 1)[0]
 
 

@@ -1,58 +1,53 @@
 """Runs of autoregressive layers and of couplings of vectors, with the permutations and normalisations between them, as one call of
 `ops.autoregressive_stack`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import Map, autoregressive_stack
-from ._coupling_map import is_plain
+from ._coupling_map import has_global_hooks, is_plain
 from .batch_norm import FlowBatchNorm, evaluation_affines
 from .coupling import AdditiveCoupling, AffineCoupling
 from .inverse import Inverse
 from .masked_autoregressive import MaskedAutoregressive
 from .permute import Permute
 
-
-def run(layers: Iterable[nn.Module], x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Apply layers in the order given, all forward or all inverse: the result, and the sum of their log|det|s."""
-    total = None
-    for group in _groups(layers, x, inverse):
-        if len(group) == 1:
-            layer, own = group[0]
-            if own is None:
-                x, logabsdet = (layer.inverse if inverse else layer)(x, context)
-            else:
-                x, logabsdet = autoregressive_stack(x, [own], context)
-        else:
-            x, logabsdet = _run_stack(group, x, context, inverse)
-        total = logabsdet if total is None else total + logabsdet
-    return x, total
-
-
 _Part = tuple[nn.Module, Map | None]  # a layer, and the map that it is where it can be one
 
 
-def _groups(layers: Iterable[nn.Module], x: Tensor, inverse: bool) -> list[list[_Part]]:
-    """Layers that run together. Each group but those of one layer begins and ends with a map."""
-    groups: list[list[_Part]] = []
-    gap: list[_Part] = []  # what has come since the last map, if it may stand between two of them
-    open_ = False
+def run(layers: Iterable[nn.Module], x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Apply layers in the order given, all forward or all inverse: the result, and the sum of their log|det|s."""
+    together = not has_global_hooks()
+    total = None
+    group: list[_Part] = []  # layers that run together: the first and the last are maps
+    gap: list[_Part] = []  # what has come since, if it may stand between two maps
+
+    def apply(call: Callable[..., tuple[Tensor, Tensor]], *args) -> None:
+        nonlocal x, total
+        x, logabsdet = call(x, context, *args)
+        total = logabsdet if total is None else total + logabsdet
+
+    def apply_all() -> None:
+        if group:
+            apply(_run_stack, group, inverse)
+        for layer, _ in gap:
+            apply(layer.inverse if inverse else layer)
+
     for layer in layers:
-        own = _as_map(layer, x, inverse)
+        own = _as_map(layer, x, inverse) if together else None  # no map changes what it needs to know of x
         if own is not None:
-            if open_:
-                groups[-1] += [*gap, (layer, own)]
-            else:
-                groups.append([(layer, own)])
-            gap, open_ = [], True
-        elif open_ and _may_stand_between(layer, gap, inverse):
+            group += [*gap, (layer, own)]
+            gap = []
+        elif group and _may_stand_between(layer, gap, x, inverse):
             gap.append((layer, None))
         else:
-            groups += [[part] for part in (*gap, (layer, None))]
-            gap, open_ = [], False
-    return groups + [[part] for part in gap]
+            apply_all()
+            group, gap = [], []
+            apply(layer.inverse if inverse else layer)
+    apply_all()
+    return x, total
 
 
 def _as_map(layer: nn.Module, x: Tensor, inverse: bool) -> Map | None:
@@ -65,13 +60,14 @@ def _as_map(layer: nn.Module, x: Tensor, inverse: bool) -> Map | None:
     return None
 
 
-def _may_stand_between(layer: nn.Module, gap: Sequence[_Part], inverse: bool) -> bool:
+def _may_stand_between(layer: nn.Module, gap: Sequence[_Part], x: Tensor, inverse: bool) -> bool:
     if is_plain(layer, FlowBatchNorm):
-        return (inverse or not layer.training) and not any(isinstance(other, FlowBatchNorm) for other, _ in gap)
+        fits = x.dim() == 2 and x.shape[1] == layer.features
+        return fits and (inverse or not layer.training) and not any(isinstance(other, FlowBatchNorm) for other, _ in gap)
     return is_plain(layer, Permute)
 
 
-def _run_stack(group: Sequence[_Part], x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+def _run_stack(x: Tensor, context: Tensor | None, group: Sequence[_Part], inverse: bool) -> tuple[Tensor, Tensor]:
     maps: list[Map] = []
     norms = [layer for layer, _ in group if isinstance(layer, FlowBatchNorm)]
     affines, constant = evaluation_affines(norms, inverse=inverse) if norms else (None, None)

@@ -30,7 +30,16 @@ class Dense(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         y = F.linear(x, self.weight.t(), self.bias)
-        return y if context is None else y + context @ self.context_weight
+        if self.context_weight is None:
+            if context is not None:
+                raise ValueError(f"context was given, {list(context.shape)}, but the network takes none")
+            return y
+        if context is None:
+            raise ValueError(f"context is missing: the network takes [batch, {self.context_weight.shape[0]}]")
+        wanted = (*x.shape[:-1], self.context_weight.shape[0])
+        if context.shape != wanted:
+            raise ValueError(f"context must have shape {list(wanted)}, one row per row of x; got {list(context.shape)}")
+        return y + context @ self.context_weight
 
     def extra_repr(self) -> str:
         contexts = 0 if self.context_weight is None else len(self.context_weight)

@@ -11,7 +11,17 @@ import flowkernels.layers._coupling_map as coupling_map
 import flowkernels.layers._stack as stack
 from flowkernels import ScaleMap, backend
 from flowkernels.flows import NICE, RealNVP
-from flowkernels.layers import MLP, AdditiveCoupling, AffineCoupling, Chain, FlowBatchNorm, Inverse, MaskedAutoregressive, Permute
+from flowkernels.layers import (
+    MLP,
+    AdditiveCoupling,
+    AffineCoupling,
+    Chain,
+    FlowBatchNorm,
+    Inverse,
+    MaskedAutoregressive,
+    Permute,
+    Reshape,
+)
 from flowkernels.ops import parse_part
 
 KINDS = {
@@ -84,7 +94,21 @@ def test_a_gradient_of_the_inverse_goes_through_the_parts():
 
 
 @pytest.mark.parametrize(
-    "change", ["hook", "hook of a layer", "subclass", "parametrization", "half", "reference", "blocked", "image", "large"]
+    "change",
+    [
+        "hook",
+        "backward hook",
+        "global hook",
+        "own forward",
+        "hook of a layer",
+        "subclass",
+        "parametrization",
+        "half",
+        "reference",
+        "blocked",
+        "image",
+        "large",
+    ],
 )
 def test_what_others_have_to_see_is_made_of_parts(change):
     layer, x = coupling("softclip", 6, "second_half"), torch.randn(20, 6)
@@ -93,6 +117,13 @@ def test_what_others_have_to_see_is_made_of_parts(change):
     seen = []
     if change == "hook":
         layer.conditioner.register_forward_hook(lambda *_: seen.append(1))
+    elif change == "backward hook":
+        layer.conditioner.register_full_backward_hook(lambda *_: seen.append(1))
+    elif change == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+    elif change == "own forward":
+        forward = layer.conditioner.forward
+        layer.conditioner.forward = lambda *a: seen.append(1) or forward(*a)
     elif change == "hook of a layer":
         layer.conditioner.layers[1].register_forward_pre_hook(lambda *_: seen.append(1))
     elif change == "subclass":
@@ -118,6 +149,13 @@ def test_what_others_have_to_see_is_made_of_parts(change):
             assert layer.as_map(x[:8], inverse=False) is not None  # few rows, where reading the weights is all there is
     assert layer.as_map(x, inverse=False) is None
     got = layer(x)
+    if change == "backward hook":
+        got[0].sum().backward()
+    if change == "global hook":
+        seen.clear()
+        Chain([MaskedAutoregressive(6, (8,)), layer])(x)
+        handle.remove()
+        assert len(seen) > 2
     if change not in ("half", "blocked", "large"):
         assert seen and all(torch.allclose(g, w, rtol=1e-4, atol=1e-5) for g, w in zip(got, want, strict=True))
 
@@ -134,6 +172,66 @@ def test_bad_input_is_told_alike():
     ):
         with pytest.raises((ValueError, RuntimeError), match=message):
             call()
+
+
+@pytest.mark.parametrize("way", ["reference", "large", "gradient of the inverse"])
+def test_bad_contexts_are_told_by_the_parts_too(way):
+    hidden = (1000, 1000) if way == "large" else (9,)
+    plain, taking = coupling("softclip", 6, "odd", hidden=hidden), coupling("softclip", 6, "odd", context=2, hidden=hidden)
+    x = torch.randn(20, 6)
+    with backend("reference" if way == "reference" else "auto"):
+        for layer, context, message in (
+            (plain, torch.randn(20, 2), r"context was given, \[20, 2\], but the network takes none"),
+            (taking, None, r"context is missing: the network takes \[batch, 2\]"),
+            (taking, torch.randn(1, 2), r"context must have shape \[20, 2\], one row per row of x; got \[1, 2\]"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                (layer.inverse if way == "gradient of the inverse" else layer)(x, context)
+
+
+def test_caches_do_not_keep_what_a_device_context_makes():
+    for features in (8, 9):  # sizes that no other test has
+        layer = coupling("softclip", features, "odd", hidden=(features + 20,))
+        x = torch.randn(3, features)
+        with torch.device("meta"):
+            inside = layer(x)
+        with in_parts():
+            want = layer(x)
+        torch.testing.assert_close(inside, want)
+        torch.testing.assert_close(layer(x), want)
+
+
+def test_a_layer_that_changes_the_shape_comes_first():
+    chain = Chain([Reshape((4,), (2, 2)), AdditiveCoupling(MLP(2, (8,), 2), part="second_half")])
+    assert chain.layers[1].as_map(torch.randn(5, 4), inverse=False) is not None
+    assert chain(torch.randn(5, 4))[0].shape == (5, 2, 2)
+    flow, x = NICE((1, 2, 3), hidden_features=(9,)), torch.randn(5, 1, 2, 3)
+    with in_parts():
+        want = flow(x)
+    torch.testing.assert_close(flow(x), want)
+
+
+def test_a_gradient_of_a_gradient_counts_every_path_once():
+    """Networks that two layers share, and contexts that depend on what is mapped."""
+    torch.manual_seed(0)
+    first = coupling("learned", 4, "odd", context=3).double()
+    second = AffineCoupling(first.conditioner, part="even", interleaved=True, form="divide").double()
+    made = MaskedAutoregressive(4, (9,), context_features=3).double()
+    x, c = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    for layers in ([first, second], [made, made], [first, made]):
+        chain = Chain(layers)
+        inputs = [x.requires_grad_(), c.requires_grad_(), *dict.fromkeys(chain.parameters())]
+
+        def gradients(create, chain=chain, inputs=inputs):
+            y, a = chain(x, c + x[:, :3])
+            z, b = chain.layers[0](y, c)
+            loss = y.sin().sum() + z.cos().sum() + (a * b).sum()
+            return torch.autograd.grad(loss, inputs, create_graph=create)
+
+        want = gradients(False)
+        torch.testing.assert_close(gradients(True), want, rtol=1e-10, atol=1e-11)
+        with in_parts():
+            torch.testing.assert_close(gradients(True), want, rtol=1e-10, atol=1e-11)
 
 
 def flows():

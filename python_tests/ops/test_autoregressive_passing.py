@@ -188,6 +188,23 @@ class TestBadInput:
         with torch.no_grad(), pytest.raises(RuntimeError, match="the network is not autoregressive"):
             autoregressive(torch.zeros(2, 5), network, inverse=True)
 
+    def test_an_additive_map_without_an_order(self):
+        network = self.network(ScaleMap.unit())._replace(order=None)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"order is missing|x must have shape"):
+                autoregressive(torch.zeros(2, 3).requires_grad_(grad), network, scale=ScaleMap.unit())
+
+    def test_a_learned_scale_of_another_dtype(self):
+        scale = PoweredMap(TANH, torch.ones(1, dtype=torch.float64, requires_grad=True))
+        with pytest.raises(ValueError, match=r"a learned scale must be torch.float32, like the weights; got torch.float64"):
+            autoregressive(torch.zeros(2, 5), self.network(), scale=scale)
+
+    def test_a_gate_without_a_scale_in_a_stack(self):
+        maps = [Map(self.network(ScaleMap.unit()), ScaleMap.unit(), Form.GATE)]
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="form must not be 'gate' where sigma is 1"):
+                autoregressive_stack(torch.zeros(2, 5).requires_grad_(grad), maps)
+
     def test_scales_that_do_not_go_together(self):
         with pytest.raises(ValueError, match="form must not be 'gate' where sigma is 1"):
             autoregressive(torch.zeros(2, 5), self.network(ScaleMap.unit()), scale=ScaleMap.unit(), form="gate")

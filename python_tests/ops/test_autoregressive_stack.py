@@ -158,6 +158,37 @@ def test_gradient_by_one_inverse_after_another_is_that_of_the_op(batch):
         )
 
 
+def test_rows_that_lie_apart():
+    """One row of a matrix whose elements are not neighbours, and a tensor that is one element seen often."""
+    made = example(4, (6,), context=3)(1, torch.float32)
+    x, _ = made.rows
+    _, _, weights, biases, contexts, _, visible, _, activations, *_ = made.schema(made.rows, made.parameters)
+    network = Conditioner(weights, biases, visible, activations, contexts)
+    for context in (torch.randn(1, 6)[:, ::2], torch.full((1, 1), 2.0).expand(1, 3)):
+        want = autoregressive(x, network, context.contiguous())
+        torch.testing.assert_close(autoregressive(x, network, context), want)
+        torch.testing.assert_close(autoregressive(x.clone().requires_grad_(), network, context), want)
+
+
+def test_weights_on_another_device_are_refused():
+    x, context, maps, _ = three_inverses(6)
+    networks = (m.conditioner for m in maps)
+    on_meta = [m._replace(conditioner=n._replace(weights=[w.to("meta") for w in n.weights])) for m, n in zip(maps, networks, strict=True)]
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="x must be on meta, like the weights; got cpu"):
+            autoregressive_stack(x, on_meta, context)
+
+
+def test_backward_op_is_what_it_says():
+    _, context, maps, _ = three_inverses(5, torch.float64)
+    weights, biases, contexts, _, visible, orders, _, activations, _, stages, scales = Lists.of(maps)
+    lists = [[t.detach() for t in tensors] for tensors in (weights, biases, contexts, visible, orders)]
+    dy, kept = torch.randn(5, 5, dtype=torch.float64), [torch.randn(5, 5, dtype=torch.float64) for _ in maps]
+    for need_dx in (False, True):
+        arguments = dy, dy[:, 0], kept, context.detach(), *lists, activations, stages, scales, [0, 0, 0], need_dx
+        torch.library.opcheck(torch.ops.flowkernels.autoregressive_backward.default, arguments, test_utils="test_faketensor")
+
+
 def test_half_precision_goes_map_by_map():
     x, context, maps, _ = three_inverses(6)
     with torch.no_grad():
@@ -175,5 +206,6 @@ def test_bad_input():
         with torch.set_grad_enabled(grad):
             with pytest.raises(ValueError, match=r"context is missing: the network takes \[batch, 2\]"):
                 autoregressive_stack(x, maps)
-            with pytest.raises(ValueError, match="no network takes one"):
-                autoregressive_stack(x, maps[1:2], context)
+            for name in ("auto", "reference"):
+                with backend(name), pytest.raises(ValueError, match="no network takes one"):
+                    autoregressive_stack(x, maps[1:2], context)

@@ -124,6 +124,8 @@ class Conditioner(NamedTuple):
     def passing(self, scale: ScaleMap | PoweredMap) -> int:
         """How many features, the first in the order of generation, pass unchanged."""
         outputs, each = self.visible[-1].shape[0], 1 if scale.kind == ScaleKind.UNIT else 2
+        if self.order is None and each == 1:
+            raise ValueError("order is missing: a network that gives shifts alone names the order of its features")
         passing = self.features - outputs // each
         if outputs % each or passing < 0:
             what = "the shift" if each == 1 else "shift and raw scale"

@@ -133,5 +133,9 @@ def check_outputs(conditioner: Conditioner, scale: ScaleMap | PoweredMap, form: 
     conditioner.passing(scale)
     if scale.kind == ScaleKind.UNIT and form == Form.GATE:
         raise ValueError("form must not be 'gate' where sigma is 1: its shift would have no weight")
-    if isinstance(scale, PoweredMap) and (scale.kind != ScaleKind.EXP_TANH or scale.a.numel() != 1):
+    if not isinstance(scale, PoweredMap):
+        return
+    if scale.kind != ScaleKind.EXP_TANH or scale.a.numel() != 1:
         raise ValueError(f"a learned scale must be one number over an exp_tanh map; got {list(scale.a.shape)} over {scale.scale!r}")
+    if scale.a.dtype != conditioner.weights[-1].dtype:
+        raise ValueError(f"a learned scale must be {conditioner.weights[-1].dtype}, like the weights; got {scale.a.dtype}")

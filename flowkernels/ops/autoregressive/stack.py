@@ -40,10 +40,10 @@ def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None 
     """
     if not maps:
         raise ValueError("maps must hold at least one map; got none")
+    if context is not None and not any(m.conditioner.context_weights for m in maps):
+        raise ValueError(f"context was given, {list(context.shape)}, but no network takes one")
     if _serves(x, maps) and not any_autocast() and not wants_reference("autoregressive_stack", x.device):
         lists = Lists.of(maps)
-        if context is not None and not lists.context_weights:
-            raise ValueError(f"context was given, {list(context.shape)}, but no network takes one")
         learned = (m.scale.a for m in maps if isinstance(m.scale, PoweredMap))
         networks = (*lists.weights, *lists.biases, *lists.context_weights, *lists.context_biases)
         if not needs_autograd((x, context, *networks, *lists.affines, *learned)):
@@ -69,4 +69,6 @@ def _serves(x: Tensor, maps: Sequence[Map]) -> bool:
     for m in maps:
         if not loop_serves(m.conditioner, m.scale, x.device):
             return False
+    if maps[0].conditioner.weights[-1].device != x.device:  # a fake kernel, which refuses nothing, would take weights without data
+        return False
     return x.device.type in _COMPILED and x.dtype in (torch.float32, torch.float64) and not transformed()

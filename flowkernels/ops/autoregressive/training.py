@@ -60,7 +60,8 @@ def _(x, context, weights, biases, context_weights, visible, orders, activations
 @torch.library.register_fake("flowkernels::autoregressive_backward", lib=library)
 def _(dy, dlogabsdet, kept, context, weights, biases, context_weights, *rest) -> list[Tensor]:
     *_, learned, need_dx = rest
-    dx = dy.new_empty(dy.shape if need_dx else (0, dy.shape[1]))
+    inverse = rest[-4][len(rest[-4]) // len(rest[-6]) - 1]  # of the first map: the last of its numbers in stages
+    dx = dy.new_empty(dy.shape if need_dx or inverse else (0, dy.shape[1]))
     bounds = (dy.new_empty(1) for _ in range(sum(learned)))
     return [dx, *_gradients_like(dy, context, weights, biases, context_weights), *bounds]
 
@@ -181,6 +182,11 @@ class _Maps(torch.autograd.Function):
         n, layers = len(learned), len(activations)
         kept, orders, visible, weights, biases, context_weights, numbers = _split(tensors, (n, n, layers, layers, layers, ctx.contexts))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # views, or what one input owes to another, or to itself in another place, would be counted twice
+            x, context = x.view_as(x), None if context is None else context.view_as(context)
+            weights, biases, context_weights, numbers = (
+                [t.view_as(t) for t in part] for part in (weights, biases, context_weights, numbers)
+            )
             none = [x.new_empty(0)] * n
             lists = Lists(weights, biases, context_weights, [], visible, orders, none, activations, [], stages, packed)
             a = iter(numbers)
