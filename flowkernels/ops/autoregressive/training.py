@@ -58,9 +58,10 @@ def _(x, context, weights, biases, context_weights, visible, orders, activations
 
 
 @torch.library.register_fake("flowkernels::autoregressive_backward", lib=library)
-def _(dy, dlogabsdet, kept, context, weights, biases, context_weights, *rest) -> list[Tensor]:
-    *_, learned, need_dx = rest
-    inverse = rest[-4][len(rest[-4]) // len(rest[-6]) - 1]  # of the first map: the last of its numbers in stages
+def _(
+    dy, dlogabsdet, kept, context, weights, biases, context_weights, visible, orders, activations, stages, scales, learned, need_dx
+) -> list[Tensor]:
+    inverse = stages[len(stages) // len(orders) - 1]  # whether the first map is; the last of its numbers
     dx = dy.new_empty(dy.shape if need_dx or inverse else (0, dy.shape[1]))
     bounds = (dy.new_empty(1) for _ in range(sum(learned)))
     return [dx, *_gradients_like(dy, context, weights, biases, context_weights), *bounds]
