@@ -53,7 +53,11 @@ void pack_transposed(const T* weight, int64_t ld, const Panel<T>& p) {
     for (int64_t k = p.k0; k < p.k1; k += lanes<T>) {
       const int64_t terms = smaller(lanes<T>, p.k1 - k);
       Vec<T> block[lanes<T>];
-      for (int l = 0; l < lanes<T>; ++l) block[l] = l < outputs ? load_some(weight + (i + l) * ld + k, terms) : zero<T>();
+      const T* corner = weight + i * ld + k;
+      if (outputs == lanes<T> && terms == lanes<T>)
+        for (int l = 0; l < lanes<T>; ++l) block[l] = load(corner + l * ld);
+      else
+        for (int l = 0; l < lanes<T>; ++l) block[l] = l < outputs ? load_some(corner + l * ld, terms) : zero<T>();
       if (k < everyone)
         for (int l = 0; l < outputs; ++l) block[l] = select(iota<T>() < static_cast<int>(p.limits[i + l] - k), zero<T>(), block[l]);
       transpose(block);
