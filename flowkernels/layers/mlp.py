@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -29,7 +28,8 @@ class Dense(nn.Module):
         self.register_parameter("context_weight", uniform(context_features, outputs) if context_features else None)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        y = F.linear(x, self.weight.t(), self.bias)
+        # not F.linear of a transposed weight, whose gradient comes out transposed and is copied
+        y = torch.addmm(self.bias, x, self.weight) if x.dim() == 2 else x @ self.weight + self.bias
         if self.context_weight is None:
             if context is not None:
                 raise ValueError(f"context was given, {list(context.shape)}, but the network takes none")
