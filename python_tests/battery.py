@@ -57,6 +57,22 @@ def assert_same_bits(got: Outputs, want: Outputs) -> None:
         assert torch.equal(g.nan_to_num(nan=12345.0), w.nan_to_num(nan=12345.0)), (g - w).abs().max()
 
 
+def assert_gradients_do_not_depend_on_threads(example: Example) -> None:
+    """Those of an op that returns a tensor and its log|det|."""
+    rows, parameters, op, *_ = example
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            inputs = with_grad([*rows, *parameters])
+            y, logabsdet = op(inputs[: len(rows)], inputs[len(rows) :])
+            results.append(torch.autograd.grad(y.sin().sum() + logabsdet.square().sum(), inputs))
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
+
+
 class OpBattery:
     """Subclass it as Test...; `cases` maps a name to a function (batch, dtype) -> Example."""
 

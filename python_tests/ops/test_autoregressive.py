@@ -10,7 +10,7 @@ from flowkernels import ScaleMap, backend
 from flowkernels.ops import Activation, Conditioner, Form, MaskedLayer, autoregressive, check_conditioner
 from flowkernels.ops.autoregressive.reference import autoregressive_reference
 from flowkernels.ops.degrees import hidden_degrees, staircase
-from python_tests.battery import Example, OpBattery, assert_same_bits, with_grad
+from python_tests.battery import Example, OpBattery, assert_gradients_do_not_depend_on_threads
 
 SCALES = [
     ScaleMap.exp(),
@@ -249,18 +249,7 @@ def test_error_in_float32_is_that_of_eager_float32(inverse):
 @pytest.mark.parametrize("batch", [0, 256, 257, 1500])
 def test_gradients_do_not_depend_on_threads(batch, context, inverse):
     """Sums over rows go span by span, and a span has a chunk of rows for each thread."""
-    rows, parameters, op, *_ = example(7, (30, 20), context=context, inverse=inverse)(batch, torch.float32)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            inputs = with_grad([*rows, *parameters])
-            y, logabsdet = op(inputs[: len(rows)], inputs[len(rows) :])
-            results.append(torch.autograd.grad(y.sin().sum() + logabsdet.square().sum(), inputs))
-    finally:
-        torch.set_num_threads(before)
-    assert_same_bits(results[1], results[0])
-    assert_same_bits(results[2], results[0])
+    assert_gradients_do_not_depend_on_threads(example(7, (30, 20), context=context, inverse=inverse)(batch, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,0 +1,293 @@
+// What the training passes of one masked autoregressive map hold: its network and tensors, and the products that carry values up and
+// deltas down, for a thread's rows or for a span of them. A part of autoregressive_training.cpp, which includes it after the kernels.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "cpu/autoregressive_training_network.h"
+#include "cpu/parameter_gradients.h"
+#include "cpu/scratch.h"
+
+namespace flowkernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+constexpr double kParallelMultiplyAdds = 4e5;  // about 10 us of one thread, against 5 us to start the others
+
+// The tensors of a conditioner, and its map
+struct Parts {
+  std::span<const Tensor> weights, biases, context_weights, visible;
+  const Tensor* order;
+  std::span<const int64_t> activations;
+  ScaleMapParams scale;
+  Form form;
+  bool by_bound = false;  // whether the gradient by the scale map's bound is asked for
+};
+
+template <class T>
+TrainingNetwork<T> read_network(const Parts& parts, int64_t features, ScalarType dtype) {
+  return {features, dtype, parts.weights, parts.context_weights, parts.visible, parts.order, parts.activations, parts.scale.kind};
+}
+
+int64_t threads_for(double multiply_adds) {
+  return multiply_adds > kParallelMultiplyAdds ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
+}
+
+// run(i) for i < n
+template <class F>
+void in_parallel(int64_t n, int64_t threads, const F& run) {
+  auto some = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(i);
+  };
+  if (threads > 1 && n > 1)
+    torch::stable::parallel_for(0, n, 1, some);
+  else
+    some(0, n);
+}
+
+// run(r0, r1) over blocks of rows: no more than kRows, which a packed panel serves, and at least one for each thread
+template <class F>
+void for_each_block(int64_t batch, int64_t threads, const F& run) {
+  constexpr int64_t kRows = 512;
+  const int64_t rows = std::clamp<int64_t>((batch + threads - 1) / threads, 1, kRows);
+  in_parallel((batch + rows - 1) / rows, threads, [&](int64_t i) { run(i * rows, std::min((i + 1) * rows, batch)); });
+}
+
+// run(first row, rows) over spans: whole chunks of the sums over rows, a chunk for each thread. Once where there are no rows.
+template <class F>
+void for_each_span(int64_t batch, int64_t span, const F& run) {
+  for (int64_t r0 = 0; r0 == 0 || r0 < batch; r0 += span) run(r0, std::min(span, batch - r0));
+}
+
+int64_t span_of(int64_t batch, int64_t threads) { return std::clamp<int64_t>(batch, 1, kChunkRows * std::max<int64_t>(threads, 2)); }
+
+template <class T>
+TrainingArgs<T> training_args(const TrainingNetwork<T>& net, int64_t batch, ScaleMapParams scale, Form form) {
+  TrainingArgs<T> args{};
+  args.n_layers = static_cast<int>(net.layers.size());
+  args.batch = batch;
+  args.features = net.features;
+  args.order = net.order;
+  args.order_kind = net.order_kind;
+  args.scale = scale;
+  args.form = form;
+  args.values_ld = net.columns;
+  args.deltas_ld = net.delta_columns;
+  args.outputs = net.layers.back().offset;
+  args.output_columns = net.output_columns;
+  args.by_bound = -1;
+  return args;
+}
+
+// The context, or nothing
+template <class T>
+struct ContextRows {
+  const T* data = nullptr;
+  int64_t ld = 0;
+  Tensor kept;
+
+  ContextRows(const std::optional<Tensor>& context, const TrainingNetwork<T>& net, int64_t batch) {
+    check_training(net.takes_context() == context.has_value(), "context and context_weights go together");
+    if (!context) return;
+    check_training(context->dim() == 2 && context->size(0) == batch && context->size(1) == net.contexts && context->scalar_type() == net.dtype &&
+                       context->is_cpu(),
+                   "context does not fit the batch");
+    kept = rows_contiguous(*context);
+    data = static_cast<const T*>(kept.const_data_ptr());
+    ld = batch > 1 ? kept.stride(0) : net.contexts;
+  }
+
+  Rows<T> from(int64_t row) const { return {data ? data + row * ld : nullptr, ld}; }
+};
+
+// The products that make the values, layer by layer, and those of the context
+template <class T>
+struct Ascent {
+  std::vector<MaskedLinearArgs<T>> layers, contexts;
+
+  Ascent(const TrainingArgs<T>& args, const TrainingNetwork<T>& net, const std::vector<const T*>& biases, Rows<T> context) {
+    for (size_t l = 0; l < net.layers.size(); ++l) {
+      const TrainingLayer<T>& layer = net.layers[l];
+      MaskedLinearArgs<T> product = net.product(layer, args.batch);
+      product.x = args.values + net.input_offset(l);
+      product.x_ld = args.values_ld;
+      product.out = args.values + layer.offset;
+      product.out_ld = args.values_ld;
+      if (context.data) {
+        MaskedLinearArgs<T> term = net.context_product(layer, args.batch);
+        term.x = context.data;
+        term.x_ld = context.ld;
+        term.out = product.out;
+        term.out_ld = product.out_ld;
+        term.finish.bias = biases[l];
+        contexts.push_back(term);
+      }
+      if (context.data && layer.context_weight)
+        product.finish.accumulate = true;
+      else
+        product.finish.bias = biases[l];
+      product.finish.activation = layer.activation;
+      if (layer.pre >= 0) {
+        product.finish.pre = args.values + layer.pre;
+        product.finish.pre_ld = args.values_ld;
+      }
+      layers.push_back(product);
+    }
+  }
+
+  void set(TrainingArgs<T>& args) const {
+    args.layers = layers.data();
+    args.contexts = contexts.empty() ? nullptr : contexts.data();
+  }
+};
+
+template <class T>
+T* training_scratch(int64_t features) {
+  return static_cast<T*>(thread_scratch(FK_DISPATCH(training_scratch_bytes<T>(features))));
+}
+
+// One map of a stack, with what its gradient needs. It must stay where it is.
+template <class T>
+struct ForwardCall {
+  TrainingNetwork<T> net;
+  ContextRows<T> contexts;
+  Tensor y, values;
+  TrainingArgs<T> args;
+  Ascent<T> ascent;
+
+  ForwardCall(const Tensor& x, const std::optional<Tensor>& context, const Parts& parts)
+      : net(read_network<T>(parts, x.size(1), x.scalar_type())),
+        contexts(context, net, x.size(0)),
+        y(empty(x, {x.size(0), x.size(1)})),
+        values(empty(x, {x.size(0), net.columns})),
+        args(with_tensors(training_args(net, x.size(0), parts.scale, parts.form), x)),
+        ascent(args, net, net.read_biases(parts.biases), contexts.from(0)) {
+    ascent.set(args);
+  }
+
+ private:
+  TrainingArgs<T> with_tensors(TrainingArgs<T> some, const Tensor& x) {
+    some.set_x(static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1));
+    some.values = static_cast<T*>(values.mutable_data_ptr());
+    some.y = static_cast<T*>(y.mutable_data_ptr());
+    return some;
+  }
+};
+
+// The products that carry deltas down, from the last layer to the first, and those that carry them to the context
+template <class T>
+struct Descent {
+  std::vector<MaskedLinearArgs<T>> layers, contexts;
+
+  // begun: whether dcontext holds values already
+  Descent(const TrainingArgs<T>& args, const TrainingNetwork<T>& net, T* dcontext, bool begun) {
+    for (size_t l = net.layers.size(); l-- > 0;) {
+      const TrainingLayer<T>& layer = net.layers[l];
+      MaskedLinearArgs<T> product = net.product(layer, args.batch);
+      product.dy = args.deltas + layer.offset;
+      product.dy_ld = args.deltas_ld;
+      product.out = args.deltas + net.input_offset(l);
+      product.out_ld = args.deltas_ld;
+      if (l == 0) {
+        product.finish.accumulate = true;  // to what reaches x past the network
+      } else {
+        const TrainingLayer<T>& below = net.layers[l - 1];
+        product.finish.activation = below.activation;
+        product.finish.values = below.activation == Activation::identity ? nullptr : args.values + (below.pre >= 0 ? below.pre : below.offset);
+        product.finish.values_ld = args.values_ld;
+      }
+      layers.push_back(product);
+      if (!dcontext || !layer.context_weight) {
+        if (dcontext) contexts.push_back({});  // nothing to do
+        continue;
+      }
+      MaskedLinearArgs<T> term = net.context_product(layer, args.batch);
+      term.dy = product.dy;
+      term.dy_ld = product.dy_ld;
+      term.out = dcontext;
+      term.out_ld = net.contexts;
+      term.finish.accumulate = begun;
+      begun = true;
+      contexts.push_back(term);
+    }
+  }
+
+  void set(TrainingArgs<T>& args) const {
+    args.layers = layers.data();
+    args.contexts = contexts.empty() ? nullptr : contexts.data();
+  }
+};
+
+// What both gradients take and return, for any span of rows. It must stay where it is.
+template <class T>
+struct GradientCall {
+  TrainingNetwork<T> net;
+  ContextRows<T> contexts;
+  int64_t batch, threads, span;
+  bool need_dx, adds_dcontext;  // to what dcontext holds already
+  Tensor dx, dcontext, deltas;
+  ParameterGradients<T> parameters;
+  TrainingArgs<T> args;
+
+  static int64_t delta_columns(const TrainingNetwork<T>& net, const Parts& parts) { return net.delta_columns + parts.by_bound; }
+
+  // threads_: 0 for as many as the work is worth; dcontext: where the context's gradient so far lies, or nothing
+  GradientCall(const Tensor& dy, const Tensor& dlogabsdet, const Tensor& like, const std::optional<Tensor>& context, const Parts& parts, bool need_dx,
+               int64_t threads_, const std::optional<Tensor>& dcontext_)
+      : net(read_network<T>(parts, dy.size(1), like.scalar_type())),
+        contexts(context, net, dy.size(0)),
+        batch(dy.size(0)),
+        threads(threads_ ? threads_ : threads_for(net.multiply_adds(batch))),
+        span(span_of(batch, threads)),
+        need_dx(need_dx),
+        adds_dcontext(context && dcontext_),
+        dx(empty(like, {need_dx ? batch : 0, net.features})),
+        dcontext(adds_dcontext ? *dcontext_ : empty(like, {context ? batch : 0, net.contexts})),
+        deltas(empty(like, {span, delta_columns(net, parts)})),
+        parameters(net, like, threads, parts.by_bound),
+        args(training_args(net, batch, parts.scale, parts.form)) {
+    net.find_first();
+    args.deltas_ld = delta_columns(net, parts);
+    if (parts.by_bound) {
+      check_training(parts.scale.kind == static_cast<int>(ScaleKind::exp_tanh), "only exp_tanh has a bound");
+      args.by_bound = net.delta_columns;
+    }
+    check_training(dy.dim() == 2 && dy.scalar_type() == net.dtype && dy.is_cpu(), "dy must be a matrix like y");
+    check_training(dlogabsdet.dim() == 1 && dlogabsdet.size(0) == batch && dlogabsdet.scalar_type() == net.dtype && dlogabsdet.is_cpu(),
+                   "dlogabsdet must have one entry per row");
+    args.set_cotangents(static_cast<const T*>(dy.const_data_ptr()), dy.stride(0), dy.stride(1),
+                        static_cast<const T*>(dlogabsdet.const_data_ptr()), dlogabsdet.stride(0));
+    args.deltas = static_cast<T*>(deltas.mutable_data_ptr());
+    args.dx = static_cast<T*>(dx.mutable_data_ptr());
+  }
+
+  T* dcontext_from(int64_t row) { return contexts.data ? static_cast<T*>(dcontext.mutable_data_ptr()) + row * net.contexts : nullptr; }
+
+  // dx (empty where nobody asks for it), dcontext (empty without context), then the gradients of weights, biases, context weights, and
+  // last that of the bound where it is asked for
+  Tensors outputs() const {
+    Tensors out{dx, dcontext};
+    parameters.append_to(out);
+    return out;
+  }
+};
+
+template <class T>
+void set_values(GradientCall<T>& call, const Tensor& values) {
+  check_training(values.dim() == 2 && values.size(0) == call.batch && values.size(1) == call.net.columns && values.is_contiguous(),
+                 "values are not those of the forward pass");
+  call.args.values = const_cast<T*>(static_cast<const T*>(values.const_data_ptr()));
+}
+
+}  // namespace
+}  // namespace flowkernels
