@@ -315,31 +315,40 @@ FK_CALL ValueAndLog<V> invert_form(Form form, const ScaleMapParams& p, V y, V sh
   return {with_form(form, [&](auto tag) { return invert_scale<decltype(tag)::value>(scale, y, shift); }), scale.log};
 }
 
+// The gradient by what a form takes
 template <class V>
 struct FormGradient {
-  V dx, dshift, draw;
+  V dvalue, dshift, draw;
 };
 
 // The gradient of g * y + c * log|dy/dx| for y = form(x; shift, sigma(raw))
 template <class V>
 FK_CALL FormGradient<V> form_gradient(Form form, const ScaleMapParams& p, V x, V shift, V raw, V g, V c) {
   return with_scale_map<V>(p, [&](const auto& map) -> FormGradient<V> {
-    const V dlog = map.dlog_sigma(raw);
     if (form == Form::divide) {
-      const V dx = g * map.reciprocal_and_log(raw).value;
-      return {dx, -dx, -fma(dx, x - shift, c) * dlog};
+      const ValueAndLog<V> scale = map.reciprocal_and_dlog(raw);
+      const V dx = g * scale.value;
+      return {dx, -dx, fma(dx, x - shift, c) * scale.log};
     }
     const V dx = g * map.sigma(raw);
     const V by_sigma = form == Form::scale_shift ? x : form == Form::gate ? x - shift : x + shift;
     const V dshift = form == Form::scale_shift ? g : form == Form::gate ? g * map.complement(raw) : dx;
-    return {dx, dshift, fma(g * by_sigma, map.dsigma(raw), c * dlog)};
+    return {dx, dshift, fma(g * by_sigma, map.dsigma(raw), c * map.dlog_sigma(raw))};
   });
 }
 
-// dx/dy of y = form(x; shift, sigma(raw))
+// The gradient of g * x + c * log|dx/dy| for the x that undoes y = form(x; shift, sigma(raw)), from x
 template <class V>
-FK_CALL V inverse_slope(Form form, const ScaleMapParams& p, V raw) {
-  return with_scale_map<V>(p, [&](const auto& map) { return form == Form::divide ? map.sigma(raw) : map.reciprocal(raw); });
+FK_CALL FormGradient<V> inverse_gradient(Form form, const ScaleMapParams& p, V x, V shift, V raw, V g, V c) {
+  return with_scale_map<V>(p, [&](const auto& map) -> FormGradient<V> {
+    const ValueAndLog<V> scale = divides(form, true) ? map.reciprocal_and_dlog(raw) : map.sigma_and_dlog(raw);
+    const V dy = g * scale.value;
+    if (form == Form::divide) return {dy, g, fma(g, x - shift, c) * scale.log};
+    if (form == Form::shift_scale) return {dy, -g, fma(g, x + shift, c) * scale.log};
+    const V draw = fma(g, x, c) * scale.log;
+    if (form == Form::gate) return {dy, -dy * map.complement(raw), fma(dy * shift, map.dsigma(raw), draw)};
+    return {dy, -dy, draw};
+  });
 }
 
 }  // namespace FK_TARGET

@@ -1,12 +1,11 @@
 // The gradient of the sequential inverse: the loop in reverse, for one tile of rows. Included once per instruction set, after
 // autoregressive_training_kernel.h.
 //
-// With x = f^-1(z) and (z, l) = f(x), and cotangents g of x and c of -l, look for u such that f's gradient by x, for cotangents u of z
-// and -c of l, is -g:
-//     u_i * dz_i/dx_i + (what the deltas of later features push back onto x_i) = -g_i,      i = D..1
-// Then dz = -u, and the same deltas give the gradients of the parameters. Step by step, latest features first: u_i, the deltas of
-// feature i's outputs, those of the hidden units that only features from i on see, and so on down to x. As in the forward loop,
-// a recursion turns nearly all of it into dense blocks; here rows of a weight are read where the forward loop reads columns.
+// For x = f^-1(z) and cotangents g of x and c of log|dx/dz|, feature by feature, i = D..1:
+//     dz_i = dx_i/dz_i * (g_i + what the deltas of later features push back onto x_i)
+// and the deltas of feature i's shift and raw scale, then those of the hidden units that only features from i on see, and so on down
+// to x. The same deltas give the gradients of the parameters. As in the forward loop, a recursion turns nearly all of it into dense
+// blocks; here rows of a weight are read where the forward loop reads columns.
 
 namespace flowkernels {
 namespace FK_TARGET {
@@ -78,16 +77,15 @@ struct Solve {
     push_back(layer.weight, layer.weight_ld, layer.first, deltas + offsets[l] * rows, deltas + offsets[l - 1] * rows, rows, k0, k1, j0, j1);
   }
 
-  // the features of step s: -g + what was pushed, divided by dz/dx, and from it the deltas of shift and raw scale
+  // the features of step s: g + what was pushed, times dx/dz, and from it the deltas of shift and raw scale
   void solve_features(int64_t p0, int64_t p1) const {
     for (int64_t p = p0; p < p1; ++p)
       for (int64_t r = 0; r < rows; r += lanes<T>) {
         T *at = deltas + p * rows + r, *outputs = deltas + (offsets[n_layers] + 2 * p) * rows + r;
         const T* made = values + (offsets[n_layers] + 2 * p) * rows + r;
         const Vec<T> x = load(values + p * rows + r), shift = load(made), raw = load(made + rows);
-        const Vec<T> u = -load(at) * inverse_slope(args.form, args.scale, raw);
-        const FormGradient<Vec<T>> gradient = form_gradient(args.form, args.scale, x, shift, raw, u, -load(c + r));
-        store(at, -u);  // dz
+        const FormGradient<Vec<T>> gradient = inverse_gradient(args.form, args.scale, x, shift, raw, load(at), load(c + r));
+        store(at, gradient.dvalue);  // dz
         store(outputs, gradient.dshift);
         store(outputs + rows, gradient.draw);
       }

@@ -124,7 +124,7 @@ void training_backward(const TrainingArgs<T>& args, bool need_dx, int64_t r0, in
     for (int64_t p = begin; p < D; p += lanes<T>) {
       const FormGradient<Vec<T>> gradient =
           form_gradient(args.form, args.scale, load_some(values + p, D - p), load(row.shift + p), load(row.raw + p), load(row.a + p), c);
-      store_some(deltas + p, gradient.dx, D - p);
+      store_some(deltas + p, gradient.dvalue, D - p);
       store(row.shift + p, gradient.dshift);
       store(row.raw + p, gradient.draw);
     }

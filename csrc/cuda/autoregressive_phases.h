@@ -4,11 +4,10 @@
 // The state of a tile is [unit][ROWS]: pending sums, which become the values themselves; z, which becomes x; the context; gates.
 // A panel is run by warps that own rows (autoregressive_panel.h), a block of weights by all: a thread computes 4 or 8 rows of 2 or 4 units.
 //
-// MIRRORED, the gradient of the inverse. With x = f^-1(z), (z, l) = f(x), and cotangents g of x and c of -l, look for u such that f's
-// gradient by x, for cotangents u of z and -c of l, is -g:
-//     u_i * dz_i/dx_i + (what the deltas of later features push back onto x_i) = -g_i,      i = D..1
-// Then dz = -u, and the deltas on the way give the gradients of the parameters. A delta is the sum over what sees its unit, times the
-// activation's derivative, which is a gate here; sums of the last layer begin at g.
+// MIRRORED, the gradient of the inverse. For x = f^-1(z) and cotangents g of x and c of log|dx/dz|, feature by feature, i = D..1:
+//     dz_i = dx_i/dz_i * (g_i + what the deltas of later features push back onto x_i)
+// and the deltas on the way give the gradients of the parameters. A delta is the sum over what sees its unit, times the activation's
+// derivative, which is a gate here; sums of the last layer begin at g.
 #pragma once
 
 #include "cuda/autoregressive_panel.h"
@@ -216,10 +215,9 @@ struct Tile {
   FK_INLINE void solve(int p, int r, T sum) const {
     const Form form = static_cast<Form>(args.form);
     T &raw = at(2 * p, r), &shift = at(2 * p + 1, r);
-    const T u = -sum * scalar::inverse_slope(form, args.scale, raw);
     const scalar::FormGradient<T> gradient =
-        scalar::form_gradient(form, args.scale, at(args.context + p, r), shift, raw, u, -at(args.context + args.features, r));
-    value(args.n_layers, p, r) = -u;
+        scalar::inverse_gradient(form, args.scale, at(args.context + p, r), shift, raw, sum, at(args.context + args.features, r));
+    value(args.n_layers, p, r) = gradient.dvalue;
     raw = gradient.draw;
     shift = gradient.dshift;
   }

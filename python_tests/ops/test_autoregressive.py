@@ -197,6 +197,19 @@ class TestMapsAndForms:
         torch.testing.assert_close(opposite, -logabsdet, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scale", [*SCALES, ScaleMap.exp_half(0.1), ScaleMap.softplus(ceiling=0.7)], ids=repr)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_gradients_are_those_of_the_reference(scale, form, inverse):
+    """Limits that hold for many of the scales too."""
+    rows, parameters, op, oracle, *_ = example(5, (11, 8), scale=scale, form=form, inverse=inverse)(30, torch.float64)
+    leaves = [t.requires_grad_() for t in (*rows, *parameters)]
+    g = torch.Generator().manual_seed(3)
+    cotangents = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((30, 5), (30,))]
+    got, want = (torch.autograd.grad(f(rows, parameters), leaves, cotangents) for f in (op, oracle))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * max(w.abs().max().item() for w in want))
+
+
 def widened(parts, width):
     return [part._replace(width=width if part.width else 0) for part in parts]
 

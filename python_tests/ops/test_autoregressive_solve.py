@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowkernels import _extension
-from flowkernels.ops import Activation, Form
+from flowkernels.ops import Activation, Form, ScaleMap
 from flowkernels.ops.autoregressive.solve import backward_by_solve
 from python_tests.battery import assert_same_bits
 from python_tests.ops.test_autoregressive import FORMS, SCALES, TestAutoregressive, example
@@ -84,7 +84,7 @@ def test_sizes_beyond_a_block(features, widths, context):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("scale", SCALES, ids=repr)
+@pytest.mark.parametrize("scale", [*SCALES, ScaleMap.exp_half(0.1)], ids=repr)
 def test_maps_and_forms(scale, form):
     assert_is_the_cpus(example(4, (11, 8), scale=scale, form=form, inverse=True)(9, torch.float64), LAYOUTS[0])
 
