@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "autoregressive_plan.h"
+#include "stack_lists.h"
 
 namespace flowkernels {
 
@@ -36,8 +37,7 @@ struct SolveTensors {
   int form;
 };
 
-// The tensors of a stack's networks, one network after the other, in the order of its schema. stages: of each map 7 numbers, layers,
-// context weights, whether they have biases, whether the network is wired, scale map, form, inverse.
+// The tensors of a stack's networks, one network after the other, in the order of its schema (stack_lists.h).
 struct StackTensors {
   torch::stable::Tensor x;
   std::optional<torch::stable::Tensor> context;
@@ -248,36 +248,30 @@ class LoopNetwork {
 // all contiguous.
 template <class T>
 std::vector<LoopNetwork<T>> read_stack(const StackTensors& t, T* y, T* kept, T* logabsdet, bool keep) {
-  constexpr size_t kNumbers = 7;
   const size_t n = t.orders.size();
-  auto check = [](bool ok) { STD_TORCH_CHECK(ok, "flowkernels::autoregressive: a list of the stack has a wrong length"); };
-  check(n >= 1 && t.stages.size() == kNumbers * n && t.scales.size() == 2 * n && t.affines.size() == n);
-  size_t layers = 0, contexts = 0, context_biases = 0, wires = 0;  // taken by the maps before
-  auto part = [&](const auto& list, size_t begin, int64_t count) {
-    check(count >= 0 && begin + count <= list.size());
-    return std::vector(list.begin() + begin, list.begin() + begin + count);
-  };
+  STD_TORCH_CHECK(n >= 1 && t.stages.size() == MapNumbers::kNumbers * n && t.scales.size() == 2 * n && t.affines.size() == n,
+                  "flowkernels::autoregressive: every map needs its entries in each list");
+  Rest<torch::stable::Tensor> weights{t.weights}, biases{t.biases}, context_weights{t.context_weights}, context_biases{t.context_biases};
+  Rest<torch::stable::Tensor> visible{t.visible};
+  Rest<int64_t> activations{t.activations}, wiring{t.wiring};
+  const auto list = [](auto part) { return std::vector(part.begin(), part.end()); };
   std::vector<LoopNetwork<T>> maps;
   maps.reserve(n);
   for (size_t i = 0; i < n; ++i) {
-    const int64_t *stage = &t.stages[kNumbers * i], own = stage[0], terms = stage[1], biases = stage[2] ? terms : 0, wired = stage[3] ? 4 * own : 0;
+    const MapNumbers numbers(t.stages, i);
     const LoopTensors one{t.x,
-                          terms > 0 ? t.context : std::nullopt,
-                          part(t.weights, layers, own),
-                          part(t.biases, layers, own),
-                          part(t.context_weights, contexts, terms),
-                          part(t.context_biases, context_biases, biases),
-                          part(t.visible, layers, own),
+                          numbers.contexts > 0 ? t.context : std::nullopt,
+                          list(weights.next(numbers.layers)),
+                          list(biases.next(numbers.layers)),
+                          list(context_weights.next(numbers.contexts)),
+                          list(context_biases.next(numbers.context_biases)),
+                          list(visible.next(numbers.layers)),
                           t.orders[i],
-                          part(t.activations, layers, own),
-                          part(t.wiring, wires, wired),
-                          {static_cast<int>(stage[4]), t.scales[2 * i], t.scales[2 * i + 1]},
-                          static_cast<int>(stage[5]),
-                          stage[6] != 0};
-    layers += own;
-    contexts += terms;
-    context_biases += biases;
-    wires += wired;
+                          list(activations.next(numbers.layers)),
+                          list(wiring.next(numbers.wired ? 4 * numbers.layers : 0)),
+                          {static_cast<int>(numbers.scale_kind), t.scales[2 * i], t.scales[2 * i + 1]},
+                          static_cast<int>(numbers.form),
+                          numbers.inverse != 0};
     LoopArgs<T>& args = maps.emplace_back(one).args;
     maps.back().set_affine(t.affines[i]);
     if (i > 0) {

@@ -62,7 +62,7 @@ template <class T>
 struct Solve {
   const TrainingArgs<T>& args;
   const MaskedLinearArgs<T>* layers;  // dx products, first layer first
-  const int64_t *ends, *offsets;      // the schedule of the inverse; first column of each layer's deltas, features first
+  const int64_t* ends;                // the schedule of the inverse
   int64_t n_layers, rows;
   const T *values, *c;
   T* deltas;
@@ -71,18 +71,21 @@ struct Solve {
   // features known before step s
   int64_t features_before(int64_t s) const { return s == 0 ? 0 : end(s - 1, n_layers) / 2; }
 
+  const LayerColumns<T>& columns(int64_t l) const { return args.columns[l - 1]; }
+
+  // deltas of units [j0, j1) of layer l to units [k0, k1) of what it reads
   void push(int64_t l, int64_t k0, int64_t k1, int64_t j0, int64_t j1) const {
     if (k0 >= k1 || j0 >= j1) return;
     const MaskedLinearArgs<T>& layer = layers[l - 1];
-    push_back(layer.weight, layer.weight_ld, layer.first, deltas + offsets[l] * rows, deltas + offsets[l - 1] * rows, rows, k0, k1, j0, j1);
+    push_back(layer.weight, layer.weight_ld, layer.first, deltas + columns(l).value * rows, deltas + columns(l).input * rows, rows, k0, k1, j0, j1);
   }
 
   // the features of step s: g + what was pushed, times dx/dz, and from it the deltas of shift and raw scale
   void solve_features(int64_t p0, int64_t p1) const {
     for (int64_t p = p0; p < p1; ++p)
       for (int64_t r = 0; r < rows; r += lanes<T>) {
-        T *at = deltas + p * rows + r, *outputs = deltas + (offsets[n_layers] + 2 * p) * rows + r;
-        const T* made = values + (offsets[n_layers] + 2 * p) * rows + r;
+        T *at = deltas + p * rows + r, *outputs = deltas + (args.outputs + 2 * p) * rows + r;
+        const T* made = values + (args.outputs + 2 * p) * rows + r;
         const Vec<T> x = load(values + p * rows + r), shift = load(made), raw = load(made + rows);
         const FormGradient<Vec<T>> gradient = inverse_gradient(args.form, args.scale, x, shift, raw, load(at), load(c + r));
         store(at, gradient.dvalue);  // dz
@@ -91,22 +94,13 @@ struct Solve {
       }
   }
 
-  void finish_hidden(int64_t l, int64_t j0, int64_t j1) const {
-    const Finish<T>& finish = layers[l].finish;  // the product of the layer above
-    if (finish.activation == Activation::identity) return;
-    T* delta = deltas + (offsets[l] + j0) * rows;
-    const T* h = values + (offsets[l] + j0) * rows;
-    with_activation(finish.activation, [&](auto code) {
-      for (int64_t i = 0; i < (j1 - j0) * rows; i += lanes<T>)
-        store(delta + i, load(delta + i) * derivative_at<decltype(code)::value>(load(h + i)));
-    });
-  }
-
   void run_step(int64_t s) const {
     solve_features(features_before(s), end(s, n_layers) / 2);
-    for (int64_t l = n_layers; l > 1; --l) {
-      push(l, end(s - 1, l - 1), end(s, l - 1), end(s - 1, l), end(s, l));
-      finish_hidden(l - 1, end(s - 1, l - 1), end(s, l - 1));
+    for (int64_t l = n_layers; l > 0; --l) {
+      const LayerColumns<T>& own = columns(l);
+      const int64_t j0 = end(s - 1, l), j1 = end(s, l);
+      descend(own, values, deltas, rows, j0 * rows, (j1 - j0) * rows);
+      if (!own.unitwise && own.source > 0) push(l, end(s - 1, own.source), end(s, own.source), j0, j1);
     }
   }
 
@@ -114,15 +108,19 @@ struct Solve {
     if (b - a == 1) return run_step(a);
     const int64_t middle = a + (b - a) / 2;
     run(middle, b);
-    for (int64_t l = n_layers; l > 1; --l) push(l, end(a - 1, l - 1), end(middle - 1, l - 1), end(middle - 1, l), end(b - 1, l));
-    push(1, features_before(a), end(middle - 1, n_layers) / 2, end(middle - 1, 1), end(b - 1, 1));
+    for (int64_t l = n_layers; l > 0; --l) {
+      const int source = columns(l).source;
+      if (columns(l).unitwise) continue;
+      const int64_t k0 = source > 0 ? end(a - 1, source) : features_before(a), k1 = source > 0 ? end(middle - 1, source) : features_before(middle);
+      push(l, k0, k1, end(middle - 1, l), end(b - 1, l));
+    }
     run(a, middle);
   }
 };
 
 template <class T>
 size_t solve_scratch_bytes(const TrainingArgs<T>& args) {
-  return (2 * args.deltas_ld + 1) * kSolveRows * lanes<T> * sizeof(T);
+  return (args.values_ld + args.deltas_ld + 1) * kSolveRows * lanes<T> * sizeof(T);
 }
 
 template <class T>
@@ -132,24 +130,18 @@ int64_t solve_rows() {
 
 // Rows [r0, r1), no more than a tile: `values` is full, deltas and dx (here dz) are written
 template <class T>
-void solve_tile(const TrainingArgs<T>& args, const MaskedLinearArgs<T>* layers, const int64_t* ends, int64_t n_steps, const int64_t* offsets,
-                int64_t r0, int64_t r1, T* scratch) {
+void solve_tile(const TrainingArgs<T>& args, const MaskedLinearArgs<T>* layers, const int64_t* ends, int64_t n_steps, int64_t r0,
+                int64_t r1, T* scratch) {
   const int64_t n = r1 - r0, rows = (n + lanes<T> - 1) / lanes<T> * lanes<T>, D = args.features;
-  T *values = scratch, *deltas = values + args.deltas_ld * rows, *c = deltas + args.deltas_ld * rows;
-  const T* from = args.values + r0 * args.values_ld;
-  read_columns(from, args.values_ld, n, args.deltas_ld, nullptr, values, rows);
-  for (int l = 1; l < args.n_layers; ++l) {  // the derivative of some activations needs what came before them
-    const Finish<T>& finish = layers[l].finish;
-    if (!derivative_from_value(finish.activation))
-      read_columns(finish.values + r0 * finish.values_ld, finish.values_ld, n, offsets[l + 1] - offsets[l], nullptr, values + offsets[l] * rows, rows);
-  }
+  T *values = scratch, *deltas = values + args.values_ld * rows, *c = deltas + args.deltas_ld * rows;
+  read_columns(args.values + r0 * args.values_ld, args.values_ld, n, args.values_ld, nullptr, values, rows);
   for (int64_t i = 0; i < args.deltas_ld * rows; i += lanes<T>) store(deltas + i, zero<T>());
   for (int64_t r = 0; r < rows; ++r) {
     c[r] = r < n ? args.dlogabsdet[(r0 + r) * args.dlogabsdet_step] : T(0);
     for (int64_t p = 0; p < D; ++p)
       deltas[p * rows + r] = r < n ? args.dy[(r0 + r) * args.dy_row + (args.order ? args.order[p] : p) * args.dy_column] : T(0);
   }
-  const Solve<T> solve{args, layers, ends, offsets, args.n_layers, rows, values, c, deltas};
+  const Solve<T> solve{args, layers, ends, args.n_layers, rows, values, c, deltas};
   if (n_steps) solve.run(0, n_steps);
   for (int64_t r = 0; r < n; ++r)
     for (int64_t p = 0; p < D; ++p) args.dx[(r0 + r) * D + (args.order ? args.order[p] : p)] = deltas[p * rows + r];

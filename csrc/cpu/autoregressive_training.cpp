@@ -16,7 +16,7 @@
 #include "cpu/autoregressive.h"
 #include "cpu/autoregressive_training.h"
 #include "cpu/scratch.h"
-#include "cpu/stack_lists.h"
+#include "stack_lists.h"
 
 #define FK_KERNEL "cpu/autoregressive_training_targets.h"
 #include "cpu/for_each_target.h"
@@ -56,15 +56,8 @@ void run_backward(std::span<GradientCall<T>> calls) {
 // Empty where the staircases are not autoregressive.
 template <class T>
 std::vector<int64_t> inverse_steps(const TrainingNetwork<T>& net) {
-  const size_t n = net.layers.size();
-  std::vector<MaskedLayer<T>> layers(n);
-  for (size_t l = 0; l < n; ++l) {
-    layers[l].visible = net.layers[l].visible;
-    layers[l].outputs = net.layers[l].outputs;
-    layers[l].source = static_cast<int>(l);
-    layers[l].residual = -1;
-  }
-  return make_schedule(layers.data(), static_cast<int>(n), net.features, net.output_columns, true);
+  const std::vector<MaskedLayer<T>> layers(net.layers.begin(), net.layers.end());
+  return make_schedule(layers.data(), static_cast<int>(layers.size()), net.features, net.output_columns, true);
 }
 
 // The gradient of (x, logabsdet) = f^-1(z), whose dx is called dz here
@@ -74,21 +67,18 @@ Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tenso
   check_training(x.dim() == 2 && x.is_cpu() && dx.dim() == 2 && dx.size(0) == x.size(0) && dx.size(1) == x.size(1), "x must be a matrix like dx");
   GradientCall<T> call(dx, dlogabsdet, x, context, parts, true, 0, dcontext);
   TrainingNetwork<T>& net = call.net;
-  check_training(net.output_columns.passing == 0 && net.output_columns.each == 2 && net.layers[0].inputs == net.features,
+  check_training(net.output_columns.passing == 0 && net.output_columns.each == 2,
                  "the gradient of the inverse is that of a network with shift and raw scale of each feature");
   const std::vector<int64_t> ends = inverse_steps(net);
   check_training(net.features == 0 || !ends.empty(), "the network is not autoregressive");
   const int64_t n_steps = static_cast<int64_t>(ends.size() / (net.layers.size() + 1));
-  std::vector<int64_t> offsets{0};
-  for (const TrainingLayer<T>& layer : net.layers) offsets.push_back(layer.offset);
-  const std::vector<const T*> bias_data = net.read_biases(parts.biases);
   Tensor values = empty(x, {call.span, net.columns});
   call.args.values = static_cast<T*>(values.mutable_data_ptr());
   call.args.set_x(static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1));
 
   for_each_span(call.batch, call.span, [&](int64_t first, int64_t span) {
     TrainingArgs<T> args = call.args.span(first, span);
-    const Ascent<T> ascent(args, net, bias_data, call.contexts.from(first));
+    const Ascent<T> ascent(args, net, call.contexts.from(first));
     ascent.set(args);
     for_each_block(span, call.threads, [&](int64_t r0, int64_t r1) { FK_DISPATCH(training_forward<T>(args, r0, r1, training_scratch<T>(args.features))); });
     const Descent<T> descent(args, net, call.dcontext_from(first), call.adds_dcontext);
@@ -99,7 +89,7 @@ Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tenso
     in_parallel((span + rows - 1) / rows, call.threads, [&](int64_t i) {
       const int64_t r0 = i * rows, r1 = std::min((i + 1) * rows, span);
       T* scratch = static_cast<T*>(thread_scratch(FK_DISPATCH(solve_scratch_bytes<T>(args))));
-      FK_DISPATCH(solve_tile<T>(args, upward.data(), ends.data(), n_steps, offsets.data(), r0, r1, scratch));
+      FK_DISPATCH(solve_tile<T>(args, upward.data(), ends.data(), n_steps, r0, r1, scratch));
       if (!call.contexts.data) return;
       T* panel = training_scratch<T>(args.features);
       for (const MaskedLinearArgs<T>& term : descent.contexts) FK_DISPATCH(masked_linear_dx<T>(term, r0, r1, int64_t(0), term.inputs, panel));
@@ -114,20 +104,16 @@ Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tenso
 // The maps of a stack, in turn
 class Maps {
  public:
-  Maps(std::span<const Tensor> weights, std::span<const Tensor> biases, std::span<const Tensor> context_weights, std::span<const Tensor> visible,
-       std::span<const Tensor> orders, std::span<const int64_t> activations, std::span<const int64_t> stages, std::span<const double> scales) {
+  Maps(const NetworkParts& all, std::span<const Tensor> orders, std::span<const int64_t> stages, std::span<const double> scales) {
     const size_t n = orders.size();
-    check_training(n >= 1 && stages.size() == Stage::kNumbers * n && scales.size() == 2 * n, "every map needs its entries in each list");
-    Rest<Tensor> w{weights}, b{biases}, c{context_weights}, v{visible};
-    Rest<int64_t> a{activations};
+    check_training(n >= 1 && stages.size() == MapNumbers::kNumbers * n && scales.size() == 2 * n, "every map needs its entries in each list");
+    Networks networks(all);
     for (size_t i = 0; i < n; ++i) {
-      const Stage stage(stages, i);
-      check_training(stage.wired == 0 && stage.context_biases == 0, "networks must be plain chains");
-      check_training(stage.scale_kind != static_cast<int64_t>(ScaleKind::unit) || stage.form != static_cast<int64_t>(Form::gate), "a gate needs a scale");
-      const ScaleMapParams scale{static_cast<int>(stage.scale_kind), scales[2 * i], scales[2 * i + 1]};
-      parts.push_back({w.next(stage.layers), b.next(stage.layers), c.next(stage.contexts), v.next(stage.layers), &orders[i], a.next(stage.layers), scale,
-                       static_cast<Form>(stage.form)});
-      inverse.push_back(stage.inverse != 0);
+      const MapNumbers numbers(stages, i);
+      check_training(numbers.scale_kind != static_cast<int64_t>(ScaleKind::unit) || numbers.form != static_cast<int64_t>(Form::gate), "a gate needs a scale");
+      const ScaleMapParams scale{static_cast<int>(numbers.scale_kind), scales[2 * i], scales[2 * i + 1]};
+      parts.push_back({networks.next(numbers), &orders[i], scale, static_cast<Form>(numbers.form)});
+      inverse.push_back(numbers.inverse != 0);
     }
   }
 
@@ -141,7 +127,7 @@ void check_dtype(const Tensor& t) {
 
 // a map that takes no context is not given it
 std::optional<Tensor> context_of(const Parts& parts, const std::optional<Tensor>& context) {
-  return parts.context_weights.empty() ? std::nullopt : context;
+  return parts.network.context_weights.empty() ? std::nullopt : context;
 }
 
 template <class T>
@@ -169,31 +155,33 @@ std::tuple<Tensor, Tensor, Tensors> forward(Tensor x, const std::optional<Tensor
 }
 
 std::tuple<Tensor, Tensor, Tensors> autoregressive_training(Tensor x, std::optional<Tensor> context, Tensors weights, Tensors biases,
-                                                            Tensors context_weights, Tensors visible, Tensors orders,
-                                                            std::vector<int64_t> activations, std::vector<int64_t> stages,
-                                                            std::vector<double> scales) {
+                                                            Tensors context_weights, Tensors context_biases, Tensors visible, Tensors orders,
+                                                            std::vector<int64_t> activations, std::vector<int64_t> wiring,
+                                                            std::vector<int64_t> stages, std::vector<double> scales) {
   check_dtype(x);
   check_training(x.dim() == 2 && x.is_cpu(), "x must be a matrix");
-  const Maps maps(weights, biases, context_weights, visible, orders, activations, stages, scales);
+  const Maps maps({weights, biases, context_weights, context_biases, visible, activations, wiring}, orders, stages, scales);
   return (x.scalar_type() == ScalarType::Float ? forward<float> : forward<double>)(x, context, maps);
 }
 
 // What the gradient of a stack returns: dx (empty where nobody asks for it), dcontext (empty without context), then the gradients of all
-// weights, of all biases, of all context weights, and of the bounds of the scale maps that learn theirs. of_maps: the same of each map
+// weights, biases, context weights and context biases, and of the bounds of the scale maps that learn theirs. of_maps: the same of each map
 Tensors joined(const std::vector<Tensors>& of_maps, const Maps& maps, const Tensor& dx, const std::optional<Tensor>& dcontext) {
   Tensors out{dx, dcontext ? *dcontext : empty(dx, {0, 0})};
-  const auto append = [&](auto begin, auto count) {
+  std::vector<size_t> taken(of_maps.size(), 2);
+  const auto append = [&](auto count) {
     for (size_t i = 0; i < of_maps.size(); ++i) {
-      const auto from = of_maps[i].begin() + begin(maps.parts[i]);
-      out.insert(out.end(), from, from + count(maps.parts[i]));
+      const auto from = of_maps[i].begin() + taken[i];
+      const size_t n = count(maps.parts[i]);
+      out.insert(out.end(), from, from + n);
+      taken[i] += n;
     }
   };
-  const auto layers = [](const Parts& p) { return static_cast<int64_t>(p.weights.size()); };
-  const auto contexts = [](const Parts& p) { return static_cast<int64_t>(p.context_weights.size()); };
-  append([](const Parts&) { return int64_t(2); }, layers);
-  append([&](const Parts& p) { return 2 + layers(p); }, layers);
-  append([&](const Parts& p) { return 2 + 2 * layers(p); }, contexts);
-  append([&](const Parts& p) { return 2 + 2 * layers(p) + contexts(p); }, [](const Parts& p) { return static_cast<int64_t>(p.by_bound); });
+  append([](const Parts& p) { return p.network.weights.size(); });
+  append([](const Parts& p) { return p.network.biases.size(); });
+  append([](const Parts& p) { return p.network.context_weights.size(); });
+  append([](const Parts& p) { return p.network.context_biases.size(); });
+  append([](const Parts& p) { return static_cast<size_t>(p.by_bound); });
   return out;
 }
 
@@ -240,11 +228,12 @@ Tensors backward(Tensor dy, const Tensor& dlogabsdet, const Tensors& kept, const
 }
 
 Tensors autoregressive_backward(Tensor dy, Tensor dlogabsdet, Tensors kept, std::optional<Tensor> context, Tensors weights, Tensors biases,
-                                Tensors context_weights, Tensors visible, Tensors orders, std::vector<int64_t> activations,
-                                std::vector<int64_t> stages, std::vector<double> scales, std::vector<int64_t> learned, bool need_dx) {
+                                Tensors context_weights, Tensors context_biases, Tensors visible, Tensors orders,
+                                std::vector<int64_t> activations, std::vector<int64_t> wiring, std::vector<int64_t> stages,
+                                std::vector<double> scales, std::vector<int64_t> learned, bool need_dx) {
   check_dtype(dy);
   check_training(dy.dim() == 2, "dy must be a matrix like y");
-  Maps maps(weights, biases, context_weights, visible, orders, activations, stages, scales);
+  Maps maps({weights, biases, context_weights, context_biases, visible, activations, wiring}, orders, stages, scales);
   const size_t n = maps.parts.size();
   check_training(kept.size() == n && learned.size() == n, "every map needs its entries in each list");
   for (size_t i = 0; i < n; ++i) {
@@ -255,12 +244,15 @@ Tensors autoregressive_backward(Tensor dy, Tensor dlogabsdet, Tensors kept, std:
 }
 
 Tensors autoregressive_inverse_backward(Tensor dx, Tensor dlogabsdet, Tensor x, std::optional<Tensor> context, Tensors weights, Tensors biases,
-                                        Tensors context_weights, Tensors visible, std::optional<Tensor> order, std::vector<int64_t> activations,
-                                        int64_t scale_kind, double scale_p0, double scale_p1, int64_t form) {
+                                        Tensors context_weights, Tensors context_biases, Tensors visible, std::optional<Tensor> order,
+                                        std::vector<int64_t> activations, std::vector<int64_t> wiring, int64_t scale_kind, double scale_p0,
+                                        double scale_p1, int64_t form) {
   check_dtype(x);
   auto go = x.scalar_type() == ScalarType::Float ? inverse_backward<float> : inverse_backward<double>;
-  const Parts parts{weights,     biases, context_weights, visible, order ? &*order : nullptr,
-                    activations, {static_cast<int>(scale_kind), scale_p0, scale_p1}, static_cast<Form>(form)};
+  const Parts parts{{weights, biases, context_weights, context_biases, visible, activations, wiring},
+                    order ? &*order : nullptr,
+                    {static_cast<int>(scale_kind), scale_p0, scale_p1},
+                    static_cast<Form>(form)};
   return go(dx, dlogabsdet, x, context, parts, std::nullopt);
 }
 

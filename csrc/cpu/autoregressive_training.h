@@ -1,7 +1,8 @@
 // What the training passes of a masked autoregressive map work on, for every instruction set.
 //
-// Two matrices with one row per sample hold what the layers make: `values` [features, hidden values ..., outputs, pre-activations
-// of the layers whose derivative needs them], and `deltas`, the same columns up to the outputs, the loss's gradient by each sum.
+// Two matrices with one row per sample hold what the layers make. `values`: the features, each layer's values, and what a derivative needs
+// besides. `deltas`: the same columns up to the outputs, which hold the loss's gradient by the values, and then by each sum; after them
+// the gradients by context terms that are more than an addend.
 #pragma once
 
 #include <cstdint>
@@ -14,10 +15,34 @@ namespace flowkernels {
 // Two orders that most networks have, and that need no look at each number
 enum class OrderKind { any, ascending, descending };
 
+// What becomes of a layer's sums, and where: columns of `values`, -1 where there is none
+template <class T>
+struct LayerColumns {
+  int64_t units, value;
+  int source;             // which values it reads
+  int64_t input;          // where those lie
+  int64_t residual;       // of the values that are added
+  int64_t pre;            // what comes before the activation, where the derivative needs that
+  int64_t sum;            // what a gate multiplies
+  int64_t term;           // the context term, where it is more than an addend
+  int64_t term_pre;       // what comes before the activation of that, where the derivative needs it
+  int64_t term_delta;     // column of deltas: the gradient by what comes before the context's activation
+  Activation activation, context_activation;
+  bool unitwise, gate;
+  const T *factor, *bias;  // of a unitwise layer, or null
+
+  // whether more than its products and an activation make its values
+  bool joins() const { return unitwise || residual >= 0 || term >= 0; }
+  // the column of deltas that the context's product gets
+  int64_t context_delta() const { return term >= 0 ? term_delta : value; }
+};
+
 template <class T>
 struct TrainingArgs {
   const MaskedLinearArgs<T>* layers;    // forward products in turn, or those of dx from the last layer to the first
   const MaskedLinearArgs<T>* contexts;  // the same for context terms, or null
+  const LayerColumns<T>* columns;       // of the layers in turn
+  bool wired;                           // whether any layer is, or more than products and activations make the values
   int n_layers;
   int64_t batch, features;
   const int64_t* order;  // feature generated k-th; null for 0, 1, 2, ...

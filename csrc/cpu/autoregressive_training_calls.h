@@ -26,9 +26,8 @@ constexpr double kParallelMultiplyAdds = 4e5;  // about 10 us of one thread, aga
 
 // The tensors of a conditioner, and its map
 struct Parts {
-  std::span<const Tensor> weights, biases, context_weights, visible;
+  NetworkParts network;
   const Tensor* order;
-  std::span<const int64_t> activations;
   ScaleMapParams scale;
   Form form;
   bool by_bound = false;  // whether the gradient by the scale map's bound is asked for
@@ -36,7 +35,7 @@ struct Parts {
 
 template <class T>
 TrainingNetwork<T> read_network(const Parts& parts, int64_t features, ScalarType dtype) {
-  return {features, dtype, parts.weights, parts.context_weights, parts.visible, parts.order, parts.activations, parts.scale.kind};
+  return {features, dtype, parts.network, parts.order, parts.scale.kind};
 }
 
 int64_t threads_for(double multiply_adds) {
@@ -74,6 +73,8 @@ int64_t span_of(int64_t batch, int64_t threads) { return std::clamp<int64_t>(bat
 template <class T>
 TrainingArgs<T> training_args(const TrainingNetwork<T>& net, int64_t batch, ScaleMapParams scale, Form form) {
   TrainingArgs<T> args{};
+  args.columns = net.of_layers.data();
+  args.wired = net.wired;
   args.n_layers = static_cast<int>(net.layers.size());
   args.batch = batch;
   args.features = net.features;
@@ -83,7 +84,7 @@ TrainingArgs<T> training_args(const TrainingNetwork<T>& net, int64_t batch, Scal
   args.form = form;
   args.values_ld = net.columns;
   args.deltas_ld = net.delta_columns;
-  args.outputs = net.layers.back().offset;
+  args.outputs = net.of_layers.back().value;
   args.output_columns = net.output_columns;
   args.by_bound = -1;
   return args;
@@ -115,33 +116,36 @@ template <class T>
 struct Ascent {
   std::vector<MaskedLinearArgs<T>> layers, contexts;
 
-  Ascent(const TrainingArgs<T>& args, const TrainingNetwork<T>& net, const std::vector<const T*>& biases, Rows<T> context) {
+  Ascent(const TrainingArgs<T>& args, const TrainingNetwork<T>& net, Rows<T> context) {
     for (size_t l = 0; l < net.layers.size(); ++l) {
       const TrainingLayer<T>& layer = net.layers[l];
+      const LayerColumns<T>& own = net.of_layers[l];
+      const bool adds_context = context.data && layer.context_weight && own.term < 0;
+      const auto at = [&](int64_t column) { return column < 0 ? nullptr : args.values + column; };
       MaskedLinearArgs<T> product = net.product(layer, args.batch);
-      product.x = args.values + net.input_offset(l);
+      product.x = at(own.input);
       product.x_ld = args.values_ld;
-      product.out = args.values + layer.offset;
+      product.out = at(own.gate ? own.sum : own.value);
       product.out_ld = args.values_ld;
-      if (context.data) {
-        MaskedLinearArgs<T> term = net.context_product(layer, args.batch);
-        term.x = context.data;
-        term.x_ld = context.ld;
-        term.out = product.out;
-        term.out_ld = product.out_ld;
-        term.finish.bias = biases[l];
-        contexts.push_back(term);
-      }
-      if (context.data && layer.context_weight)
-        product.finish.accumulate = true;
-      else
-        product.finish.bias = biases[l];
-      product.finish.activation = layer.activation;
-      if (layer.pre >= 0) {
-        product.finish.pre = args.values + layer.pre;
+      product.finish.accumulate = adds_context;
+      if (!adds_context) product.finish.bias = layer.own_bias();
+      if (!own.joins()) {
+        product.finish.activation = own.activation;
+        product.finish.pre = at(own.pre);
         product.finish.pre_ld = args.values_ld;
       }
       layers.push_back(product);
+      if (!context.data) continue;
+      MaskedLinearArgs<T> term = net.context_product(layer, args.batch);
+      term.x = context.data;
+      term.x_ld = context.ld;
+      term.out = adds_context ? product.out : at(own.term);
+      term.out_ld = args.values_ld;
+      term.finish.bias = adds_context ? layer.own_bias() : layer.context_bias;
+      term.finish.activation = own.context_activation;
+      term.finish.pre = at(own.term_pre);
+      term.finish.pre_ld = args.values_ld;
+      contexts.push_back(term);
     }
   }
 
@@ -171,7 +175,7 @@ struct ForwardCall {
         y(empty(x, {x.size(0), x.size(1)})),
         values(empty(x, {x.size(0), net.columns})),
         args(with_tensors(training_args(net, x.size(0), parts.scale, parts.form), x)),
-        ascent(args, net, net.read_biases(parts.biases), contexts.from(0)) {
+        ascent(args, net, contexts.from(0)) {
     ascent.set(args);
   }
 
@@ -193,31 +197,29 @@ struct Descent {
   Descent(const TrainingArgs<T>& args, const TrainingNetwork<T>& net, T* dcontext, bool begun) {
     for (size_t l = net.layers.size(); l-- > 0;) {
       const TrainingLayer<T>& layer = net.layers[l];
+      const LayerColumns<T>& own = net.of_layers[l];
       MaskedLinearArgs<T> product = net.product(layer, args.batch);
-      product.dy = args.deltas + layer.offset;
+      product.dy = args.deltas + own.value;
       product.dy_ld = args.deltas_ld;
-      product.out = args.deltas + net.input_offset(l);
+      product.out = args.deltas + own.input;
       product.out_ld = args.deltas_ld;
-      if (l == 0) {
-        product.finish.accumulate = true;  // to what reaches x past the network
+      if (net.wired || own.source == 0) {
+        product.finish.accumulate = true;  // to what reaches the source on other ways
       } else {
-        const TrainingLayer<T>& below = net.layers[l - 1];
+        const LayerColumns<T>& below = net.of_layers[l - 1];
         product.finish.activation = below.activation;
-        product.finish.values = below.activation == Activation::identity ? nullptr : args.values + (below.pre >= 0 ? below.pre : below.offset);
+        product.finish.values = below.activation == Activation::identity ? nullptr : args.values + (below.pre >= 0 ? below.pre : below.value);
         product.finish.values_ld = args.values_ld;
       }
       layers.push_back(product);
-      if (!dcontext || !layer.context_weight) {
-        if (dcontext) contexts.push_back({});  // nothing to do
-        continue;
-      }
-      MaskedLinearArgs<T> term = net.context_product(layer, args.batch);
-      term.dy = product.dy;
-      term.dy_ld = product.dy_ld;
+      if (!dcontext) continue;
+      MaskedLinearArgs<T> term = net.context_product(layer, args.batch);  // or nothing to do
+      term.dy = args.deltas + own.context_delta();
+      term.dy_ld = args.deltas_ld;
       term.out = dcontext;
       term.out_ld = net.contexts;
       term.finish.accumulate = begun;
-      begun = true;
+      begun |= layer.context_weight != nullptr;
       contexts.push_back(term);
     }
   }

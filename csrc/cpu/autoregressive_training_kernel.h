@@ -55,6 +55,72 @@ FK_INLINE void from_order(const TrainingArgs<T>& args, const T* from, T* to) {
     for (int64_t p = 0; p < D; ++p) to[args.order[p]] = from[p];
 }
 
+// What a layer makes of its sums in one row: joins them with its context term and the values that it adds, and activates them.
+// The sums lie where the values go, or where a gate finds them; a unitwise layer's are what it reads.
+template <class T>
+void join(const LayerColumns<T>& layer, T* row) {
+  const T* sums = row + (layer.unitwise ? layer.input : layer.gate ? layer.sum : layer.value);
+  with_activation(layer.activation, [&](auto code) {
+    for (int64_t j = 0; j < layer.units; j += lanes<T>) {
+      const int64_t n = layer.units - j;
+      Vec<T> v = load_some(sums + j, n);
+      if (layer.factor) v = fma(v, load_some(layer.factor + j, n), load_some(layer.bias + j, n));
+      if (layer.term >= 0) {
+        const Vec<T> term = load_some(row + layer.term + j, n);
+        v = layer.gate ? v * term : v + term;
+      }
+      if (layer.residual >= 0) v = v + load_some(row + layer.residual + j, n);
+      if (layer.pre >= 0) store_some(row + layer.pre + j, v, n);
+      store_some(row + layer.value + j, activate<decltype(code)::value>(v), n);
+    }
+  });
+}
+
+template <class T>
+FK_INLINE void add_some(T* to, Vec<T> v, int64_t n) {
+  store_some(to, load_some(to, n) + v, n);
+}
+
+// The other way: from the gradient by some of a layer's values that by its sums, in its place, and what goes on to the values that it adds,
+// to its context term and, unit by unit, to its source. Unit j of column c lies at (c + j) * stride, and there are n elements from
+// `first` on: some units of one row, or, with a stride of many rows, these rows of some units.
+template <class T>
+void descend(const LayerColumns<T>& layer, const T* values, T* deltas, int64_t stride, int64_t first, int64_t n) {
+  const auto at = [&](int64_t column) { return column * stride + first; };
+  T* delta = deltas + at(layer.value);
+  if (layer.activation != Activation::identity || layer.residual >= 0 || layer.term >= 0)
+    with_activation(layer.activation, [&](auto code) {
+      const T* h = values + at(layer.pre >= 0 ? layer.pre : layer.value);
+      for (int64_t i = 0; i < n; i += lanes<T>) {
+        const int64_t some = n - i;
+        Vec<T> d = load_some(delta + i, some) * derivative_at<decltype(code)::value>(load_some(h + i, some));
+        if (layer.residual >= 0) add_some(deltas + at(layer.residual) + i, d, some);
+        if (layer.term >= 0) {
+          const Vec<T> term = load_some(values + at(layer.term) + i, some);
+          const Vec<T> by_term = layer.gate ? d * load_some(values + at(layer.sum) + i, some) : d;
+          const Vec<T> known = layer.term_pre >= 0 ? load_some(values + at(layer.term_pre) + i, some) : term;
+          store_some(deltas + at(layer.term_delta) + i, by_term * derivative_at(layer.context_activation, known), some);
+          if (layer.gate) d = d * term;
+        }
+        store_some(delta + i, d, some);
+      }
+    });
+  if (!layer.unitwise) return;
+  T* to = deltas + at(layer.input);
+  if (!layer.factor || stride == 1) {
+    for (int64_t i = 0; i < n; i += lanes<T>) {
+      const Vec<T> d = load_some(delta + i, n - i);
+      add_some(to + i, layer.factor ? d * load_some(layer.factor + first + i, n - i) : d, n - i);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < n; i += stride)
+    for (int64_t r = 0; r < stride; r += lanes<T>) {
+      const int64_t some = stride - r;
+      add_some(to + i + r, load_some(delta + i + r, some) * broadcast<T>(layer.factor[(first + i) / stride]), some);
+    }
+}
+
 template <class T>
 void training_forward(const TrainingArgs<T>& args, int64_t r0, int64_t r1, T* scratch) {
   const int64_t D = args.features, padded = padded_features<T>(D), passing = args.output_columns.passing;
@@ -62,6 +128,8 @@ void training_forward(const TrainingArgs<T>& args, int64_t r0, int64_t r1, T* sc
   for (int l = 0; l < args.n_layers; ++l) {
     if (args.contexts) masked_linear_forward(args.contexts[l], r0, r1, int64_t(0), args.contexts[l].outputs, scratch);
     masked_linear_forward(args.layers[l], r0, r1, int64_t(0), args.layers[l].outputs, scratch);
+    if (!args.columns[l].joins()) continue;
+    for (int64_t r = r0; r < r1; ++r) join(args.columns[l], args.values + r * args.values_ld);
   }
   if (!args.y) return;  // the values alone were asked for
   FeatureRow<T> row(scratch, padded);
@@ -110,6 +178,7 @@ void training_backward(const TrainingArgs<T>& args, bool need_dx, int64_t r0, in
   for (int64_t r = r0; r < r1; ++r) {
     const T* values = args.values + r * args.values_ld;
     T *deltas = args.deltas + r * args.deltas_ld, *outputs = deltas + args.outputs;
+    for (int64_t i = D; args.wired && i < args.outputs; ++i) deltas[i] = T(0);
     split_outputs(values + args.outputs, columns, D, row);
     to_order(args, args.dy + r * args.dy_row, args.dy_column, row.a);
     const Vec<T> c = broadcast<T>(args.dlogabsdet[r * args.dlogabsdet_step]);
@@ -142,8 +211,10 @@ void training_backward(const TrainingArgs<T>& args, bool need_dx, int64_t r0, in
     }
   }
   for (int l = 0; l < args.n_layers; ++l) {
+    const LayerColumns<T>& own = args.columns[args.n_layers - 1 - l];
+    for (int64_t r = r0; args.wired && r < r1; ++r) descend(own, args.values + r * args.values_ld, args.deltas + r * args.deltas_ld, 1, 0, own.units);
     if (args.contexts) masked_linear_dx(args.contexts[l], r0, r1, int64_t(0), args.contexts[l].inputs, scratch);
-    if (need_dx || l + 1 < args.n_layers) masked_linear_dx(args.layers[l], r0, r1, int64_t(0), args.layers[l].inputs, scratch);
+    if (need_dx || own.source > 0) masked_linear_dx(args.layers[l], r0, r1, int64_t(0), args.layers[l].inputs, scratch);
   }
   if (!need_dx) return;
   for (int64_t r = r0; r < r1; ++r) from_order(args, args.deltas + r * args.deltas_ld, args.dx + r * D);
@@ -155,15 +226,19 @@ size_t training_scratch_bytes(int64_t features) {
   return (row > panel ? row : panel) * sizeof(T);
 }
 
-// out[j] = sum over rows of dy[r][j], in chunks of kChunk rows; or added to out
+// out[j] = sum over rows of dy[r][j], or of dy[r][j] * x[r][j] where there is an x, in chunks of kChunk rows; or added to out
 template <class T>
-void sum_rows(const T* dy, int64_t ld, int64_t rows, int64_t columns, bool accumulate, T* out) {
+void sum_rows(const T* dy, int64_t ld, const T* x, int64_t x_ld, int64_t rows, int64_t columns, bool accumulate, T* out) {
   for (int64_t j = 0; j < columns; j += lanes<T>) {
     const int64_t n = columns - j;
     Vec<T> total = accumulate ? load_some(out + j, n) : zero<T>();
     for (int64_t b = 0; b < rows; b += kChunk) {
       Vec<T> sum = zero<T>();
-      for (int64_t r = b; r < smaller(b + kChunk, rows); ++r) sum = sum + load_some(dy + r * ld + j, n);
+      const int64_t end = smaller(b + kChunk, rows);
+      if (x)
+        for (int64_t r = b; r < end; ++r) sum = fma(load_some(dy + r * ld + j, n), load_some(x + r * x_ld + j, n), sum);
+      else
+        for (int64_t r = b; r < end; ++r) sum = sum + load_some(dy + r * ld + j, n);
       total = total + sum;
     }
     store_some(out + j, total, n);

@@ -1,5 +1,4 @@
-// The gradients of weights, biases and context weights of a masked autoregressive map, and of its scale map's bound: sums over rows,
-// which come span by span.
+// The gradients of a masked autoregressive map's parameters, and of its scale map's bound: sums over rows, which come span by span.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -27,9 +26,12 @@ class ParameterGradients {
   ParameterGradients(const TrainingNetwork<T>& net, const Tensor& like, int64_t threads, bool of_bound) : net_(net) {
     for (size_t l = 0; l < net.layers.size(); ++l) {
       const TrainingLayer<T>& layer = net.layers[l];
-      weights_.push_back(add_product(net.product(layer, 0), l, false, like));
-      if (layer.context_weight) context_weights_.push_back(add_product(net.context_product(layer, 0), l, true, like));
-      biases_.push_back(empty(like, {layer.outputs}));
+      const LayerColumns<T>& own = net.of_layers[l];
+      weights_.push_back(layer.unitwise ? add_sum(own.value, layer.weight ? own.units : 0, own.input, like) : add_product(net.product(layer, 0), l, false, like));
+      biases_.push_back(add_sum(own.value, layer.bias ? own.units : 0, -1, like));
+      if (!layer.context_weight) continue;
+      context_weights_.push_back(add_product(net.context_product(layer, 0), l, true, like));
+      if (net.context_biases) context_biases_.push_back(add_sum(own.context_delta(), own.units, -1, like));
     }
     if (of_bound) bound_.push_back(empty(like, {1}));
     make_tasks(threads);
@@ -41,9 +43,10 @@ class ParameterGradients {
     for (Product& product : products_) {
       MaskedLinearArgs<T>& p = product.args;
       p.batch = args.batch;
-      p.x = product.of_context ? context.data : args.values + net_.input_offset(product.layer);
+      const LayerColumns<T>& own = net_.of_layers[product.layer];
+      p.x = product.of_context ? context.data : args.values + own.input;
       p.x_ld = product.of_context ? context.ld : args.values_ld;
-      p.dy = args.deltas + net_.layers[product.layer].offset;
+      p.dy = args.deltas + (product.of_context ? own.context_delta() : own.value);
       p.dy_ld = args.deltas_ld;
       p.finish.accumulate = begun_;
     }
@@ -55,12 +58,13 @@ class ParameterGradients {
 
   void finish_rows(const TrainingArgs<T>& args) {
     for (Tensor& bound : bound_)
-      FK_DISPATCH(sum_rows<T>(args.deltas + args.by_bound, args.deltas_ld, args.batch, int64_t(1), begun_, static_cast<T*>(bound.mutable_data_ptr())));
+      FK_DISPATCH(sum_rows<T>(args.deltas + args.by_bound, args.deltas_ld, nullptr, int64_t(0), args.batch, int64_t(1), begun_,
+                              static_cast<T*>(bound.mutable_data_ptr())));
     begun_ = true;
   }
 
   void append_to(Tensors& out) const {
-    for (const Tensors* list : {&weights_, &biases_, &context_weights_, &bound_}) out.insert(out.end(), list->begin(), list->end());
+    for (const Tensors* list : {&weights_, &biases_, &context_weights_, &context_biases_, &bound_}) out.insert(out.end(), list->begin(), list->end());
   }
 
  private:
@@ -69,16 +73,22 @@ class ParameterGradients {
     size_t layer;
     bool of_context;
   };
-  // rows [k0, k1) of a product's dweight; or of a bias, whose layer is `product`, where k1 is 0
+  // the sum of some columns of deltas, or of their products with columns of values
+  struct Sum {
+    int64_t deltas, values, columns;  // values: -1 for ones
+    T* out;
+  };
+  // rows [k0, k1) of a product's dweight; or a sum, where k1 is 0
   struct Task {
-    size_t product;
+    size_t number;
     int64_t k0, k1;
   };
 
   const TrainingNetwork<T>& net_;
-  Tensors weights_, biases_, context_weights_;
+  Tensors weights_, biases_, context_weights_, context_biases_;
   Tensors bound_;  // one, or none
   std::vector<Product> products_;
+  std::vector<Sum> sums_;
   std::vector<Task> tasks_;
   Shares shares_;
   int64_t largest_ = 0;                    // rows of a task
@@ -90,6 +100,12 @@ class ParameterGradients {
     args.out_ld = args.outputs;
     products_.push_back({args, layer, of_context});
     return dweight;
+  }
+
+  Tensor add_sum(int64_t deltas, int64_t columns, int64_t values, const Tensor& like) {
+    Tensor sum = empty(like, {columns});
+    if (columns > 0) sums_.push_back({deltas, values, columns, static_cast<T*>(sum.mutable_data_ptr())});
+    return sum;
   }
 
   void make_tasks(int64_t threads) {
@@ -104,21 +120,21 @@ class ParameterGradients {
         work.push_back(seen_pairs(p.visible, p.outputs, k0, k1));
       }
     }
-    for (size_t l = 0; l < net_.layers.size(); ++l) {
-      tasks_.push_back({l, 0, 0});
-      work.push_back(4.0 * static_cast<double>(net_.layers[l].outputs));  // bound by memory: a row is worth some multiply-adds
+    for (size_t i = 0; i < sums_.size(); ++i) {
+      tasks_.push_back({i, 0, 0});
+      work.push_back(4.0 * static_cast<double>(sums_[i].columns));  // bound by memory: a row is worth some multiply-adds
     }
     shares_ = share_out(work, threads);
   }
 
   void run(const Task& task, const TrainingArgs<T>& args) {
     if (task.k1 == 0) {
-      const TrainingLayer<T>& layer = net_.layers[task.product];
-      T* out = static_cast<T*>(biases_[task.product].mutable_data_ptr());
-      return FK_DISPATCH(sum_rows<T>(args.deltas + layer.offset, args.deltas_ld, args.batch, layer.outputs, begun_, out));
+      const Sum& sum = sums_[task.number];
+      const T* values = sum.values < 0 ? nullptr : args.values + sum.values;
+      return FK_DISPATCH(sum_rows<T>(args.deltas + sum.deltas, args.deltas_ld, values, args.values_ld, args.batch, sum.columns, begun_, sum.out));
     }
     T* scratch = static_cast<T*>(thread_scratch(FK_DISPATCH(dweight_scratch_bytes<T>(largest_))));
-    FK_DISPATCH(masked_linear_dweight<T>(products_[task.product].args, task.k0, task.k1, scratch));
+    FK_DISPATCH(masked_linear_dweight<T>(products_[task.number].args, task.k0, task.k1, scratch));
   }
 };
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from flowkernels import ScaleMap, backend
+from flowkernels import ScaleMap, _extension, backend
 from flowkernels.ops import Activation, Conditioner, Form, MaskedLayer, autoregressive, check_conditioner
 from flowkernels.ops.autoregressive.reference import autoregressive_reference
 from flowkernels.ops.degrees import hidden_degrees, staircase
@@ -257,12 +257,41 @@ def test_error_in_float32_is_that_of_eager_float32(inverse):
             assert ours.flatten().quantile(0.999) <= 2 * theirs.flatten().quantile(0.999)
 
 
+NETWORKS = {"plain": ((30, 20), 0), "context": ((30, 20), 3), "residual": (RESIDUAL, 2), "gated": (GATED, 3), "wired": (WIRED, 0)}
+
+
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("context", [0, 3])
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("batch", [0, 256, 257, 1500])
-def test_gradients_do_not_depend_on_threads(batch, context, inverse):
+def test_gradients_do_not_depend_on_threads(batch, network, inverse):
     """Sums over rows go span by span, and a span has a chunk of rows for each thread."""
-    assert_gradients_do_not_depend_on_threads(example(7, (30, 20), context=context, inverse=inverse)(batch, torch.float32))
+    parts, context = NETWORKS[network]
+    assert_gradients_do_not_depend_on_threads(example(7, parts, context=context, inverse=inverse)(batch, torch.float32))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.skipif(not _extension.status().cpu_library, reason="the CPU library was not built")
+def test_a_map_is_one_node_of_the_graph(network, inverse):
+    """No graph of a layer's parts, and none of D passes."""
+    parts, context = NETWORKS[network]
+    rows, parameters, op, *_ = example(7, parts, context=context, inverse=inverse)(4, torch.float32)
+    leaves = [t.requires_grad_() for t in (*rows, *parameters)]
+    y, logabsdet = op(rows, parameters)
+    assert y.grad_fn is logabsdet.grad_fn
+    below = [node for node, _ in y.grad_fn.next_functions if node is not None]
+    assert {id(node.variable) for node in below} == set(map(id, leaves))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu", "elu", "softplus"])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_gradients_through_a_contexts_own_activation(activation, inverse):
+    """Some derivatives are known from the activation's value, others need what came before it."""
+    parts = [Part(7, activation, context=activation), Part(7, activation, context="gate"), Part(7, residual=1, context="gate+"), Part(0)]
+    rows, parameters, op, oracle, *_ = example(4, parts, context=3, inverse=inverse)(9, torch.float64)
+    leaves = [t.requires_grad_() for t in (*rows, *parameters)]
+    got, want = (torch.autograd.grad([o.sin().sum() for o in f(rows, parameters)], leaves) for f in (op, oracle))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

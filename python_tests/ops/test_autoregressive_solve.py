@@ -22,14 +22,12 @@ pytestmark = pytest.mark.skipif(not _extension.status().cpu_library, reason="the
 
 def arguments(made, seed=3):
     """Of autoregressive_inverse_backward, with x = f^-1(z) and cotangents of its own."""
-    _z, context, weights, biases, context_weights, _, visible, order, activations, _, *scale_and_form, _ = made.schema(
-        made.rows, made.parameters
-    )
+    _z, context, *network_and_map, _ = made.schema(made.rows, made.parameters)
     with torch.no_grad():
         x = torch.ops.flowkernels.autoregressive(*made.schema(made.rows, made.parameters))[0]
     g = torch.Generator().manual_seed(seed)
     dx, dlogabsdet = (torch.randn(shape, generator=g, dtype=x.dtype) for shape in (x.shape, x.shape[:1]))
-    return dx, dlogabsdet, x, context, weights, biases, context_weights, visible, order, activations, *scale_and_form
+    return dx, dlogabsdet, x, context, *network_and_map
 
 
 def by_twin(arguments, layout):
@@ -116,7 +114,7 @@ def test_row_alone_and_strides():
     made = example(6, (9, 7), order=[3, 1, 4, 0, 5, 2], inverse=True)(21, torch.float32)
     a = arguments(made)
     twin = lambda a, layout: torch.ops.flowkernels._autoregressive_solve_twin(*a, list(layout))
-    dx, dlogabsdet, x, _, weights, _, _, visible, order, activations, *scale_and_form = a
+    dx, dlogabsdet, x, _, weights, _, _, _, visible, order, activations, _, *scale_and_form = a
     columns = sum(len(v) for v in visible)
     values = torch.randn(21, columns, generator=torch.Generator().manual_seed(0))
     rows, rest = (dx, dlogabsdet, x, values), (weights, visible, order, activations, *scale_and_form)

@@ -150,9 +150,9 @@ def test_gradient_by_one_inverse_after_another_is_that_of_the_op(batch):
     with torch.no_grad():
         y, _, between = stack_op(x, context, *lists, True)
         kept = [*between.unbind(), y]
-        weights, biases, contexts, _, visible, orders, _, activations, _, stages, scales = lists
-        network = weights, biases, contexts, visible, orders, activations, stages, scales, [0, 0, 0], True
-        arguments = torch.randn_like(y), torch.randn_like(y[:, 0]), kept, context, *network
+        *tensors, _, activations, wiring, stages, scales = lists
+        cotangents, numbers = (torch.randn_like(y), torch.randn_like(y[:, 0])), (activations, wiring, stages, scales)
+        arguments = *cotangents, kept, context, *tensors, *numbers, [0, 0, 0], True
         torch.testing.assert_close(
             _inverses_one_by_one(*arguments), torch.ops.flowkernels.autoregressive_backward(*arguments), rtol=1e-11, atol=1e-11
         )
@@ -181,12 +181,23 @@ def test_weights_on_another_device_are_refused():
 
 def test_backward_op_is_what_it_says():
     _, context, maps, _ = three_inverses(5, torch.float64)
-    weights, biases, contexts, _, visible, orders, _, activations, _, stages, scales = Lists.of(maps)
-    lists = [[t.detach() for t in tensors] for tensors in (weights, biases, contexts, visible, orders)]
+    *tensors, _, activations, wiring, stages, scales = Lists.of(maps)
+    lists = [[t.detach() for t in some] for some in tensors]
     dy, kept = torch.randn(5, 5, dtype=torch.float64), [torch.randn(5, 5, dtype=torch.float64) for _ in maps]
     for need_dx in (False, True):
-        arguments = dy, dy[:, 0], kept, context.detach(), *lists, activations, stages, scales, [0, 0, 0], need_dx
+        arguments = dy, dy[:, 0], kept, context.detach(), *lists, activations, wiring, stages, scales, [0, 0, 0], need_dx
         torch.library.opcheck(torch.ops.flowkernels.autoregressive_backward.default, arguments, test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("parts", [RESIDUAL, GATED, (6, 9)], ids=["residual", "gated", "plain"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_training_op_is_what_it_says(parts, activation):
+    rows, parameters, *_, schema, _ = example(5, parts, context=2, activation=activation)(4, torch.float32)
+    lists = schema(rows, parameters)
+    network = Conditioner(lists[2], lists[3], lists[6], lists[8], lists[4], lists[7], lists[9], lists[5])
+    *tensors, _, activations, wiring, stages, scales = Lists.of([Map(network, ScaleMap.softclip(), Form.SCALE_SHIFT)] * 2)
+    arguments = rows[0], rows[1], *tensors, activations, wiring, stages, scales
+    torch.library.opcheck(torch.ops.flowkernels.autoregressive_training.default, arguments, test_utils="test_faketensor")
 
 
 def test_half_precision_goes_map_by_map():

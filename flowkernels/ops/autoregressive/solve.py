@@ -33,13 +33,17 @@ def backward_by_solve(
     weights: list[Tensor],
     biases: list[Tensor],
     context_weights: list[Tensor],
+    context_biases: list[Tensor],
     visible: list[Tensor],
     order: Tensor | None,
     activations: list[int],
+    wiring: list[int],
     *scale_and_form: float,
     solve: Callable[..., tuple[Tensor, Tensor]] = _solve,
 ) -> list[Tensor]:
-    """flowkernels::autoregressive_inverse_backward: dz, dcontext, then the gradients of weights, biases and context weights."""
+    """flowkernels::autoregressive_inverse_backward of a plain chain: dz, dcontext, then the gradients of weights, biases and context
+    weights."""
+    assert not wiring and not context_biases
     widths = [len(v) for v in visible]
     all_context_weights = torch.cat(context_weights, 1) if context_weights else None
     terms = (context @ all_context_weights).split(widths, 1) if context_weights else [None] * len(widths)

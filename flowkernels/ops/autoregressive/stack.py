@@ -24,8 +24,8 @@ def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None 
     """Several autoregressive maps, the first one first: y = map_n(... map_1(x)), and the sum of their log|det|s.
 
     The result is that of calling `autoregressive` map by map; so are its gradients. Where a compiled kernel serves, and the tensors
-    are float32 or float64, it is one call of the op, and with a gradient one node of autograd's graph, unless the gradient meets a
-    wired network or an affine map between; elsewhere it is made map by map.
+    are float32 or float64, it is one call of the op, and with a gradient one node of autograd's graph, unless the gradient meets an
+    affine map between; elsewhere it is made map by map.
 
     Args:
         x: [batch, features].

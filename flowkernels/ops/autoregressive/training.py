@@ -6,8 +6,9 @@ With g and c the loss's gradients by y and by logabsdet, and sums s_l = bias_l +
     delta_{l-1}   = (delta_l W_l^T) * act'(s_{l-1})
     dW_l = h_{l-1}^T delta_l,   dbias_l = sum_b delta_l,   dx = the form's own + delta_1 W_1^T
 
-all of them under the staircase. Where no kernel serves, or torch.func looks on, or a gradient of the gradient is asked for, the map is
-composed of `masked_linear` instead: the same mathematics in pieces that know their own derivatives.
+all of them under the staircase. In a wired network what reaches h_l on each of its ways is added up before the derivative, and a gate
+turns delta_l into that of the sum and that of the context term. Where no kernel serves, or torch.func looks on, or a gradient of the
+gradient is asked for, the map is composed of `masked_linear` instead: the same mathematics in pieces that know their own derivatives.
 """
 
 import itertools
@@ -24,13 +25,13 @@ from .._differentiation import apply_function, each_cotangent, transformed
 from ..activation import Activation
 from ..masked_linear import masked_linear
 from ..scale_map import PoweredMap, ScaleKind, ScaleMap
-from .conditioner import Conditioner
+from .conditioner import Conditioner, MaskedLayer
 from .loop import Lists, Map, autoregressive_op, stack_op
 from .reference import autoregressive_reference
 from .solve import backward_by_solve
 
-_LISTS = "Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] visible"
-_STACK = f"{_LISTS}, Tensor[] orders, int[] activations, int[] stages, float[] scales"
+_LISTS = "Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] context_biases, Tensor[] visible"
+_STACK = f"{_LISTS}, Tensor[] orders, int[] activations, int[] wiring, int[] stages, float[] scales"
 library.define(f"autoregressive_training(Tensor x, Tensor? context, {_STACK}) -> (Tensor, Tensor, Tensor[])")
 library.define(
     f"autoregressive_backward(Tensor dy, Tensor dlogabsdet, Tensor[] kept, Tensor? context, {_STACK}, int[] learned, bool need_dx) "
@@ -38,7 +39,7 @@ library.define(
 )
 library.define(
     f"autoregressive_inverse_backward(Tensor dx, Tensor dlogabsdet, Tensor x, Tensor? context, {_LISTS}, Tensor? order, int[] activations, "
-    "int scale_kind, float scale_p0, float scale_p1, int form) -> Tensor[]"
+    "int[] wiring, int scale_kind, float scale_p0, float scale_p1, int form) -> Tensor[]"
 )
 _training = torch.ops.flowkernels.autoregressive_training.default
 _backward = torch.ops.flowkernels.autoregressive_backward.default
@@ -50,26 +51,36 @@ CUDA_LAYERS = 32  # kMaxLayers of the CUDA kernels, which take all layers as one
 
 
 @torch.library.register_fake("flowkernels::autoregressive_training", lib=library)
-def _(x, context, weights, biases, context_weights, visible, orders, activations, stages, scales) -> tuple[Tensor, Tensor, list[Tensor]]:
-    widths = iter([w.shape[1] * (1 + (a in (Activation.GELU, Activation.SILU))) for w, a in zip(weights, activations, strict=True)])
-    layers = stages[:: len(stages) // len(orders)]
-    kept = [x.new_empty(x.shape[0], x.shape[1] + sum(itertools.islice(widths, n))) for n in layers]
+def _(x, context, *lists) -> tuple[Tensor, Tensor, list[Tensor]]:
+    kept = [x.new_empty(x.shape[0], x.shape[1] + sum(map(_columns, network.layers))) for network in _networks(*lists)]
     return x.new_empty(x.shape), x.new_empty(x.shape[:1]), kept
 
 
+def _columns(layer: MaskedLayer) -> int:
+    """How many columns of `values` the kernel keeps of a layer: TrainingNetwork in csrc/cpu/autoregressive_training_network.h."""
+    needs_pre = (Activation.GELU, Activation.SILU)
+    apart = layer.gate or layer.context_activation != Activation.IDENTITY
+    term = apart * (1 + (layer.context_activation in needs_pre))
+    return layer.visible.shape[0] * (1 + (layer.activation in needs_pre) + layer.gate + term)
+
+
+def _networks(weights, biases, context_weights, context_biases, visible, orders, *numbers) -> list[Conditioner]:
+    lists = Lists(weights, biases, context_weights, context_biases, visible, orders, orders, *numbers)  # affine maps are not looked at
+    return [m.conditioner for m in lists.maps()]
+
+
 @torch.library.register_fake("flowkernels::autoregressive_backward", lib=library)
-def _(
-    dy, dlogabsdet, kept, context, weights, biases, context_weights, visible, orders, activations, stages, scales, learned, need_dx
-) -> list[Tensor]:
+def _(dy, dlogabsdet, kept, context, weights, biases, context_weights, context_biases, visible, orders, *numbers) -> list[Tensor]:
+    *_, stages, _, learned, need_dx = numbers
     inverse = stages[len(stages) // len(orders) - 1]  # whether the first map is; the last of its numbers
     dx = dy.new_empty(dy.shape if need_dx or inverse else (0, dy.shape[1]))
     bounds = (dy.new_empty(1) for _ in range(sum(learned)))
-    return [dx, *_gradients_like(dy, context, weights, biases, context_weights), *bounds]
+    return [dx, *_gradients_like(dy, context, weights, biases, context_weights, context_biases), *bounds]
 
 
 @torch.library.register_fake("flowkernels::autoregressive_inverse_backward", lib=library)
-def _(dx, dlogabsdet, x, context, weights, biases, context_weights, *_) -> list[Tensor]:
-    return [x.new_empty(x.shape), *_gradients_like(x, context, weights, biases, context_weights)]
+def _(dx, dlogabsdet, x, context, weights, biases, context_weights, context_biases, *_) -> list[Tensor]:
+    return [x.new_empty(x.shape), *_gradients_like(x, context, weights, biases, context_weights, context_biases)]
 
 
 def _gradients_like(like: Tensor, context: Tensor | None, *parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -77,18 +88,19 @@ def _gradients_like(like: Tensor, context: Tensor | None, *parameters: Sequence[
     return [dcontext, *(like.new_empty(t.shape) for tensors in parameters for t in tensors)]
 
 
-def _inverses_one_by_one(dy, dlogabsdet, kept, context, weights, biases, context_weights, visible, orders, *numbers) -> list[Tensor]:
+def _inverses_one_by_one(dy, dlogabsdet, kept, context, *lists_and_rest) -> list[Tensor]:
     """autoregressive_backward where a kernel takes the inverse of one map."""
-    activations, stages, scales, _, _ = numbers
-    lists = Lists(weights, biases, context_weights, [], visible, orders, [dy.new_empty(0)] * len(orders), activations, [], stages, scales)
+    weights, biases, context_weights, context_biases, visible, orders, activations, wiring, stages, scales, _, _ = lists_and_rest
+    none = [dy.new_empty(0)] * len(orders)
+    lists = Lists(weights, biases, context_weights, context_biases, visible, orders, none, activations, wiring, stages, scales)
     found, dcontext = [], None
     for x, (network, scale, form, *_) in zip(reversed(kept), reversed(lists.maps()), strict=True):
         own = context if network.context_weights else None
-        of_network = network.weights, network.biases, network.context_weights, network.visible, network.order, network.activations
-        dy, term, *parameters = _inverse_backward(dy, dlogabsdet, x, own, *of_network, int(scale.kind), *scale.packed, int(form))
+        tensors = network.weights, network.biases, network.context_weights, network.context_biases, network.visible
+        numbers = network.order, network.activations, network.wiring, int(scale.kind), *scale.packed, int(form)
+        dy, term, *parameters = _inverse_backward(dy, dlogabsdet, x, own, *tensors, *numbers)
         dcontext = dcontext if own is None else term if dcontext is None else dcontext + term
-        layers = len(network.weights)
-        found.append(_split(parameters, (layers, layers)))
+        found.append(_split(parameters, list(map(len, tensors[:3]))))
     of_lists = zip(*reversed(found), strict=True)
     return [dy, dy.new_empty((0, 0)) if dcontext is None else dcontext, *(t for lists in of_lists for own in lists for t in own)]
 
@@ -112,8 +124,7 @@ def _is_whole(conditioner: Conditioner, scale: ScaleMap | PoweredMap) -> bool:
 
 
 def serves(maps: Sequence[Map], x: Tensor) -> bool:
-    """Whether `with_gradient` can take these maps: plain chains of layers without an affine map before them, on a device that has the
-    kernels."""
+    """Whether `with_gradient` can take these maps: without an affine map before them, on a device that has the kernels."""
     device = x.device
     if transformed() or wants_reference("autoregressive", device):
         return False
@@ -121,11 +132,11 @@ def serves(maps: Sequence[Map], x: Tensor) -> bool:
     if not (_SOLVES_ON_CUDA and device.index not in _extension.unserved_gpus if cuda else _COMPILED and device.type == "cpu"):
         return False
     for network, scale, _, inverse, affine in maps:
-        if affine is not None or network.wiring or network.context_biases or not loop_serves(network, scale, device):
+        if affine is not None or not loop_serves(network, scale, device):
             return False
         if inverse and (isinstance(scale, PoweredMap) or not _is_whole(network, scale)):
             return False
-        if cuda and not (inverse and len(network.context_weights) in (0, len(network.weights))):
+        if cuda and not (inverse and not network.wiring and len(network.context_weights) in (0, len(network.weights))):
             return False
     return True
 
@@ -143,13 +154,18 @@ def with_gradient(x: Tensor, context: Tensor | None, maps: Sequence[Map], lists:
         return x, total
     learned = (m.scale.a for m in maps if isinstance(m.scale, PoweredMap))
     own = context if lists.context_weights else None
-    return apply_function(_Maps, x, own, maps, lists, *lists.weights, *lists.biases, *lists.context_weights, *learned)
+    return apply_function(_Maps, x, own, maps, lists, *_parameters(lists), *learned)
+
+
+def _parameters(lists: Lists) -> tuple[Tensor, ...]:
+    return (*lists.weights, *lists.biases, *lists.context_weights, *lists.context_biases)
 
 
 class _Numbers(NamedTuple):
     """What is no tensor of a stack."""
 
     activations: list[int]
+    wiring: list[int]
     stages: list[int]
     scales: list[float]
     maps: list[ScaleMap]  # a learned one without its number
@@ -157,12 +173,12 @@ class _Numbers(NamedTuple):
 
 
 class _Maps(torch.autograd.Function):
-    """Maps of plain networks in one direction, one after another. The gradient of an inverse needs what it returned, that of a forward map
+    """Maps in one direction, one after another. The gradient of an inverse needs what it returned, that of a forward map
     the values of its layers."""
 
     @staticmethod
     def forward(ctx, x, context, maps, lists, *parameters) -> tuple[Tensor, Tensor]:
-        weights, biases, context_weights, _, visible, orders, _, activations, _, stages, packed = lists
+        *tensors, orders, _, activations, wiring, stages, packed = lists
         if maps[0].inverse and len(maps) == 1:
             y, total = autoregressive_op(x, context, *maps[0][:-1])
             kept = [y]
@@ -170,33 +186,31 @@ class _Maps(torch.autograd.Function):
             y, total, between = stack_op(x, context, *lists, True)
             kept = [*between.unbind(), y]
         else:
-            y, total, kept = _training(x, context, weights, biases, context_weights, visible, orders, activations, stages, packed)
-        ctx.save_for_backward(x, context, *kept, *orders, *visible, *parameters)
+            y, total, kept = _training(x, context, *tensors, orders, activations, wiring, stages, packed)
+        ctx.save_for_backward(x, context, *kept, *orders, *lists.visible, *parameters)
         learned = [int(isinstance(m.scale, PoweredMap)) for m in maps]
         bases = [m.scale.scale if powered else m.scale for m, powered in zip(maps, learned, strict=True)]
-        ctx.numbers, ctx.contexts = _Numbers(activations, stages, packed, bases, learned), len(context_weights)
+        ctx.numbers = _Numbers(activations, wiring, stages, packed, bases, learned)
+        ctx.contexts = len(lists.context_weights), len(lists.context_biases)
         return y, total
 
     @staticmethod
     def backward(ctx, dy: Tensor, dlogabsdet: Tensor):
-        (activations, stages, packed, bases, learned), x, context, *tensors = ctx.numbers, *ctx.saved_tensors
+        (activations, wiring, stages, packed, bases, learned), x, context, *tensors = ctx.numbers, *ctx.saved_tensors
         n, layers = len(learned), len(activations)
-        kept, orders, visible, weights, biases, context_weights, numbers = _split(tensors, (n, n, layers, layers, layers, ctx.contexts))
+        kept, orders, visible, *parameters, numbers = _split(tensors, (n, n, layers, layers, layers, *ctx.contexts))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # views, or what one input owes to another, or to itself in another place, would be counted twice
             x, context = x.view_as(x), None if context is None else context.view_as(context)
-            weights, biases, context_weights, numbers = (
-                [t.view_as(t) for t in part] for part in (weights, biases, context_weights, numbers)
-            )
-            none = [x.new_empty(0)] * n
-            lists = Lists(weights, biases, context_weights, [], visible, orders, none, activations, [], stages, packed)
+            *parameters, numbers = ([t.view_as(t) for t in part] for part in (*parameters, numbers))
+            lists = Lists(*parameters, visible, orders, [x.new_empty(0)] * n, activations, wiring, stages, packed)
             a = iter(numbers)
             scales = [PoweredMap(base, next(a)) if powered else base for base, powered in zip(bases, learned, strict=True)]
             maps = [m._replace(scale=scale) for m, scale in zip(lists.maps(), scales, strict=True)]
-            return _differentiable_gradient(ctx, x, context, maps, (*weights, *biases, *context_weights, *numbers), dy, dlogabsdet)
+            return _differentiable_gradient(ctx, x, context, maps, (*_parameters(lists), *numbers), dy, dlogabsdet)
         need_dx = ctx.needs_input_grad[0]
-        network = weights, biases, context_weights, visible, orders, activations, stages, packed
-        dx, dcontext, *parameters = each_cotangent(_backward, dy, dlogabsdet, kept, context, *network, learned, need_dx)
+        networks = *parameters, visible, orders, activations, wiring, stages, packed
+        dx, dcontext, *parameters = each_cotangent(_backward, dy, dlogabsdet, kept, context, *networks, learned, need_dx)
         if numbers:  # of which the op's are the gradients by bound * a
             bounds = [base.packed[0] for base, powered in zip(bases, learned, strict=True) if powered]
             for i, (bound, a) in enumerate(zip(bounds, numbers, strict=True), start=len(parameters) - len(numbers)):

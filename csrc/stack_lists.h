@@ -22,11 +22,11 @@ struct Rest {
 };
 
 // One map's numbers in the list `stages` of Lists (flowkernels/ops/autoregressive/loop.py)
-struct Stage {
+struct MapNumbers {
   static constexpr size_t kNumbers = 7;
   int64_t layers, contexts, context_biases, wired, scale_kind, form, inverse;
 
-  Stage(std::span<const int64_t> stages, size_t map) {
+  MapNumbers(std::span<const int64_t> stages, size_t map) {
     const int64_t* n = &stages[kNumbers * map];
     layers = n[0], contexts = n[1], context_biases = n[2] ? contexts : 0, wired = n[3], scale_kind = n[4], form = n[5], inverse = n[6];
   }
