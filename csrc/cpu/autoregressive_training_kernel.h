@@ -6,29 +6,31 @@ namespace FK_TARGET {
 
 constexpr int64_t kLogTerms = 16;  // log-derivatives are summed in chunks, as inputs are
 
-// shift and raw scale of each feature lie side by side; the scratch holds [shift | raw | a | b], each `padded` long. Shift and raw scale of
-// features that pass are 0 before each row.
-template <class T>
-struct FeatureRow {
-  T *shift, *raw, *a, *b;
-  FeatureRow(T* scratch, int64_t padded) : shift(scratch), raw(shift + padded), a(raw + padded), b(a + padded) {}
-};
-
+// the scratch of a row of features, which whole vectors may be written to from any of them on
 template <class T>
 int64_t padded_features(int64_t features) {
-  return (features + lanes<T> - 1) / lanes<T> * lanes<T>;
+  return (features + lanes<T> - 1) / lanes<T> * lanes<T> + lanes<T>;
 }
 
 template <class T>
-void split_outputs(const T* outputs, const OutputColumns& columns, int64_t features, FeatureRow<T>& row) {
-  if (columns.each == 1) {
-    for (int64_t p = columns.passing; p < features; ++p) row.shift[p] = outputs[columns.of(p)];
-    return;
-  }
-  for (int64_t p = columns.passing; p < features; ++p) {
-    row.shift[p] = outputs[columns.of(p)];
-    row.raw[p] = outputs[columns.of(p) + 1];
-  }
+struct ShiftAndRaw {
+  Vec<T> shift, raw;
+};
+
+// Shift and raw scale of a vector of features that do not pass, the first one at `at`; `left` of them are in the row. In the last layer
+// they lie side by side; an additive map has shifts alone.
+template <class T>
+FK_INLINE ShiftAndRaw<T> load_outputs(const T* at, const OutputColumns& columns, int64_t left) {
+  if (columns.each == 1) return {load_some(at, left), zero<T>()};
+  const Vec<T> a = load_some(at, 2 * left), b = 2 * left > lanes<T> ? load_some(at + lanes<T>, 2 * left - lanes<T>) : zero<T>();
+  return {AllLanes<T>::even(a, b), AllLanes<T>::odd(a, b)};
+}
+
+template <class T>
+FK_INLINE void store_outputs(T* at, const OutputColumns& columns, Vec<T> shift, Vec<T> raw, int64_t left) {
+  if (columns.each == 1) return store_some(at, shift, left);
+  store_some(at, AllLanes<T>::low_pairs(shift, raw), 2 * left);
+  if (2 * left > lanes<T>) store_some(at + lanes<T>, AllLanes<T>::high_pairs(shift, raw), 2 * left - lanes<T>);
 }
 
 // to[k] = the feature generated k-th of a row whose features are `column` apart
@@ -123,7 +125,7 @@ void descend(const LayerColumns<T>& layer, const T* values, T* deltas, int64_t s
 
 template <class T>
 void training_forward(const TrainingArgs<T>& args, int64_t r0, int64_t r1, T* scratch) {
-  const int64_t D = args.features, padded = padded_features<T>(D), passing = args.output_columns.passing;
+  const int64_t D = args.features, passing = args.output_columns.passing;
   for (int64_t r = r0; r < r1; ++r) to_order(args, args.x + r * args.x_row, args.x_column, args.values + r * args.values_ld);
   for (int l = 0; l < args.n_layers; ++l) {
     if (args.contexts) masked_linear_forward(args.contexts[l], r0, r1, int64_t(0), args.contexts[l].outputs, scratch);
@@ -132,28 +134,24 @@ void training_forward(const TrainingArgs<T>& args, int64_t r0, int64_t r1, T* sc
     for (int64_t r = r0; r < r1; ++r) join(args.columns[l], args.values + r * args.values_ld);
   }
   if (!args.y) return;  // the values alone were asked for
-  FeatureRow<T> row(scratch, padded);
-  for (int64_t i = 0; i < 4 * padded; ++i) scratch[i] = T(0);
+  T *results = scratch, *logs = scratch + padded_features<T>(D);
+  for (int64_t p = 0; p < passing; ++p) logs[p] = T(0);
   for (int64_t r = r0; r < r1; ++r) {
     const T* values = args.values + r * args.values_ld;
-    split_outputs(values + args.outputs, args.output_columns, D, row);
-    for (int64_t p = passing / lanes<T> * lanes<T>; p < D; p += lanes<T>) {
-      const ValueAndLog<Vec<T>> out = apply_form(args.form, args.scale, load_some(values + p, D - p), load(row.shift + p), load(row.raw + p));
-      store(row.a + p, out.value);
-      store(row.b + p, out.log);
+    for (int64_t p = passing; p < D; p += lanes<T>) {
+      const ShiftAndRaw<T> made = load_outputs(values + args.outputs + args.output_columns.of(p), args.output_columns, D - p);
+      const ValueAndLog<Vec<T>> out = apply_form(args.form, args.scale, load_some(values + p, D - p), made.shift, made.raw);
+      store(results + p, out.value);
+      store(logs + p, out.log);
     }
-    for (int64_t p = 0; p < passing; ++p) {
-      row.a[p] = values[p];
-      row.b[p] = T(0);
-    }
-    T* y = args.y + r * D;
+    for (int64_t p = 0; p < passing; ++p) results[p] = values[p];
     T total = 0;
     for (int64_t chunk = 0; chunk < D; chunk += kLogTerms) {
-      T sum = row.b[chunk];
-      for (int64_t p = chunk + 1; p < smaller(chunk + kLogTerms, D); ++p) sum += row.b[p];
+      T sum = logs[chunk];
+      for (int64_t p = chunk + 1; p < smaller(chunk + kLogTerms, D); ++p) sum += logs[p];
       total += sum;
     }
-    from_order(args, row.a, y);
+    from_order(args, results, args.y + r * D);
     args.logabsdet[r] = args.adds_log ? args.logabsdet[r] + total : total;
   }
 }
@@ -171,44 +169,29 @@ FK_INLINE Vec<T> gradient_by_bound(const TrainingArgs<T>& args, Vec<T> x, Vec<T>
 // The deltas of rows [r0, r1), and dx. need_dx: whether anybody asks for the gradient by x
 template <class T>
 void training_backward(const TrainingArgs<T>& args, bool need_dx, int64_t r0, int64_t r1, T* scratch) {
-  const int64_t D = args.features, padded = padded_features<T>(D);
+  const int64_t D = args.features;
   const OutputColumns columns = args.output_columns;
-  FeatureRow<T> row(scratch, padded);
-  for (int64_t i = 0; i < 4 * padded; ++i) scratch[i] = T(0);
+  T *g = scratch, *by_bound = scratch + padded_features<T>(D);
   for (int64_t r = r0; r < r1; ++r) {
     const T* values = args.values + r * args.values_ld;
     T *deltas = args.deltas + r * args.deltas_ld, *outputs = deltas + args.outputs;
     for (int64_t i = D; args.wired && i < args.outputs; ++i) deltas[i] = T(0);
-    split_outputs(values + args.outputs, columns, D, row);
-    to_order(args, args.dy + r * args.dy_row, args.dy_column, row.a);
+    to_order(args, args.dy + r * args.dy_row, args.dy_column, g);
     const Vec<T> c = broadcast<T>(args.dlogabsdet[r * args.dlogabsdet_step]);
-    const int64_t begin = columns.passing / lanes<T> * lanes<T>;
-    if (args.by_bound >= 0) {
-      T total = 0;
-      for (int64_t p = begin; p < D; p += lanes<T>)
-        store(row.b + p, gradient_by_bound(args, load_some(values + p, D - p), load(row.shift + p), load(row.raw + p), load(row.a + p), c));
-      for (int64_t p = columns.passing; p < D; ++p) total += row.b[p];
-      deltas[args.by_bound] = total;
+    for (int64_t p = 0; p < columns.passing; ++p) deltas[p] = g[p];
+    for (int64_t p = columns.passing; p < D; p += lanes<T>) {
+      const int64_t left = D - p;
+      const Vec<T> x = load_some(values + p, left), dy = load_some(g + p, left);
+      const ShiftAndRaw<T> made = load_outputs(values + args.outputs + columns.of(p), columns, left);
+      if (args.by_bound >= 0) store(by_bound + p, gradient_by_bound(args, x, made.shift, made.raw, dy, c));
+      const FormGradient<Vec<T>> gradient = form_gradient(args.form, args.scale, x, made.shift, made.raw, dy, c);
+      store_some(deltas + p, gradient.dvalue, left);
+      store_outputs(outputs + columns.of(p), columns, gradient.dshift, gradient.draw, left);
     }
-    for (int64_t p = begin; p < D; p += lanes<T>) {
-      const FormGradient<Vec<T>> gradient =
-          form_gradient(args.form, args.scale, load_some(values + p, D - p), load(row.shift + p), load(row.raw + p), load(row.a + p), c);
-      store_some(deltas + p, gradient.dvalue, D - p);
-      store(row.shift + p, gradient.dshift);
-      store(row.raw + p, gradient.draw);
-    }
-    for (int64_t p = 0; p < columns.passing; ++p) {
-      deltas[p] = row.a[p];
-      row.shift[p] = row.raw[p] = T(0);
-    }
-    if (columns.each == 1) {
-      for (int64_t p = columns.passing; p < D; ++p) outputs[columns.of(p)] = row.shift[p], row.raw[p] = T(0);
-      continue;
-    }
-    for (int64_t p = columns.passing; p < D; ++p) {
-      outputs[columns.of(p)] = row.shift[p];
-      outputs[columns.of(p) + 1] = row.raw[p];
-    }
+    if (args.by_bound < 0) continue;
+    T total = 0;
+    for (int64_t p = columns.passing; p < D; ++p) total += by_bound[p];
+    deltas[args.by_bound] = total;
   }
   for (int l = 0; l < args.n_layers; ++l) {
     const LayerColumns<T>& own = args.columns[args.n_layers - 1 - l];
@@ -222,8 +205,8 @@ void training_backward(const TrainingArgs<T>& args, bool need_dx, int64_t r0, in
 
 template <class T>
 size_t training_scratch_bytes(int64_t features) {
-  const int64_t row = 4 * padded_features<T>(features), panel = kChunk * kPanel<T>;
-  return (row > panel ? row : panel) * sizeof(T);
+  const int64_t rows = 2 * padded_features<T>(features), panel = kChunk * kPanel<T>;
+  return (rows > panel ? rows : panel) * sizeof(T);
 }
 
 // out[j] = sum over rows of dy[r][j], or of dy[r][j] * x[r][j] where there is an x, in chunks of kChunk rows; or added to out

@@ -1,4 +1,5 @@
 #include "cpu/columns.h"
+#include "cpu/shuffles.h"
 #include "cpu/staircase_kernel.h"
 #include "cpu/masked_linear_kernel.h"
 #include "cpu/masked_linear_tasks.h"

@@ -4,6 +4,8 @@
 // A block is `rows` rows of `n` elements; packed, the rows follow each other without a gap. Every function reads and writes the
 // elements of the block alone, except that packed buffers may be read up to one vector beyond their end.
 
+#include "cpu/shuffles.h"
+
 namespace flowkernels {
 namespace FK_TARGET {
 
@@ -131,51 +133,6 @@ FK_CALL void copy_rows(const E* from, int64_t from_row, E* to, int64_t to_row, i
   }
   for (int64_t r = 0; r < rows; ++r) copy_bytes(p + r * from_row * size, q + r * to_row * size, n * size);
 }
-
-// whole elements as vectors of integers of their size
-template <int SIZE>
-struct WordOf;
-template <>
-struct WordOf<2> {
-  typedef uint16_t type __attribute__((vector_size(FK_VECTOR_BYTES)));
-};
-template <>
-struct WordOf<4> {
-  typedef uint32_t type __attribute__((vector_size(FK_VECTOR_BYTES)));
-};
-template <>
-struct WordOf<8> {
-  typedef uint64_t type __attribute__((vector_size(FK_VECTOR_BYTES)));
-};
-template <class E>
-using Words = typename WordOf<sizeof(E)>::type;
-template <class E>
-constexpr int words = FK_VECTOR_BYTES / static_cast<int>(sizeof(E));
-
-// Lane numbers 0, 1, 2, ... as a parameter pack, for shuffles
-template <int... I>
-struct Lanes {
-  template <class W>
-  static FK_INLINE W every_other_then_odd(W a, W b) {  // a0 a2 ... b1 b3 ...
-    return __builtin_shufflevector(a, b, (2 * I + (2 * I >= int(sizeof...(I))))...);
-  }
-  template <class W>
-  static FK_INLINE W doubled(W a) {  // a0 a0 a1 a1 ...
-    return __builtin_shufflevector(a, a, (I / 2)...);
-  }
-  template <class W>
-  static FK_INLINE W alternating(W even, W odd) {  // even0 odd1 even2 odd3 ...
-    return __builtin_shufflevector(even, odd, (I % 2 ? int(sizeof...(I)) + I : I)...);
-  }
-};
-template <int N, int... I>
-struct FirstLanes : FirstLanes<N - 1, N - 1, I...> {};
-template <int... I>
-struct FirstLanes<0, I...> {
-  using type = Lanes<I...>;
-};
-template <class E>
-using AllLanes = typename FirstLanes<words<E>>::type;
 
 // to[i] = from[stride * i]
 template <class E>
