@@ -16,14 +16,14 @@ from .autoregressive_problem import OURS, REFERENCE, Problem, implementation
 from .bench_flows import training
 from .case import Call, Case, Competitor, Target
 from .flow_models import ours
-from .peers import build_peer, inverse_of
+from .peers import build_peer, build_residual, inverse_of, taken_over
 
 DENSE = "dense forward + backward"
 
 
 def cases(quick: bool, device: torch.device) -> list[Case]:
     """All cases; `quick` has fewer turns."""
-    return [*_inverse(quick, device), *_training_steps(quick, device)]
+    return [*_inverse(quick, device), *_residual_inverse(quick, device), *_training_steps(quick, device)]
 
 
 def _inverse(quick: bool, device: torch.device) -> Iterator[Case]:
@@ -50,6 +50,28 @@ def _inverse(quick: bool, device: torch.device) -> Iterator[Case]:
         3 * problem.macs,
         targets=[Target("speedup", 100, None, "nflows"), Target("memory share", 1 / 30, None, "nflows")],
         seconds=seconds,
+        device=device,
+    )
+
+
+def _residual_inverse(quick: bool, device: torch.device) -> Iterator[Case]:
+    """Of nflows' default layer, whose conditioner is a residual network, and of the same layer taken over."""
+    problem = Problem(63, (512,), 128, device)
+    build = lambda: build_residual(problem.features, 512, 2, 1).to(device)
+
+    def competitor(name: str, make: Callable[[], nn.Module]) -> Competitor:
+        def call() -> Call:
+            module = make()
+            run = lambda module, dtype: _gradients(module.inverse, list(module.parameters()), problem, dtype)
+            return Call(partial(run, module, torch.float32), lambda: run(copy.deepcopy(module).double(), torch.float64), grad=True)
+
+        return Competitor(name, call, ours=name == OURS, package=name)
+
+    yield Case(
+        f"gradient of the inverse, two residual blocks, D=63, H=512, batch {problem.batch}",
+        [competitor(OURS, lambda: taken_over(build())), competitor("nflows", build)],
+        targets=[Target("speedup", 100, None, "nflows")],
+        seconds=0.3 if quick else 2.0,
         device=device,
     )
 

@@ -12,7 +12,7 @@ from flowkernels.flows import MAF
 from .autoregressive_problem import DENSE as DENSE_FORWARD
 from .autoregressive_problem import OURS, Problem
 from .case import Call, Case, Competitor, Target
-from .peers import build_peer, build_stack, forward_of
+from .peers import build_peer, build_residual, build_stack, forward_of, taken_over
 
 DENSE = DENSE_FORWARD.replace("forward", "network")
 Loss = Callable[[nn.Module, Tensor], Tensor]
@@ -21,7 +21,7 @@ Loss = Callable[[nn.Module, Tensor], Tensor]
 def cases(quick: bool, device: torch.device) -> list[Case]:
     """All cases; `quick` has fewer turns."""
     seconds = 0.5 if quick else 4.0
-    return [*_layer(seconds, device), *_flow(seconds, device), *_memory(device)]
+    return [*_layer(seconds, device), *_flow(seconds, device), *_residual(seconds, device), *_memory(device)]
 
 
 def _layer(seconds: float, device: torch.device) -> Iterator[Case]:
@@ -47,6 +47,19 @@ def _flow(seconds: float, device: torch.device) -> Iterator[Case]:
     targets = [Target("share", 0.5, 0.35, "nflows"), Target("share", 0.4, 0.3, "zuko")]
     name = f"training step, MAF({transforms}), {problem.name}"
     yield Case(name, competitors, transforms * _macs(problem), targets=targets, seconds=seconds, device=device)
+
+
+def _residual(seconds: float, device: torch.device) -> Iterator[Case]:
+    """nflows' default conditioners, which are residual networks: its own step, and that of the same layers taken over."""
+    transforms = 5
+    problem = Problem(63, (100, 100, 100, 100, 100), 100, device)  # a first layer, and two in each block
+    build = lambda: build_residual(problem.features, 100, 2, transforms)
+    competitors = [
+        _competitor(OURS, lambda: taken_over(build()).to(device), _nll, problem.input, package="flowkernels"),
+        _competitor("nflows", build, partial(_nll_of, "nflows"), problem.input, package="nflows"),
+    ]
+    name = f"training step, {transforms} layers with two residual blocks, D=63, H=100, batch {problem.batch:,}"
+    yield Case(name, competitors, targets=[Target("share", 0.5, 0.4, "nflows")], seconds=seconds, device=device)
 
 
 def _memory(device: torch.device) -> Iterator[Case]:

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowkernels.integrations import from_nflows
+from flowkernels.layers import Chain
+
 from .case import Unavailable
 
 LIBRARIES = ("nflows", "zuko", "normflows")
@@ -38,6 +41,19 @@ def build_stack(library: str, features: int, hidden_features: tuple[int, ...], t
     nflows = _import("nflows.transforms")
     layers = [part for _ in range(transforms) for part in (_nflows(features, hidden_features), nflows.ReversePermutation(features))]
     return nflows.CompositeTransform(layers[:-1]).eval()
+
+
+def build_residual(features: int, width: int, blocks: int, transforms: int) -> nn.Module:
+    """So many of nflows' layers as it makes them by default, their conditioners residual networks, as one transform."""
+    torch.manual_seed(0)
+    nflows = _import("nflows.transforms")
+    layers = (nflows.MaskedAffineAutoregressiveTransform(features, width, num_blocks=blocks, random_mask=False) for _ in range(transforms))
+    return nflows.CompositeTransform(list(layers)).eval()
+
+
+def taken_over(transform: nn.Module) -> Chain:
+    """The same transforms as our layers."""
+    return Chain(map(from_nflows, transform._transforms))
 
 
 def inverse_of(library: str, module: nn.Module) -> Callable[[Tensor], Any]:

@@ -60,7 +60,7 @@ class LoopNetwork {
     check(t.x.dim() == 2, "x must have two dimensions");
     check(n >= 1 && n <= static_cast<size_t>(kMaxLayers), "a conditioner has 1 to 32 layers");
     check(t.biases.size() == n && t.visible.size() == n && t.activations.size() == n &&
-              (t.wiring.empty() ? contexts <= 1 || contexts == n : t.wiring.size() == 4 * n),
+              (t.wiring.empty() ? contexts <= 1 || contexts == n : t.wiring.size() == Wiring::kNumbers * n),
           "weights, biases, visible, activations and wiring must have one entry per layer");
     check(t.context_biases.empty() || t.context_biases.size() == contexts, "context_biases must have one entry per context weight");
     check((contexts > 0) == t.context.has_value(), "context and context_weights go together");
@@ -80,6 +80,7 @@ class LoopNetwork {
     args.context = take(args.context_features);
     size_t context = 0;
     for (size_t i = 0; i < n; ++i) read_layer(t, static_cast<int>(i), context);
+    check(context == contexts, "context_weights do not fit the wiring");
     const LoopLayer<T>& last = args.layer(args.n_layers);
     check(last.outputs == 2 * args.features, "the last layer must give shift and raw scale of each feature");
     check(!last.unitwise && !last.gate && last.residual < 0 && last.activation == static_cast<int>(Activation::identity),
@@ -176,15 +177,11 @@ class LoopNetwork {
   }
 
   void read_layer(const LoopTensors& t, int i, size_t& context) {
-    const bool wired = !t.wiring.empty();
-    const int64_t* wiring = wired ? &t.wiring[4 * i] : nullptr;
-    const int64_t source = wired ? wiring[0] : i, residual = wired ? wiring[1] : -1;
-    const int64_t use = wired ? wiring[2] : static_cast<size_t>(i) < t.context_weights.size();
-    check(source >= 0 && source <= i && residual >= -1 && residual <= i, "a layer must read the features or a layer before it");
+    const Wiring wired(t.wiring, t.context_weights.size(), i);
     const Tensor& weight = t.weights[i];
     LoopLayer<T>& layer = args.layers[i];
-    layer.source = static_cast<int>(source);
-    layer.residual = static_cast<int>(residual);
+    layer.source = static_cast<int>(wired.source);
+    layer.residual = static_cast<int>(wired.residual);
     layer.activation = activation(t.activations[i]);
     layer.unitwise = weight.dim() == 1;
     layer.inputs = args.width(layer.source);
@@ -192,19 +189,19 @@ class LoopNetwork {
     if (!layer.unitwise) layer.weight = matrix(weight, layer.inputs, layer.outputs, layer.ld, "weight");
     if (layer.unitwise && weight.numel() > 0) layer.weight = vector(weight, layer.outputs, "weight");
     if (layer.weight) layer.bias = vector(t.biases[i], layer.outputs, "bias");
-    check(residual < 0 || args.width(layer.residual) == layer.outputs, "residual must be as wide as its layer");
+    check(wired.residual < 0 || args.width(layer.residual) == layer.outputs, "residual must be as wide as its layer");
     layer.visible = static_cast<const int32_t*>(vector(t.visible[i], layer.outputs, ScalarType::Int, "visible"));
     layer.first = take(layer.outputs);
     layer.gates = -1;
     layer.copy = copied_at_once(layer.weight, layer.ld, layer.outputs);
     layer.context_copy = 1;
-    if (use != 0) {
+    if (wired.context != 0) {
       check(context < t.context_weights.size() && !layer.unitwise, "context_weights do not fit the wiring");
       layer.context_weight = matrix(t.context_weights[context], args.context_features, layer.outputs, layer.context_ld, "context_weight");
       layer.context_copy = copied_at_once(layer.context_weight, layer.context_ld, layer.outputs);
       if (!t.context_biases.empty()) layer.context_bias = vector(t.context_biases[context], layer.outputs, "context_bias");
-      layer.context_activation = wired ? activation(wiring[3]) : 0;
-      layer.gate = use == 2;
+      layer.context_activation = activation(wired.context_activation);
+      layer.gate = wired.context == 2;
       if (layer.gate) layer.gates = take(layer.outputs);
       ++context;
     }
@@ -268,7 +265,7 @@ std::vector<LoopNetwork<T>> read_stack(const StackTensors& t, T* y, T* kept, T* 
                           list(visible.next(numbers.layers)),
                           t.orders[i],
                           list(activations.next(numbers.layers)),
-                          list(wiring.next(numbers.wired ? 4 * numbers.layers : 0)),
+                          list(wiring.next(numbers.wired ? static_cast<int64_t>(Wiring::kNumbers) * numbers.layers : 0)),
                           {static_cast<int>(numbers.scale_kind), t.scales[2 * i], t.scales[2 * i + 1]},
                           static_cast<int>(numbers.form),
                           numbers.inverse != 0};

@@ -32,4 +32,21 @@ struct MapNumbers {
   }
 };
 
+// How a layer is wired: four numbers of the list `wiring`. Where that is empty, the layers are a chain, and the context joins the sums of
+// all layers or of the first ones.
+struct Wiring {
+  static constexpr size_t kNumbers = 4;
+  int64_t source, residual, context, context_activation;  // context: 0 none, 1 is added, 2 gates
+
+  Wiring(std::span<const int64_t> wiring, size_t contexts, size_t layer)
+      : source(static_cast<int64_t>(layer)), residual(-1), context(layer < contexts), context_activation(0) {
+    if (wiring.empty()) return;
+    const int64_t* n = &wiring[kNumbers * layer];
+    source = n[0], residual = n[1], context = n[2], context_activation = n[3];
+    const auto last = static_cast<int64_t>(layer);
+    STD_TORCH_CHECK(source >= 0 && source <= last && residual >= -1 && residual <= last,
+                    "flowkernels::autoregressive: a layer must read the features or a layer before it");
+  }
+};
+
 }  // namespace flowkernels

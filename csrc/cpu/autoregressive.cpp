@@ -47,7 +47,7 @@ struct Map {
     args.x = {static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1)};
     if (!parts.context_weights.empty()) {
       check_network(context->dim() == 2 && context->size(0) == args.batch && context->scalar_type() == x.scalar_type() && context->is_cpu(),
-            "context does not fit x");
+                    "context does not fit x");
       args.context = {static_cast<const T*>(context->const_data_ptr()), context->stride(0), context->stride(1)};
       args.context_features = context->size(1);
     }
@@ -125,7 +125,8 @@ std::tuple<Tensor, Tensor, Tensor> stack(const Tensor& x, const std::optional<Te
                                          bool keep) {
   const size_t n = orders.size();
   check_network(x.dim() == 2, "x must have two dimensions");
-  check_network(n >= 1 && affines.size() == n && stages.size() == MapNumbers::kNumbers * n && scales.size() == 2 * n, "every map needs its entries in each list");
+  check_network(n >= 1 && affines.size() == n && stages.size() == MapNumbers::kNumbers * n && scales.size() == 2 * n,
+                "every map needs its entries in each list");
   const int64_t batch = x.size(0), features = x.size(1);
   Networks networks(all);
   Tensor y = empty(x, {batch, features}), logabsdet = empty(x, {batch});
@@ -138,7 +139,8 @@ std::tuple<Tensor, Tensor, Tensor> stack(const Tensor& x, const std::optional<Te
   for (size_t i = 0; i < n; ++i) {
     const MapNumbers numbers(stages, i);
     const ScaleMapParams scale{static_cast<int>(numbers.scale_kind), scales[2 * i], scales[2 * i + 1]};
-    maps.emplace_back(x, context, networks.next(numbers), &orders[i], affines[i].numel() ? &affines[i] : nullptr, scale, static_cast<int>(numbers.form), numbers.inverse != 0);
+    const Tensor* affine = affines[i].numel() ? &affines[i] : nullptr;
+    maps.emplace_back(x, context, networks.next(numbers), &orders[i], affine, scale, static_cast<int>(numbers.form), numbers.inverse != 0);
     AutoregressiveArgs<T>& map = args.emplace_back(maps.back().args);
     if (i > 0) {
       map.x = {args[i - 1].y, features, 1};

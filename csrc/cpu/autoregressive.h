@@ -24,6 +24,7 @@ struct MaskedLayer {
   int source, residual;  // numbers of values; residual -1 for none
   bool unitwise;         // unit j sees unit j of its source alone
   bool gate;             // the context term multiplies the sum instead of joining it
+  bool takes_context;    // also where there are no units, whose weights have no data
 
   // whether more than a sum meets the activation
   bool joins() const { return unitwise || gate || residual >= 0; }

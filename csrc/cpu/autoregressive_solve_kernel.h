@@ -73,10 +73,11 @@ struct Solve {
 
   const LayerColumns<T>& columns(int64_t l) const { return args.columns[l - 1]; }
 
-  // deltas of units [j0, j1) of layer l to units [k0, k1) of what it reads
+  // deltas of units [j0, j1) of layer l to units [k0, k1) of what it reads, which of the features may be the first alone
   void push(int64_t l, int64_t k0, int64_t k1, int64_t j0, int64_t j1) const {
-    if (k0 >= k1 || j0 >= j1) return;
     const MaskedLinearArgs<T>& layer = layers[l - 1];
+    k1 = smaller(k1, layer.inputs);
+    if (k0 >= k1 || j0 >= j1) return;
     push_back(layer.weight, layer.weight_ld, layer.first, deltas + columns(l).value * rows, deltas + columns(l).input * rows, rows, k0, k1, j0, j1);
   }
 
@@ -99,7 +100,7 @@ struct Solve {
     for (int64_t l = n_layers; l > 0; --l) {
       const LayerColumns<T>& own = columns(l);
       const int64_t j0 = end(s - 1, l), j1 = end(s, l);
-      descend(own, values, deltas, rows, j0 * rows, (j1 - j0) * rows);
+      descend(own, values, deltas, {rows, j0 * rows, (j1 - j0) * rows});
       if (!own.unitwise && own.source > 0) push(l, end(s - 1, own.source), end(s, own.source), j0, j1);
     }
   }

@@ -56,7 +56,7 @@ void run_backward(std::span<GradientCall<T>> calls) {
 // Empty where the staircases are not autoregressive.
 template <class T>
 std::vector<int64_t> inverse_steps(const TrainingNetwork<T>& net) {
-  const std::vector<MaskedLayer<T>> layers(net.layers.begin(), net.layers.end());
+  const std::vector<MaskedLayer<T>>& layers = net.masked_layers();
   return make_schedule(layers.data(), static_cast<int>(layers.size()), net.features, net.output_columns, true);
 }
 
@@ -80,7 +80,9 @@ Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tenso
     TrainingArgs<T> args = call.args.span(first, span);
     const Ascent<T> ascent(args, net, call.contexts.from(first));
     ascent.set(args);
-    for_each_block(span, call.threads, [&](int64_t r0, int64_t r1) { FK_DISPATCH(training_forward<T>(args, r0, r1, training_scratch<T>(args.features))); });
+    for_each_block(span, call.threads, [&](int64_t r0, int64_t r1) {
+      FK_DISPATCH(training_forward<T>(args, r0, r1, training_scratch<T>(args.features)));
+    });
     const Descent<T> descent(args, net, call.dcontext_from(first), call.adds_dcontext);
     const std::vector<MaskedLinearArgs<T>> upward(descent.layers.rbegin(), descent.layers.rend());
     // equal tiles, as many as the rows need, in a multiple of the threads
@@ -110,7 +112,8 @@ class Maps {
     Networks networks(all);
     for (size_t i = 0; i < n; ++i) {
       const MapNumbers numbers(stages, i);
-      check_training(numbers.scale_kind != static_cast<int64_t>(ScaleKind::unit) || numbers.form != static_cast<int64_t>(Form::gate), "a gate needs a scale");
+      check_training(numbers.scale_kind != static_cast<int64_t>(ScaleKind::unit) || numbers.form != static_cast<int64_t>(Form::gate),
+                     "a gate needs a scale");
       const ScaleMapParams scale{static_cast<int>(numbers.scale_kind), scales[2 * i], scales[2 * i + 1]};
       parts.push_back({networks.next(numbers), &orders[i], scale, static_cast<Form>(numbers.form)});
       inverse.push_back(numbers.inverse != 0);

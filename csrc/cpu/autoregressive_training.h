@@ -32,7 +32,7 @@ struct LayerColumns {
   const T *factor, *bias;  // of a unitwise layer, or null
 
   // whether more than its products and an activation make its values
-  bool joins() const { return unitwise || residual >= 0 || term >= 0; }
+  bool assembled() const { return unitwise || residual >= 0 || term >= 0; }
   // the column of deltas that the context's product gets
   int64_t context_delta() const { return term >= 0 ? term_delta : value; }
 };
@@ -42,7 +42,7 @@ struct TrainingArgs {
   const MaskedLinearArgs<T>* layers;    // forward products in turn, or those of dx from the last layer to the first
   const MaskedLinearArgs<T>* contexts;  // the same for context terms, or null
   const LayerColumns<T>* columns;       // of the layers in turn
-  bool wired;                           // whether any layer is, or more than products and activations make the values
+  bool wired;                           // whether some layer is assembled(), or reads another than the one before it
   int n_layers;
   int64_t batch, features;
   const int64_t* order;  // feature generated k-th; null for 0, 1, 2, ...

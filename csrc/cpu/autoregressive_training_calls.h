@@ -98,7 +98,7 @@ struct ContextRows {
   Tensor kept;
 
   ContextRows(const std::optional<Tensor>& context, const TrainingNetwork<T>& net, int64_t batch) {
-    check_training(net.takes_context() == context.has_value(), "context and context_weights go together");
+    check_training(net.takes_context == context.has_value(), "context and context_weights go together");
     if (!context) return;
     check_training(context->dim() == 2 && context->size(0) == batch && context->size(1) == net.contexts && context->scalar_type() == net.dtype &&
                        context->is_cpu(),
@@ -120,7 +120,7 @@ struct Ascent {
     for (size_t l = 0; l < net.layers.size(); ++l) {
       const TrainingLayer<T>& layer = net.layers[l];
       const LayerColumns<T>& own = net.of_layers[l];
-      const bool adds_context = context.data && layer.context_weight && own.term < 0;
+      const bool adds_context = context.data && layer.takes_context && own.term < 0;
       const auto at = [&](int64_t column) { return column < 0 ? nullptr : args.values + column; };
       MaskedLinearArgs<T> product = net.product(layer, args.batch);
       product.x = at(own.input);
@@ -129,7 +129,7 @@ struct Ascent {
       product.out_ld = args.values_ld;
       product.finish.accumulate = adds_context;
       if (!adds_context) product.finish.bias = layer.own_bias();
-      if (!own.joins()) {
+      if (!own.assembled()) {
         product.finish.activation = own.activation;
         product.finish.pre = at(own.pre);
         product.finish.pre_ld = args.values_ld;
@@ -219,7 +219,7 @@ struct Descent {
       term.out = dcontext;
       term.out_ld = net.contexts;
       term.finish.accumulate = begun;
-      begun |= layer.context_weight != nullptr;
+      begun |= layer.takes_context;
       contexts.push_back(term);
     }
   }
@@ -275,8 +275,8 @@ struct GradientCall {
 
   T* dcontext_from(int64_t row) { return contexts.data ? static_cast<T*>(dcontext.mutable_data_ptr()) + row * net.contexts : nullptr; }
 
-  // dx (empty where nobody asks for it), dcontext (empty without context), then the gradients of weights, biases, context weights, and
-  // last that of the bound where it is asked for
+  // dx (empty where nobody asks for it), dcontext (empty without context), then the gradients of weights, biases, context weights
+  // and context biases, and last that of the bound where it is asked for
   Tensors outputs() const {
     Tensors out{dx, dcontext};
     parameters.append_to(out);

@@ -83,44 +83,56 @@ FK_INLINE void add_some(T* to, Vec<T> v, int64_t n) {
   store_some(to, load_some(to, n) + v, n);
 }
 
-// The other way: from the gradient by some of a layer's values that by its sums, in its place, and what goes on to the values that it adds,
-// to its context term and, unit by unit, to its source. Unit j of column c lies at (c + j) * stride, and there are n elements from
-// `first` on: some units of one row, or, with a stride of many rows, these rows of some units.
+// Some elements of some columns: unit j of column c lies at (c + j) * stride, and there are n from `first` on. Either units of one row, or,
+// with a stride of many rows, these rows of some units.
+struct Elements {
+  int64_t stride, first, n;
+  int64_t at(int64_t column) const { return column * stride + first; }
+};
+
+// From the gradient by some of a layer's values that by its sums, in its place, and what goes on to the values that it adds and to its
+// context term
 template <class T>
-void descend(const LayerColumns<T>& layer, const T* values, T* deltas, int64_t stride, int64_t first, int64_t n) {
-  const auto at = [&](int64_t column) { return column * stride + first; };
-  T* delta = deltas + at(layer.value);
-  if (layer.activation != Activation::identity || layer.residual >= 0 || layer.term >= 0)
-    with_activation(layer.activation, [&](auto code) {
-      const T* h = values + at(layer.pre >= 0 ? layer.pre : layer.value);
-      for (int64_t i = 0; i < n; i += lanes<T>) {
-        const int64_t some = n - i;
-        Vec<T> d = load_some(delta + i, some) * derivative_at<decltype(code)::value>(load_some(h + i, some));
-        if (layer.residual >= 0) add_some(deltas + at(layer.residual) + i, d, some);
-        if (layer.term >= 0) {
-          const Vec<T> term = load_some(values + at(layer.term) + i, some);
-          const Vec<T> by_term = layer.gate ? d * load_some(values + at(layer.sum) + i, some) : d;
-          const Vec<T> known = layer.term_pre >= 0 ? load_some(values + at(layer.term_pre) + i, some) : term;
-          store_some(deltas + at(layer.term_delta) + i, by_term * derivative_at(layer.context_activation, known), some);
-          if (layer.gate) d = d * term;
-        }
-        store_some(delta + i, d, some);
+void descend_to_sums(const LayerColumns<T>& layer, const T* values, T* deltas, Elements e) {
+  if (layer.activation == Activation::identity && layer.residual < 0 && layer.term < 0) return;
+  with_activation(layer.activation, [&](auto code) {
+    T* delta = deltas + e.at(layer.value);
+    const T* h = values + e.at(layer.pre >= 0 ? layer.pre : layer.value);
+    for (int64_t i = 0; i < e.n; i += lanes<T>) {
+      const int64_t some = e.n - i;
+      Vec<T> d = load_some(delta + i, some) * derivative_at<decltype(code)::value>(load_some(h + i, some));
+      if (layer.residual >= 0) add_some(deltas + e.at(layer.residual) + i, d, some);
+      if (layer.term >= 0) {
+        const Vec<T> term = load_some(values + e.at(layer.term) + i, some);
+        const Vec<T> by_term = layer.gate ? d * load_some(values + e.at(layer.sum) + i, some) : d;
+        const Vec<T> known = layer.term_pre >= 0 ? load_some(values + e.at(layer.term_pre) + i, some) : term;
+        store_some(deltas + e.at(layer.term_delta) + i, by_term * derivative_at(layer.context_activation, known), some);
+        if (layer.gate) d = d * term;
       }
-    });
-  if (!layer.unitwise) return;
-  T* to = deltas + at(layer.input);
-  if (!layer.factor || stride == 1) {
-    for (int64_t i = 0; i < n; i += lanes<T>) {
-      const Vec<T> d = load_some(delta + i, n - i);
-      add_some(to + i, layer.factor ? d * load_some(layer.factor + first + i, n - i) : d, n - i);
+      store_some(delta + i, d, some);
     }
-    return;
+  });
+}
+
+// to[i] += delta[i], times factor(i) where the layer has factors
+template <class T, class F>
+FK_INLINE void add_products(const LayerColumns<T>& layer, const T* delta, T* to, int64_t n, const F& factor) {
+  for (int64_t i = 0; i < n; i += lanes<T>) {
+    const Vec<T> d = load_some(delta + i, n - i);
+    add_some(to + i, layer.factor ? d * factor(i) : d, n - i);
   }
-  for (int64_t i = 0; i < n; i += stride)
-    for (int64_t r = 0; r < stride; r += lanes<T>) {
-      const int64_t some = stride - r;
-      add_some(to + i + r, load_some(delta + i + r, some) * broadcast<T>(layer.factor[(first + i) / stride]), some);
-    }
+}
+
+// The way down through a layer, but for its products: by its sums, and unit by unit to what a unitwise layer reads
+template <class T>
+void descend(const LayerColumns<T>& layer, const T* values, T* deltas, Elements e) {
+  descend_to_sums(layer, values, deltas, e);
+  if (!layer.unitwise) return;
+  const T* delta = deltas + e.at(layer.value);
+  T* to = deltas + e.at(layer.input);
+  if (e.stride == 1) return add_products(layer, delta, to, e.n, [&](int64_t i) { return load_some(layer.factor + e.first + i, e.n - i); });
+  for (int64_t i = 0; i < e.n; i += e.stride)
+    add_products(layer, delta + i, to + i, e.stride, [&](int64_t) { return broadcast<T>(layer.factor[(e.first + i) / e.stride]); });
 }
 
 template <class T>
@@ -130,7 +142,7 @@ void training_forward(const TrainingArgs<T>& args, int64_t r0, int64_t r1, T* sc
   for (int l = 0; l < args.n_layers; ++l) {
     if (args.contexts) masked_linear_forward(args.contexts[l], r0, r1, int64_t(0), args.contexts[l].outputs, scratch);
     masked_linear_forward(args.layers[l], r0, r1, int64_t(0), args.layers[l].outputs, scratch);
-    if (!args.columns[l].joins()) continue;
+    if (!args.columns[l].assembled()) continue;
     for (int64_t r = r0; r < r1; ++r) join(args.columns[l], args.values + r * args.values_ld);
   }
   if (!args.y) return;  // the values alone were asked for
@@ -195,7 +207,8 @@ void training_backward(const TrainingArgs<T>& args, bool need_dx, int64_t r0, in
   }
   for (int l = 0; l < args.n_layers; ++l) {
     const LayerColumns<T>& own = args.columns[args.n_layers - 1 - l];
-    for (int64_t r = r0; args.wired && r < r1; ++r) descend(own, args.values + r * args.values_ld, args.deltas + r * args.deltas_ld, 1, 0, own.units);
+    for (int64_t r = r0; args.wired && r < r1; ++r)
+      descend(own, args.values + r * args.values_ld, args.deltas + r * args.deltas_ld, {1, 0, own.units});
     if (args.contexts) masked_linear_dx(args.contexts[l], r0, r1, int64_t(0), args.contexts[l].inputs, scratch);
     if (need_dx || own.source > 0) masked_linear_dx(args.layers[l], r0, r1, int64_t(0), args.layers[l].inputs, scratch);
   }

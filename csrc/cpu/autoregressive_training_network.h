@@ -21,7 +21,7 @@ struct TrainingLayer : MaskedLayer<T> {
   std::vector<int32_t> whole_context;  // visible of the context term
   std::vector<T> both_biases;          // of the layer and of a context term that is added as it is
 
-  // whether the context term is more than an addend
+  // whether the context term is more than an addend: it has columns of its own
   bool apart() const { return this->gate || this->context_activation != static_cast<int>(Activation::identity); }
   const T* own_bias() const { return both_biases.empty() ? this->bias : both_biases.data(); }
 };
@@ -45,20 +45,21 @@ class TrainingNetwork {
   const int64_t* order = nullptr;
   OrderKind order_kind = OrderKind::ascending;
   int64_t features, contexts, delta_columns = 0, columns = 0;
-  bool wired = false, context_biases;
+  bool wired = false, takes_context, has_context_biases;
   OutputColumns output_columns;
   ScalarType dtype;
 
   TrainingNetwork(int64_t features, ScalarType dtype, const NetworkParts& parts, const Tensor* order_, int scale_kind)
       : features(features),
         contexts(parts.context_weights.empty() ? 0 : parts.context_weights[0].size(0)),
-        context_biases(!parts.context_biases.empty()),
+        takes_context(!parts.context_weights.empty()),
+        has_context_biases(!parts.context_biases.empty()),
         dtype(dtype),
         network_(parts, dtype, features, contexts) {
     no_first_.assign(contexts, 0);
     for (const MaskedLayer<T>& layer : network_.layers) {
       TrainingLayer<T>& own = layers.emplace_back(layer);
-      if (!own.context_weight) continue;
+      if (!own.takes_context) continue;
       own.whole_context.assign(own.outputs, static_cast<int32_t>(contexts));
       if (!own.context_bias || own.apart()) continue;
       own.both_biases.assign(own.bias, own.bias + own.outputs);
@@ -71,13 +72,13 @@ class TrainingNetwork {
     if (order_) read_order(*order_);
   }
 
+  const std::vector<MaskedLayer<T>>& masked_layers() const { return network_.layers; }
+
   // what products with deltas need
   void find_first() {
     for (TrainingLayer<T>& layer : layers)
       if (!layer.unitwise) layer.first = first_seen_by(layer.visible, layer.outputs, layer.inputs);
   }
-
-  bool takes_context() const { return contexts > 0; }
 
   // of a forward pass; what is done for each value besides, activations and maps among it, counts as so many
   double multiply_adds(int64_t batch) const {
@@ -85,7 +86,7 @@ class TrainingNetwork {
     double pairs = static_cast<double>(kForEachValue * features);
     for (const TrainingLayer<T>& layer : layers)
       pairs += (layer.unitwise ? 0.0 : seen_pairs(layer.visible, layer.outputs)) +
-               static_cast<double>(layer.outputs * (kForEachValue + (layer.context_weight ? contexts : 0)));
+               static_cast<double>(layer.outputs * (kForEachValue + (layer.takes_context ? contexts : 0)));
     return pairs * static_cast<double>(batch);
   }
 
@@ -105,7 +106,7 @@ class TrainingNetwork {
 
   MaskedLinearArgs<T> context_product(const TrainingLayer<T>& layer, int64_t batch) const {
     MaskedLinearArgs<T> args{};
-    if (!layer.context_weight) return args;
+    if (!layer.takes_context) return args;
     args.weight = layer.context_weight;
     args.weight_ld = layer.context_ld;
     args.visible = layer.whole_context.data();
@@ -121,7 +122,7 @@ class TrainingNetwork {
   std::vector<int32_t> no_first_;
   std::vector<int64_t> position_;
 
-  int64_t take(int64_t& end, bool wanted, int64_t units) const {
+  static int64_t take(int64_t& end, bool wanted, int64_t units) {
     if (!wanted) return -1;
     end += units;
     return end - units;
@@ -153,7 +154,7 @@ class TrainingNetwork {
       own.term = take(columns, apart, own.units);
       own.term_pre = take(columns, apart && !derivative_from_value(own.context_activation), own.units);
       own.term_delta = take(delta_columns, apart, own.units);
-      wired |= own.joins() || own.source != static_cast<int>(l);
+      wired |= own.assembled() || own.source != static_cast<int>(l);
     }
   }
 

@@ -30,21 +30,6 @@ struct NetworkParts {
   std::span<const int64_t> activations, wiring;
 };
 
-// How a layer is wired: four numbers of the list `wiring`. Where that is empty, the layers are a chain, and the context joins the sums
-// of all layers or of the first.
-struct Wiring {
-  int64_t source, residual, context, context_activation;  // context: 0 none, 1 is added, 2 gates
-
-  static constexpr size_t kNumbers = 4;
-  Wiring(const NetworkParts& parts, size_t i)
-      : source(static_cast<int64_t>(i)), residual(-1), context(i < parts.context_weights.size()), context_activation(0) {
-    if (parts.wiring.empty()) return;
-    const int64_t* numbers = &parts.wiring[kNumbers * i];
-    source = numbers[0], residual = numbers[1], context = numbers[2], context_activation = numbers[3];
-    check_network(source >= 0 && source <= int64_t(i) && residual >= -1 && residual <= int64_t(i), "a layer must read the features or a layer before it");
-  }
-};
-
 // The layers of a conditioner.
 template <class T>
 struct Network {
@@ -58,17 +43,18 @@ struct Network {
   Network(const NetworkParts& parts, ScalarType dtype, int64_t features, int64_t context_features) : dtype(dtype) {
     const size_t n = parts.weights.size(), n_contexts = parts.context_weights.size();
     check_network(n >= 1 && parts.biases.size() == n && parts.visible.size() == n && parts.activations.size() == n &&
-              (parts.wiring.empty() ? n_contexts <= 1 || n_contexts == n : parts.wiring.size() == Wiring::kNumbers * n),
-          "weights, biases, visible, activations and wiring must have one entry per layer");
+                      (parts.wiring.empty() ? n_contexts <= 1 || n_contexts == n : parts.wiring.size() == Wiring::kNumbers * n),
+                  "weights, biases, visible, activations and wiring must have one entry per layer");
     check_network(parts.context_biases.empty() || parts.context_biases.size() == n_contexts, "context_biases must have one entry per context weight");
     kept.reserve(5 * n + 2);
     layers.reserve(n);
     size_t context = 0;
     for (size_t i = 0; i < n; ++i) {
-      const Wiring wired(parts, i);
+      const Wiring wired(parts.wiring, n_contexts, i);
       layers.push_back(layer(parts, i, wired, features));
       if (wired.context) read_context(parts, context++, wired, context_features);
     }
+    check_network(context == n_contexts, "context_weights do not fit the wiring");
     const MaskedLayer<T>& last = layers.back();
     check_network(!last.joins() && last.activation == static_cast<int>(Activation::identity), "the last layer must be a plain masked layer");
   }
@@ -105,6 +91,7 @@ struct Network {
     if (!parts.context_biases.empty()) layer.context_bias = vector(parts.context_biases[number], layer.outputs, "context_bias");
     layer.context_activation = activation_code(wired.context_activation);
     layer.gate = wired.context == 2;
+    layer.takes_context = true;
   }
 
   // which feature is generated k-th; position: when each is

@@ -27,11 +27,14 @@ class ParameterGradients {
     for (size_t l = 0; l < net.layers.size(); ++l) {
       const TrainingLayer<T>& layer = net.layers[l];
       const LayerColumns<T>& own = net.of_layers[l];
-      weights_.push_back(layer.unitwise ? add_sum(own.value, layer.weight ? own.units : 0, own.input, like) : add_product(net.product(layer, 0), l, false, like));
+      if (layer.unitwise)
+        weights_.push_back(add_sum(own.value, layer.weight ? own.units : 0, own.input, like));
+      else
+        weights_.push_back(add_product(net.product(layer, 0), l, false, like));
       biases_.push_back(add_sum(own.value, layer.bias ? own.units : 0, -1, like));
-      if (!layer.context_weight) continue;
+      if (!layer.takes_context) continue;
       context_weights_.push_back(add_product(net.context_product(layer, 0), l, true, like));
-      if (net.context_biases) context_biases_.push_back(add_sum(own.context_delta(), own.units, -1, like));
+      if (net.has_context_biases) context_biases_.push_back(add_sum(own.context_delta(), own.units, -1, like));
     }
     if (of_bound) bound_.push_back(empty(like, {1}));
     make_tasks(threads);

@@ -28,7 +28,7 @@ class StandardNormal:
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density (nats) of each row of z, [batch, features] -> [batch]."""
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        return torch.rsub(z.square().sum(-1), -0.5 * math.log(2 * math.pi) * z.shape[-1], alpha=0.5)
+        return torch.rsub(torch.linalg.vecdot(z, z), -0.5 * math.log(2 * math.pi) * z.shape[-1], alpha=0.5)
 
     def sample(self, n: int, features: int, *, like: Tensor, generator: Generator | None = None) -> Tensor:
         """[n, features], with the dtype and device of `like`."""

@@ -61,10 +61,21 @@ def staircases(parts, rule, context, degrees):
 
 
 def example(
-    features, parts, *, rule="even", context=0, activation="relu", scale=None, form="scale_shift", order=None, degrees=None, inverse=False
+    features,
+    parts,
+    *,
+    rule="even",
+    context=0,
+    activation="relu",
+    scale=None,
+    form="scale_shift",
+    order=None,
+    degrees=None,
+    narrow=False,
+    inverse=False,
 ):
     """parts: the network, or the widths of a plain one. degrees: sorted degrees of the features in their order of generation;
-    shared degrees make a partial order."""
+    shared degrees make a partial order. narrow: weights for the features that are seen alone."""
     if all(isinstance(p, int) for p in parts):
         parts = [Part(w, activation if w else "identity", context="add" if context else "") for w in (*parts, 0)]
     degrees = torch.arange(1, features + 1) if degrees is None else torch.tensor(degrees)
@@ -81,7 +92,9 @@ def example(
             pair = (tensor(1, outputs), tensor(10, outputs)) if part.unitwise == "affine" else (None, None)
             return MaskedLayer(*pair, seen, Activation[part.activation.upper()], **wiring)
         fan_in = (seen + context).clamp(min=1)
-        weight, bias = tensor(fan_in, widths[number if part.source is None else part.source], outputs), tensor(10, outputs)
+        source = number if part.source is None else part.source
+        rows = int(seen[-1]) if narrow and source == 0 and outputs else widths[source]
+        weight, bias = tensor(fan_in, rows, outputs), tensor(10, outputs)
         if part.context:
             kind = part.context.rstrip("+")
             wiring["context_weight"] = tensor(fan_in, context, outputs)
@@ -283,6 +296,44 @@ def test_a_map_is_one_node_of_the_graph(network, inverse):
     assert {id(node.variable) for node in below} == set(map(id, leaves))
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(
+    ("parts", "degrees"),
+    [
+        ([Part(9, "tanh"), Part(0)], [1, 1, 2, 3, 3, 3]),
+        ([Part(6, "tanh"), Part(6, residual=0), Part(6, "tanh", source=0, residual=2), Part(0)], None),
+    ],
+    ids=["shared degrees", "features added"],
+)
+def test_a_network_that_reads_the_first_features_alone(parts, degrees, inverse):
+    rows, parameters, op, oracle, *_ = example(6, parts, degrees=degrees, narrow=True, inverse=inverse)(9, torch.float64)
+    assert parameters[0].shape[0] < 6
+    leaves = [t.requires_grad_() for t in (*rows, *parameters)]
+    torch.testing.assert_close(op(rows, parameters), oracle(rows, parameters))
+    got, want = (torch.autograd.grad([o.sin().sum() for o in f(rows, parameters)], leaves) for f in (op, oracle))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_layer_without_units_may_take_the_context(inverse):
+    empty = torch.empty(0, dtype=torch.int32)
+    g = torch.Generator().manual_seed(0)
+    leaf = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_()
+    layers = [
+        MaskedLayer(leaf(3, 5), leaf(5), torch.tensor([1, 1, 2, 2, 3], dtype=torch.int32), Activation.TANH),
+        MaskedLayer(leaf(5, 0), leaf(0), empty, context_weight=leaf(2, 0), gate=True),
+        MaskedLayer(leaf(5, 8), leaf(8), torch.tensor([0, 0, 2, 2, 4, 4, 5, 5], dtype=torch.int32), source=1),
+    ]
+    network, x, context = Conditioner.of(layers), leaf(4, 4), leaf(4, 2)
+    got = autoregressive(x, network, context, inverse=inverse)
+    with backend("reference"):
+        want = autoregressive(x, network, context, inverse=inverse)
+    torch.testing.assert_close(got, want)
+    leaves = [x, *network.weights, *network.biases]
+    got, want = (torch.autograd.grad([o.sin().sum() for o in outputs], leaves, materialize_grads=True) for outputs in (got, want))
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("activation", ["gelu", "silu", "elu", "softplus"])
 @pytest.mark.parametrize("inverse", [False, True])
 def test_gradients_through_a_contexts_own_activation(activation, inverse):
@@ -443,6 +494,30 @@ class TestBadInput:
         if "visible" not in message:
             with torch.no_grad(), pytest.raises(RuntimeError, match="flowkernels::autoregressive"):
                 autoregressive(torch.zeros(2, 2), network, torch.zeros(2, 3))
+
+    def test_context_weights_belong_to_layers(self):
+        network = self.conditioner()
+        n = len(network.weights)
+        spare = [torch.zeros(3, len(network.visible[0]))] * (n + 1)
+        with pytest.raises(ValueError, match=f"one entry for each layer that takes the context, 0 or 1 or {n}; got {n + 1}"):
+            check_conditioner(network._replace(context_weights=spare))
+        wired = network._replace(wiring=[number for layer in range(n) for number in (layer, -1, 0, 0)], context_weights=spare[:1])
+        with pytest.raises(ValueError, match="one entry for each layer that takes the context, 0; got 1"):
+            check_conditioner(wired)
+        x, context = torch.zeros(2, network.features), torch.zeros(2, 3)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="context_weights do not fit the wiring"):
+                autoregressive(x.clone().requires_grad_(grad), wired, context)
+
+    def test_a_bias_needs_a_weight(self):
+        lone = MaskedLayer(None, torch.zeros(2), torch.arange(1, 3, dtype=torch.int32))
+        last = MaskedLayer(torch.zeros(2, 4), torch.zeros(4), torch.tensor([0, 0, 1, 1], dtype=torch.int32))
+        with pytest.raises(ValueError, match=r"layer 0: a layer without weight takes no bias; got one of shape \[2\]"):
+            Conditioner.of([lone, last])
+
+    def test_the_activation_of_no_context_wires_nothing(self):
+        layers = [layer._replace(context_activation=Activation.TANH) for layer in self.conditioner().layers]
+        assert Conditioner.of(layers).wiring == []
 
     def test_order_is_a_permutation(self):
         with pytest.raises(ValueError, match=r"order must be a permutation of 0..2; got \[0, 0, 1\]"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowkernels import backend
-from flowkernels.ops import Conditioner, Form, Map, ScaleMap, autoregressive, autoregressive_stack
+from flowkernels.ops import Activation, Conditioner, Form, Map, ScaleMap, autoregressive, autoregressive_stack
 from flowkernels.ops.autoregressive.loop import Lists, stack_op
 from flowkernels.ops.autoregressive.training import _inverses_one_by_one
 from python_tests.battery import Example, OpBattery, assert_same_bits, with_grad
@@ -189,12 +189,15 @@ def test_backward_op_is_what_it_says():
         torch.library.opcheck(torch.ops.flowkernels.autoregressive_backward.default, arguments, test_utils="test_faketensor")
 
 
-@pytest.mark.parametrize("parts", [RESIDUAL, GATED, (6, 9)], ids=["residual", "gated", "plain"])
+@pytest.mark.parametrize("parts", [RESIDUAL, GATED, (6, 9), None], ids=["residual", "gated", "plain", "no context"])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_training_op_is_what_it_says(parts, activation):
-    rows, parameters, *_, schema, _ = example(5, parts, context=2, activation=activation)(4, torch.float32)
+    rows, parameters, *_, schema, _ = example(5, parts or (6, 9), context=2 if parts else 0, activation=activation)(4, torch.float32)
     lists = schema(rows, parameters)
     network = Conditioner(lists[2], lists[3], lists[6], lists[8], lists[4], lists[7], lists[9], lists[5])
+    if parts is None:  # a wiring that names the activation of a context that no layer takes
+        network = network._replace(wiring=[number for layer in range(3) for number in (layer, -1, 0, int(Activation.GELU))])
+    rows = [*rows, None][:2]
     *tensors, _, activations, wiring, stages, scales = Lists.of([Map(network, ScaleMap.softclip(), Form.SCALE_SHIFT)] * 2)
     arguments = rows[0], rows[1], *tensors, activations, wiring, stages, scales
     torch.library.opcheck(torch.ops.flowkernels.autoregressive_training.default, arguments, test_utils="test_faketensor")

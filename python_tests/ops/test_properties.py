@@ -90,6 +90,7 @@ def network_case(draw):
         "form": draw(st.sampled_from(FORMS)),
         "order": draw(st.one_of(st.none(), st.permutations(range(features)))),
         "degrees": degrees,
+        "narrow": draw(st.booleans()),
     }
     layout_of_rows, layout_of_parameters = draw(layouts), draw(st.sampled_from([lambda t: t, LAYOUTS["sliced columns"]]))
 

@@ -63,7 +63,8 @@ class Wiring(NamedTuple):
     def of(cls, number: int, layer: MaskedLayer) -> "Wiring":
         use = ContextUse.NONE if layer.context_weight is None else ContextUse.GATE if layer.gate else ContextUse.ADD
         source = number if layer.source is None else layer.source
-        return cls(source, -1 if layer.residual is None else layer.residual, use, layer.context_activation)
+        activation = layer.context_activation if use else Activation.IDENTITY
+        return cls(source, -1 if layer.residual is None else layer.residual, use, activation)
 
 
 class Conditioner(NamedTuple):
@@ -102,6 +103,9 @@ class Conditioner(NamedTuple):
     @classmethod
     def of(cls, layers: Sequence[MaskedLayer], order: Tensor | None = None) -> "Conditioner":
         """The network of these layers, the output layer last."""
+        for number, layer in enumerate(layers):
+            if layer.weight is None and layer.bias is not None:
+                raise ValueError(f"layer {number}: a layer without weight takes no bias; got one of shape {list(layer.bias.shape)}")
         like = layers[-1].weight
         given = lambda t: like.new_empty(0) if t is None else t
         context = [layer for layer in layers if layer.context_weight is not None]
@@ -180,6 +184,13 @@ def check_conditioner(conditioner: Conditioner, scale: ScaleMap | None = None) -
         ValueError: shapes do not fit, a staircase does not ascend or leaves its inputs, order is not a permutation, or an
             output depends on itself or on a later feature (the message says which).
     """
+    takes = [use for use in conditioner.wiring[2::4] if use != ContextUse.NONE]
+    allowed = [len(takes)] if conditioner.wiring else [0, 1, len(conditioner.weights)]
+    if len(conditioner.context_weights) not in allowed:
+        raise ValueError(
+            "context_weights must have one entry for each layer that takes the context, "
+            f"{' or '.join(map(str, dict.fromkeys(allowed)))}; got {len(conditioner.context_weights)}"
+        )
     layers = conditioner.layers
     last = layers[-1]
     features = conditioner.features

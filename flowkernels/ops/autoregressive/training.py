@@ -59,7 +59,7 @@ def _(x, context, *lists) -> tuple[Tensor, Tensor, list[Tensor]]:
 def _columns(layer: MaskedLayer) -> int:
     """How many columns of `values` the kernel keeps of a layer: TrainingNetwork in csrc/cpu/autoregressive_training_network.h."""
     needs_pre = (Activation.GELU, Activation.SILU)
-    apart = layer.gate or layer.context_activation != Activation.IDENTITY
+    apart = layer.context_weight is not None and (layer.gate or layer.context_activation != Activation.IDENTITY)
     term = apart * (1 + (layer.context_activation in needs_pre))
     return layer.visible.shape[0] * (1 + (layer.activation in needs_pre) + layer.gate + term)
 
@@ -136,7 +136,8 @@ def serves(maps: Sequence[Map], x: Tensor) -> bool:
             return False
         if inverse and (isinstance(scale, PoweredMap) or not _is_whole(network, scale)):
             return False
-        if cuda and not (inverse and not network.wiring and len(network.context_weights) in (0, len(network.weights))):
+        plain = not network.wiring and not network.context_biases and len(network.context_weights) in (0, len(network.weights))
+        if cuda and not (inverse and plain):
             return False
     return True
 
