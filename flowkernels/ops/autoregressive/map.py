@@ -7,12 +7,13 @@ from torch import Tensor
 
 from ..._backend import wants_reference
 from .._autocast import any_autocast, cast
-from .._differentiation import needs_autograd
+from .._differentiation import needs_autograd, transformed
 from ..masked_linear import masked_linear
 from ..scale_map import Form, PoweredMap, ScaleKind, ScaleMap, parse_form
 from .conditioner import Conditioner, context_features
+from .implicit import inverse_with_gradient
 from .loop import Lists, Map, autoregressive_op
-from .reference import autoregressive_reference
+from .reference import autoregressive_reference, is_coupling
 from .training import loop_serves, serves, with_gradient
 
 
@@ -29,8 +30,8 @@ def autoregressive(
 
     Forward, z_i = x_i * sigma(s_i) + shift_i for form "scale_shift", where (shift_i, s_i) depend on the features generated before
     feature i and on the context; `inverse` undoes it, in one fused loop where a kernel serves, in D passes of the network
-    elsewhere. So is its gradient, which is one more loop. Features for which the network has no output pass unchanged: a coupling
-    whose network reads those is the same loop in one step.
+    elsewhere. So is its gradient, which is one more loop, or D vector-Jacobian products of one graph. Features for which the network
+    has no output pass unchanged: a coupling whose network reads those is the same loop in one step.
 
     Half precision is computed in float32 and rounded once. Under autocast x and context take the dtype of the weights, so a float32
     network stays in float32, in both directions.
@@ -71,6 +72,8 @@ def autoregressive(
         maps = [Map(conditioner, scale, form, inverse)]
         if serves(maps, x):
             y, logabsdet = with_gradient(x, context, maps, Lists.of(maps))
+        elif inverse and _passes_are_many(conditioner, scale, x.device):
+            y, logabsdet = inverse_with_gradient(x, conditioner, context, scale, form)
         else:
             y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse, linear=masked_linear)
     elif wants_reference("autoregressive", x.device) or not loop_serves(conditioner, scale, x.device):
@@ -80,6 +83,14 @@ def autoregressive(
         subject = x, conditioner, context, scale, form
         y, logabsdet = checked(_check, subject, autoregressive_op, x, context, conditioner, scale, form, inverse)
     return (y if dtype == compute else y.to(dtype)), logabsdet
+
+
+def _passes_are_many(conditioner: Conditioner, scale: ScaleMap | PoweredMap, device: torch.device) -> bool:
+    """Whether an inverse is not to be differentiated through the passes that the reference makes: they are more than one, and nobody has
+    to look into them."""
+    if transformed() or torch.compiler.is_compiling() or wants_reference("autoregressive", device):
+        return False
+    return not is_coupling(conditioner, conditioner.passing(scale))
 
 
 _SOFTCLIP = ScaleMap.softclip()

@@ -49,15 +49,20 @@ def autoregressive_reference(
     form: Form,
     inverse: bool,
     linear: Linear = masked_linear_reference,
+    at: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """z = form(x; shift(x), sigma(x)), or its inverse by D passes, one feature a pass; and log|det| of the map applied."""
+    """z = form(x; shift(x), sigma(x)), or its inverse by D passes, one feature a pass; and log|det| of the map applied.
+
+    at: the network is evaluated here, in one pass; where that is the inverse already, it is returned.
+    """
     if conditioner.order is not None:
         x = x.index_select(1, conditioner.order)
+        at = None if at is None else at.index_select(1, conditioner.order)
     passing = conditioner.passing(scale)
-    if inverse and not _is_coupling(conditioner, passing):
+    if inverse and at is None and not is_coupling(conditioner, passing):
         y, log_derivative = _inverse(x, passing, conditioner, context, scale, form, linear)
     else:
-        shift, raw = _shift_and_raw(conditioner_reference(x, conditioner, context, linear), scale)
+        shift, raw = _shift_and_raw(conditioner_reference(x if at is None else at, conditioner, context, linear), scale)
         y, log_derivative = (invert_form if inverse else apply_form)(form, x[:, passing:], shift, raw, scale)
         y = torch.cat([x[:, :passing], y], dim=1) if passing else y
     if conditioner.order is not None:
@@ -65,7 +70,7 @@ def autoregressive_reference(
     return y, log_derivative.sum(-1)
 
 
-def _is_coupling(conditioner: Conditioner, passing: int) -> bool:
+def is_coupling(conditioner: Conditioner, passing: int) -> bool:
     """Whether the network reads nothing but what passes."""
     return not conditioner.wiring and conditioner.weights[0].dim() == 2 and conditioner.weights[0].shape[0] <= passing
 

@@ -9,6 +9,7 @@ With g and c the loss's gradients by y and by logabsdet, and sums s_l = bias_l +
 all of them under the staircase. In a wired network what reaches h_l on each of its ways is added up before the derivative, and a gate
 turns delta_l into that of the sum and that of the context term. Where no kernel serves, or torch.func looks on, or a gradient of the
 gradient is asked for, the map is composed of `masked_linear` instead: the same mathematics in pieces that know their own derivatives.
+An inverse that no kernel takes is differentiated implicitly (implicit.py).
 """
 
 import itertools
