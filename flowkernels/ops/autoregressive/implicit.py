@@ -87,19 +87,25 @@ def _implicit(shape: _Shape, x, visible, order, inputs, needed: Sequence[bool], 
     def gradients(g: Tensor, c: Tensor) -> list[Tensor]:
         with torch.enable_grad():
             outputs, rounds = shape.inverse(visible, order, inputs, x)
-        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
         w = g
         for _ in range(rounds):
-            w = g + torch.autograd.grad(outputs, x, (w, c), **options)[0]
-        return list(torch.autograd.grad(outputs, wanted, (w, c), **options))
+            w = g + _pulled_back(outputs, (w, c), [x], retain_graph=True)[0]
+        return _pulled_back(outputs, (w, c), wanted)
 
     return each_cotangent(gradients, g, c)
 
 
-def _differentiable(shape: _Shape, x, visible, order, inputs, needed: Sequence[bool], g: Tensor, c: Tensor) -> Sequence[Tensor]:
+def _differentiable(shape: _Shape, x, visible, order, inputs, needed: Sequence[bool], g: Tensor, c: Tensor) -> list[Tensor]:
     """The same gradient as a graph of its own, for create_graph=True: of the D passes."""
     # views, or what one input owes to another, or to itself in another place, would be counted twice
     inputs = [None if t is None else t.view_as(t) for t in inputs]
     wanted = [t for t, n in zip(inputs, needed, strict=True) if n]
     outputs, _ = shape.inverse(visible, order, inputs, None)
-    return torch.autograd.grad(outputs, wanted, (g, c), create_graph=True, allow_unused=True)
+    return _pulled_back(outputs, (g, c), wanted, create_graph=True)
+
+
+def _pulled_back(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor], **options) -> list[Tensor]:
+    """Vector-Jacobian products. An output may depend on none of the inputs, as the log|det| of an additive map does."""
+    pairs = [(o, v) for o, v in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    outputs, cotangents = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, materialize_grads=True, **options))
