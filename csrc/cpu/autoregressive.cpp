@@ -57,8 +57,7 @@ struct Map {
     }
     if (affine) {
       int64_t row;
-      args.affine = network.matrix(*affine, 3, features, row, "affine");
-      check_network(row == features, "affine must be contiguous");
+      args.affine = network.matrix(made_contiguous(*affine), 3, features, row, "affine");
     }
     args.scale = scale;
     args.form = form;

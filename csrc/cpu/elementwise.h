@@ -91,8 +91,10 @@ Together small_samples_of(const Elementwise<E>& args) {
   // wider rows are taken apart by vectors
   if (args.along == Along::checkerboard) return args.inner < 16 && args.inner % 2 == 0 ? Together::lists : Together::no;
   bool rows = args.n_outer == 0 && channels_follow(args, args.rest_in, args.channels - args.transformed);
+  rows = rows && channels_follow(args, args.rest_out, args.channels - args.transformed);
   for (int i = 0; i < args.n_inputs; ++i) rows = rows && channels_follow(args, args.in[i], args.transformed);
-  return rows ? Together::rows : Together::no;  // results are contiguous
+  for (int i = 0; i < args.n_outputs; ++i) rows = rows && channels_follow(args, args.out[i], args.transformed);
+  return rows ? Together::rows : Together::no;
 }
 
 // How the work is divided, once all else is known. Sums never depend on it: where they go across samples, a unit is a fixed number.

@@ -137,8 +137,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
         "dlogabsdet does not fit x");
   if (dpassing) check_like(*dpassing, x, args.channels / 2);
   const std::vector<int64_t> sizes = sizes_of(x);
-  const int64_t channels = args.weight ? args.channels : 0;
-  Tensor dx = empty(x, sizes), draw = empty(x, args.raw ? sizes : std::vector<int64_t>{0});
+  const int64_t channels = in.weight ? args.channels : 0;  // not args.weight: tensors without elements have no data
+  Tensor dx = empty(x, sizes), draw = empty(x, in.raw ? sizes : std::vector<int64_t>{0});
   Tensor dweight = empty(x, {channels, channels}), dbias = empty(x, {channels});
   args.dy = static_cast<const T*>(dy.const_data_ptr());
   args.dlogabsdet = static_cast<const T*>(dlogabsdet.const_data_ptr());

@@ -84,6 +84,8 @@ def _run_stack(x: Tensor, context: Tensor | None, group: Sequence[_Part], invers
                 own = own._replace(conditioner=own.conditioner._replace(order=permutation[own.conditioner.order]))
             maps.append(own if affine is None else own._replace(affine=affine))
             affine = None
+    if context is not None and not all(m.conditioner.context_weights for m in maps):  # each layer is given it, as by itself
+        raise ValueError(f"context was given, {list(context.shape)}, but a network of the chain takes none")
     y, logabsdet = autoregressive_stack(x, maps, context)
     if permutation is not None:
         y = y[:, permutation]

@@ -34,7 +34,11 @@ class Dequantize(nn.Module):
         if not x.is_floating_point():
             x = x.to(torch.get_default_dtype())
         noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        return (x + noise) / self.levels, zero_logabsdet(x) - x[:1].numel() * math.log(self.levels)
+        z = (x + noise) / self.levels
+        # rounding must not carry z over to another level, or to 1: a step of its last place brings it back
+        level, eps = (z * self.levels).floor(), torch.finfo(z.dtype).eps
+        z = torch.where(level > x, z * (1 - eps / 2), torch.where(level < x, z * (1 + eps), z))
+        return z, zero_logabsdet(x) - x[:1].numel() * math.log(self.levels)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = (z * self.levels).floor().clamp(0, self.levels - 1)

@@ -12,6 +12,12 @@ from ..ops.scale_map import parse_form
 from .masked_linear import MaskedLinear, Unitwise
 
 
+def _checked_scale(scale: ScaleMap | None) -> ScaleMap:
+    if scale is not None and not isinstance(scale, ScaleMap):
+        raise ValueError(f"scale must be a ScaleMap, such as ScaleMap.sigmoid(bias=2.0); got {scale!r}")
+    return ScaleMap.softclip() if scale is None else scale
+
+
 class MaskedAutoregressive(nn.Module):
     """Affine autoregressive transform with a MADE as its conditioner (Papamakarios et al. 2017; Germain et al. 2015).
 
@@ -85,7 +91,7 @@ class MaskedAutoregressive(nn.Module):
         Raises:
             ValueError: the network is not autoregressive; see `ops.check_conditioner`.
         """
-        check_conditioner(conditioner)
+        check_conditioner(conditioner, _checked_scale(scale))
         last = conditioner.weights[-1]
         if conditioner.order is None:
             conditioner = conditioner._replace(order=torch.arange(last.shape[1] // 2, device=last.device))
@@ -95,7 +101,7 @@ class MaskedAutoregressive(nn.Module):
         return layer
 
     def _assemble(self, modules: list[nn.Module], network: Conditioner, scale: ScaleMap | None, form: str) -> None:
-        self.scale = ScaleMap.softclip() if scale is None else scale
+        self.scale = _checked_scale(scale)
         check_conditioner(network, self.scale)
         self.features = len(network.order)
         self.context_features = network.context_weights[0].shape[0] if network.context_weights else 0

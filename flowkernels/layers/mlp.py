@@ -70,8 +70,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList([Dense(*first, context_features=context_features), *(Dense(*widths) for widths in rest)])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        first, *rest = self.layers
-        h = first(x, context)
-        for layer in rest:
-            h = layer(torch.relu_(h))
+        h = self.layers[0](x, context)
+        for below, layer in pairwise(self.layers):
+            h = layer(torch.relu(h) if below._forward_hooks else torch.relu_(h))  # a hook may have kept it
         return h

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from flowkernels import ScaleMap
-from flowkernels.layers import AdditiveCoupling, AffineCoupling, FactorOut, Reshape
+from flowkernels.layers import MLP, AdditiveCoupling, AffineCoupling, FactorOut, Reshape
 
 PARTS = ["first_half", "second_half", "even", "odd", "checkerboard_even", "checkerboard_odd"]
 
@@ -232,3 +232,20 @@ def test_what_does_not_fit_is_named(layer, x, message):
 def test_a_part_form_or_map_that_does_not_exist(options, message):
     with pytest.raises(ValueError, match=message):
         AffineCoupling(nn.Identity(), **options)
+
+
+def test_a_fake_call_leaves_nothing_behind():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layer = AffineCoupling(torch.nn.Conv2d(2, 4, 1), part="checkerboard_even")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer(torch.randn(2, 2, 14, 6))
+    assert type(layer(torch.randn(2, 2, 14, 6))[0]) is torch.Tensor
+
+
+def test_a_hook_inside_the_network_may_keep_what_it_sees():
+    network, seen = MLP(2, (16, 16), 4), []
+    network.layers[0].register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+    AffineCoupling(network, interleaved=True)(torch.randn(5, 4))
+    (kept, as_it_was), *_ = seen
+    assert torch.equal(kept, as_it_was) and (kept < 0).any()

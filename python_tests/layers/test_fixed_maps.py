@@ -74,6 +74,15 @@ def test_logit_is_finite_at_its_ends_and_exact_near_them():
     torch.testing.assert_close(layer.inverse(z)[0], torch.tensor([[0.0], [1.0]], dtype=torch.float64), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("levels", [2, 17, 255, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantize_keeps_every_level(levels, dtype):
+    """Rounding carries none over to the next, nor to 1."""
+    layer, x = Dequantize(levels), torch.arange(levels).repeat(4000, 1).to(dtype)
+    z = layer(x, generator=torch.Generator().manual_seed(0))[0]
+    assert (z >= 0).all() and (z < 1).all() and torch.equal(layer.inverse(z)[0], x)
+
+
 def test_dequantised_levels_come_back_and_their_noise_is_uniform():
     torch.manual_seed(0)
     layer, x = Dequantize(17), torch.randint(0, 17, (50, 2, 10, 10), dtype=torch.uint8)

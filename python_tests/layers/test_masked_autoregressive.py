@@ -4,8 +4,9 @@ import pickle
 import pytest
 import torch
 
-from flowkernels import backend
+from flowkernels import ScaleMap, backend
 from flowkernels.layers import FlowBatchNorm, Inverse, MaskedAutoregressive, MaskedLinear, Permute, Unitwise
+from flowkernels.ops import Conditioner, MaskedLayer
 from flowkernels.ops.degrees import hidden_degrees, staircase
 
 
@@ -249,3 +250,16 @@ def test_reference_and_kernel_agree_through_the_layer():
 def test_a_masked_linear_layer_is_built_of_a_staircase(visible):
     with pytest.raises(ValueError, match=rf"visible must ascend from 0 to at most 3; got \[{', '.join(map(str, visible))}\]"):
         MaskedLinear(torch.tensor(visible), 3)
+
+
+def test_an_additive_network_is_taken_over():
+    layers = [
+        MaskedLayer(torch.randn(3, 5), torch.zeros(5), torch.tensor([1, 1, 2, 2, 2], dtype=torch.int32)),
+        MaskedLayer(torch.randn(5, 3), torch.zeros(3), torch.tensor([0, 2, 5], dtype=torch.int32)),
+    ]
+    network = Conditioner.of(layers, torch.arange(3))
+    layer = MaskedAutoregressive.of(network, scale=ScaleMap.unit())
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(layer.inverse(layer(x)[0])[0], x)
+    with pytest.raises(ValueError, match="scale must be a ScaleMap"):
+        MaskedAutoregressive.of(network, scale="unit")

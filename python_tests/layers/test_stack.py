@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import flowkernels.layers._stack as stack
+from flowkernels.flows import MAF
 from flowkernels.layers import Chain, FlowBatchNorm, Inverse, MaskedAutoregressive, Permute
 
 
@@ -97,3 +98,26 @@ def test_hooks_and_subclasses_are_called(monkeypatch):
     x = torch.randn(4, 5)
     assert calls_of_the_stack(monkeypatch, chain, x) == [1, 1, 1] and seen == [1]
     torch.testing.assert_close(chain(x), one_by_one(chain, x, None, inverse=False))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_context_that_one_layer_does_not_take(inverse, grad):
+    chain = Chain([MaskedAutoregressive(4, (8,), context_features=2), MaskedAutoregressive(4, (8,))])
+    call = chain.inverse if inverse else chain
+    for hook in (False, True):
+        if hook:
+            chain.layers[0].register_forward_hook(lambda *_: None)
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"context was given, \[5, 2\], but"):
+            call(torch.randn(5, 4), torch.randn(5, 2))
+
+
+@pytest.mark.parametrize("context", [0, 2])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_batch_norms_between_layers_keep_half_precision(context, inverse):
+    flow = MAF(4, context_features=context, batch_norm=True, transforms=2, hidden_features=(8,)).eval()
+    given = (torch.randn(3, context).bfloat16(),) if context else ()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            y, logabsdet = (flow.inverse if inverse else flow)(torch.randn(3, 4).bfloat16(), *given)
+        assert y.dtype == torch.bfloat16 and logabsdet.dtype == torch.float32

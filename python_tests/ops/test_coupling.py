@@ -440,3 +440,24 @@ class TestBadInput:
                 bare(*arguments, None, 1, 0, 0.0, 0.0, 0, False)
         with pytest.raises(RuntimeError, match="unknown part"):
             bare(x, s, s, None, 7, 0, 0.0, 0.0, 0, False)
+
+
+@pytest.mark.parametrize("part", ["first_half", "second_half", "even", "odd"])
+@pytest.mark.parametrize("sites", [(4,), (2, 3)])
+def test_views_whose_channels_share_memory(part, sites):
+    """Strides of inputs and of gradients that happen to be those of neighbouring channels, where the results have others."""
+    size = math.prod(sites)
+    overlapping = torch.arange(2.0 * 4 * size).view(2, -1).unfold(1, size, size // 2)[:, :4].unflatten(2, sites)
+    shared = {
+        "half overlapping": overlapping,
+        "one value": torch.tensor(0.5).expand(2, 4, *sites),
+        "one channel": torch.randn(2, 1, *sites).expand(2, 4, *sites),
+    }
+    raw = torch.randn(2, 2, *sites)
+    for x, dy in itertools.product(shared.values(), repeat=2):
+        found = []
+        for x_, dy_ in ((x, dy), (x.contiguous(), dy.contiguous())):
+            x_ = x_.detach().requires_grad_()
+            y, logabsdet = coupling(x_, raw, raw, part=part)
+            found.append((y, logabsdet, torch.autograd.grad(y, x_, dy_)[0]))
+        assert_same_bits(*found)

@@ -182,3 +182,20 @@ def test_backends_agree(inverse):
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         glow_step(*change(*tensors(2, (3,), 6)))
+
+
+def test_log_determinant_alone_of_a_channels_first_view():
+    x = torch.randn(2, 4, 3).movedim(1, -1).requires_grad_()
+    raw = torch.randn(2, 3, 4, requires_grad=True)
+    got = torch.autograd.grad(glow_step(x, raw, None, None)[1].sum(), raw)
+    with backend("reference"):
+        want = torch.autograd.grad(glow_step(x, raw, None, None)[1].sum(), raw)
+    torch.testing.assert_close(got, want)
+
+
+def test_empty_batch_has_gradients():
+    shapes = (0, 2, 2, 4), (0, 2, 2, 4), (4, 4), (4,)
+    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    y, logabsdet, passing = glow_step(*tensors)
+    gradients = torch.autograd.grad(y.sum() + logabsdet.sum() + passing.sum(), tensors)
+    assert [g.shape for g in gradients] == [t.shape for t in tensors] and all((g == 0).all() for g in gradients)

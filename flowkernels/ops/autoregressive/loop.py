@@ -143,7 +143,7 @@ class Lists(NamedTuple):
 
 
 def moved(x: Tensor, affine: Tensor | None) -> Tensor:
-    return x if affine is None or not affine.numel() else (x + affine[0]) * affine[1] + affine[2]
+    return x if affine is None or not affine.numel() else ((x + affine[0]) * affine[1] + affine[2]).to(x.dtype)
 
 
 def _composite_stack(x: Tensor, context: Tensor | None, *lists_and_keep) -> tuple[Tensor, Tensor, Tensor]:

@@ -73,7 +73,7 @@ class _GlowStep(torch.autograd.Function):
     def backward(ctx, dy: Tensor | None, dlogabsdet: Tensor | None, dpassing: Tensor | None):
         tensors = ctx.saved_tensors
         x = tensors[0]
-        dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+        dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
         dlogabsdet = x.new_zeros(x.shape[:1]) if dlogabsdet is None else dlogabsdet.contiguous()
         dpassing = None if dpassing is None else dpassing.contiguous()
         # double backward differentiates the reference once more
