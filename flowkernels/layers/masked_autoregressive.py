@@ -24,6 +24,9 @@ class MaskedAutoregressive(nn.Module):
         forward:  z_i = x_i * sigma(s_i) + shift_i,   (shift_i, s_i) = MADE(x generated before i, context)
         inverse:  x_i = (z_i - shift_i) / sigma(s_i), in the order of generation, in one fused loop
 
+    The modules in `layers` hold the parameters and are not called: parametrizations of them work (torch.nn.utils.parametrizations), what
+    rests on their hooks (torch.nn.utils.prune, the older torch.nn.utils.weight_norm) does not.
+
     Args:
         features: number of features D.
         hidden_features: widths of the hidden layers; with `residual`, the width of each residual block, all of them equal.
