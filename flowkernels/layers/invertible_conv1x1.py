@@ -208,6 +208,7 @@ def conv1x1(x: Tensor, weight: Tensor, *, before: Tensor | None = None, after: T
     return y if after is None else y + after.view((-1,) + (1,) * sites)
 
 
+@torch.inference_mode(False)  # what is kept may be needed by a gradient later
 @torch.no_grad()
 def freeze_weights(layers: Mapping[str, InvertibleConv1x1]) -> None:
     """Keep the weight of each named layer, its log|det| and its inverse: all weights of one size are inverted in one call, in float64.

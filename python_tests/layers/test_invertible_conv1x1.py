@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from flowkernels.flows import Flow
+from flowkernels.flows import Flow, Glow
 from flowkernels.layers import ActNormConv1x1, InvertibleConv1x1
 from flowkernels.layers.invertible_conv1x1 import conv1x1, fold
 
@@ -272,3 +272,13 @@ def test_compiles_without_graph_breaks(kind):
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_weight_frozen_in_inference_mode_serves_gradients():
+    flow = Glow((1, 4, 4), levels=1, steps=2, hidden_channels=4)
+    flow(torch.randn(8, 1, 4, 4))
+    with torch.inference_mode():
+        flow.freeze()
+    x = torch.randn(2, 1, 4, 4, requires_grad=True)
+    flow.requires_grad_(False).log_prob(x).sum().backward()
+    assert x.grad.isfinite().all()

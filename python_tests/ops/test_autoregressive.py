@@ -519,6 +519,10 @@ class TestBadInput:
         layers = [layer._replace(context_activation=Activation.TANH) for layer in self.conditioner().layers]
         assert Conditioner.of(layers).wiring == []
 
+    def test_scale_is_a_scale_map(self):
+        with pytest.raises(ValueError, match="scale must be a ScaleMap, such as .*; got 'exp'"):
+            autoregressive(torch.zeros(2, 3), self.conditioner(), scale="exp")
+
     def test_order_is_a_permutation(self):
         with pytest.raises(ValueError, match=r"order must be a permutation of 0..2; got \[0, 0, 1\]"):
             check_conditioner(self.conditioner()._replace(order=torch.tensor([0, 0, 1])))

@@ -50,13 +50,16 @@ def autoregressive(
         float64 for float64 inputs.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, the context is missing, unexpected or of another batch, or form is unknown.
+        ValueError: a shape, dtype or device does not fit, the context is missing, unexpected or of another batch, scale is no scale map,
+            or form is unknown.
     """
     if any_autocast() and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             x, context = (cast(t, conditioner.weights[-1].dtype) for t in (x, context))
             return autoregressive(x, conditioner, context, scale=scale, form=form, inverse=inverse)
     scale = _SOFTCLIP if scale is None else scale
+    if not isinstance(scale, _SCALE_MAPS):
+        raise ValueError(f"scale must be a ScaleMap, such as ScaleMap.sigmoid(bias=2.0); got {scale!r}")
     form = parse_form(form)
     last, dtype = conditioner.weights[-1], x.dtype
     compute = _COMPUTE.get(dtype)
@@ -94,6 +97,7 @@ def _passes_are_many(conditioner: Conditioner, scale: ScaleMap | PoweredMap, dev
 
 
 _SOFTCLIP = ScaleMap.softclip()
+_SCALE_MAPS = (ScaleMap, PoweredMap)  # made once: a union is made where it stands, in 0.1 us
 # the loop computes in float64 for float64, in float32 for everything narrower
 _COMPUTE = {torch.float64: torch.float64} | dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float32)
 
