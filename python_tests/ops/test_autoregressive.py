@@ -6,11 +6,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from flowkernels import ScaleMap, _extension, backend
+from flowkernels import ScaleMap, backend
 from flowkernels.ops import Activation, Conditioner, Form, MaskedLayer, autoregressive, check_conditioner
 from flowkernels.ops.autoregressive.reference import autoregressive_reference
 from flowkernels.ops.degrees import hidden_degrees, staircase
-from python_tests.battery import Example, OpBattery, assert_gradients_do_not_depend_on_threads
+from python_tests.battery import Example, OpBattery
 
 SCALES = [
     ScaleMap.exp(),
@@ -210,19 +210,6 @@ class TestMapsAndForms:
         torch.testing.assert_close(opposite, -logabsdet, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("scale", [*SCALES, ScaleMap.exp_half(0.1), ScaleMap.softplus(ceiling=0.7)], ids=repr)
-@pytest.mark.parametrize("inverse", [False, True])
-def test_gradients_are_those_of_the_reference(scale, form, inverse):
-    """Limits that hold for many of the scales too."""
-    rows, parameters, op, oracle, *_ = example(5, (11, 8), scale=scale, form=form, inverse=inverse)(30, torch.float64)
-    leaves = [t.requires_grad_() for t in (*rows, *parameters)]
-    g = torch.Generator().manual_seed(3)
-    cotangents = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((30, 5), (30,))]
-    got, want = (torch.autograd.grad(f(rows, parameters), leaves, cotangents) for f in (op, oracle))
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * max(w.abs().max().item() for w in want))
-
-
 def widened(parts, width):
     return [part._replace(width=width if part.width else 0) for part in parts]
 
@@ -268,81 +255,6 @@ def test_error_in_float32_is_that_of_eager_float32(inverse):
             ours, theirs = (got - exact).abs(), (eager - exact).abs()
             assert ours.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt()
             assert ours.flatten().quantile(0.999) <= 2 * theirs.flatten().quantile(0.999)
-
-
-NETWORKS = {"plain": ((30, 20), 0), "context": ((30, 20), 3), "residual": (RESIDUAL, 2), "gated": (GATED, 3), "wired": (WIRED, 0)}
-
-
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("batch", [0, 256, 257, 1500])
-def test_gradients_do_not_depend_on_threads(batch, network, inverse):
-    """Sums over rows go span by span, and a span has a chunk of rows for each thread."""
-    parts, context = NETWORKS[network]
-    assert_gradients_do_not_depend_on_threads(example(7, parts, context=context, inverse=inverse)(batch, torch.float32))
-
-
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.skipif(not _extension.status().cpu_library, reason="the CPU library was not built")
-def test_a_map_is_one_node_of_the_graph(network, inverse):
-    """No graph of a layer's parts, and none of D passes."""
-    parts, context = NETWORKS[network]
-    rows, parameters, op, *_ = example(7, parts, context=context, inverse=inverse)(4, torch.float32)
-    leaves = [t.requires_grad_() for t in (*rows, *parameters)]
-    y, logabsdet = op(rows, parameters)
-    assert y.grad_fn is logabsdet.grad_fn
-    below = [node for node, _ in y.grad_fn.next_functions if node is not None]
-    assert {id(node.variable) for node in below} == set(map(id, leaves))
-
-
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize(
-    ("parts", "degrees"),
-    [
-        ([Part(9, "tanh"), Part(0)], [1, 1, 2, 3, 3, 3]),
-        ([Part(6, "tanh"), Part(6, residual=0), Part(6, "tanh", source=0, residual=2), Part(0)], None),
-    ],
-    ids=["shared degrees", "features added"],
-)
-def test_a_network_that_reads_the_first_features_alone(parts, degrees, inverse):
-    rows, parameters, op, oracle, *_ = example(6, parts, degrees=degrees, narrow=True, inverse=inverse)(9, torch.float64)
-    assert parameters[0].shape[0] < 6
-    leaves = [t.requires_grad_() for t in (*rows, *parameters)]
-    torch.testing.assert_close(op(rows, parameters), oracle(rows, parameters))
-    got, want = (torch.autograd.grad([o.sin().sum() for o in f(rows, parameters)], leaves) for f in (op, oracle))
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("inverse", [False, True])
-def test_a_layer_without_units_may_take_the_context(inverse):
-    empty = torch.empty(0, dtype=torch.int32)
-    g = torch.Generator().manual_seed(0)
-    leaf = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_()
-    layers = [
-        MaskedLayer(leaf(3, 5), leaf(5), torch.tensor([1, 1, 2, 2, 3], dtype=torch.int32), Activation.TANH),
-        MaskedLayer(leaf(5, 0), leaf(0), empty, context_weight=leaf(2, 0), gate=True),
-        MaskedLayer(leaf(5, 8), leaf(8), torch.tensor([0, 0, 2, 2, 4, 4, 5, 5], dtype=torch.int32), source=1),
-    ]
-    network, x, context = Conditioner.of(layers), leaf(4, 4), leaf(4, 2)
-    got = autoregressive(x, network, context, inverse=inverse)
-    with backend("reference"):
-        want = autoregressive(x, network, context, inverse=inverse)
-    torch.testing.assert_close(got, want)
-    leaves = [x, *network.weights, *network.biases]
-    got, want = (torch.autograd.grad([o.sin().sum() for o in outputs], leaves, materialize_grads=True) for outputs in (got, want))
-    torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("activation", ["gelu", "silu", "elu", "softplus"])
-@pytest.mark.parametrize("inverse", [False, True])
-def test_gradients_through_a_contexts_own_activation(activation, inverse):
-    """Some derivatives are known from the activation's value, others need what came before it."""
-    parts = [Part(7, activation, context=activation), Part(7, activation, context="gate"), Part(7, residual=1, context="gate+"), Part(0)]
-    rows, parameters, op, oracle, *_ = example(4, parts, context=3, inverse=inverse)(9, torch.float64)
-    leaves = [t.requires_grad_() for t in (*rows, *parameters)]
-    got, want = (torch.autograd.grad([o.sin().sum() for o in f(rows, parameters)], leaves) for f in (op, oracle))
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
