@@ -14,12 +14,15 @@ constexpr int kRowsApart = 16;  // of a tile whose last layer's sums are in a wo
 constexpr int kSlots = 3;       // stages in shared memory: one is used, one has landed or is landing, one is asked for
 constexpr int kBlockUnits = 256;  // units of one block of weights
 constexpr int kNearUnits = 64;    // of the last layer in a panel, at most
-constexpr int kMirroredBlockUnits = 252;  // 4 less than a multiple of the banks: a transposed copy meets each bank once
+constexpr int kPanelUnits = 64;   // of any layer in a panel whose sums are in registers
 template <class T>
 constexpr int kMostRows = sizeof(T) == 8 ? 4 : 32;  // of a tile; and of each whose state is not in shared memory
 
 // Elements from one unit to the next in the state of a tile: lanes read the same 4 rows of units side by side, and 32 rows are all banks.
 FK_INLINE constexpr int unit_stride(int rows) { return rows == 32 ? 36 : rows; }
+
+// of a tile, the rows of a panel that one warp takes: as few as eight warps leave
+FK_INLINE constexpr int panel_rows(int rows) { return rows <= 8 ? 1 : rows / 8; }
 
 FK_INLINE int smaller(int a, int b) { return a < b ? a : b; }
 FK_INLINE int larger(int a, int b) { return a > b ? a : b; }
@@ -40,7 +43,6 @@ struct LoopLayer {
   int source, residual;  // residual -1 for none
   int first, gates;      // first unit of its values, and of its gates, in the state of a tile; gates -1 for none
   int column;            // mirrored: first column of its values in args.made
-  int copy, context_copy;  // elements of a row of weights that one copy into a slot takes: 1, 2 or 4, as they are aligned
   bool unitwise, gate;
 
   // whether the context term is finished before it meets the sum
@@ -53,10 +55,12 @@ struct LoopArgs {
   int context;      // first unit of the context in the state of a tile
   int units;        // of the state
   int panel_steps, panel_capacity;  // steps of a panel, and how many elements its weights may have to be one stage
-  int capacity;                     // elements of weights in a slot
-  int most_stages;                  // that this can take
+  int capacity;                     // elements of weights that a block may have
+  int slot_chunks;                  // 16 bytes each
+  int most_stages, most_chunks;     // that this can take
   bool apart;                       // the last layer's sums are in a workspace; those of a panel come near, to where they would begin
   bool inverse;
+  bool in_registers;  // panels that fit are run with their sums in registers
   const T *x, *context_rows;
   int64_t x_row, x_column, context_row, context_column, batch;
   const int64_t* order;  // feature generated k-th; null for 0, 1, 2, ...
@@ -74,7 +78,8 @@ struct LoopArgs {
   int columns;
   const int32_t* visible_above[kMaxLayers];  // the staircase that layer l is the mirror of
 
-  int32_t* schedule;  // ScheduleSpace
+  int32_t* schedule;      // ScheduleSpace
+  unsigned char* packed;  // the images of all stages, one after another, as they lie in a slot
   T* workspace;       // [blocks][units][rows]: what of the state is not in shared memory
   LoopLayer<T> layers[kMaxLayers];  // at the end: of a stack's maps, only the layers in use are given to a kernel
 

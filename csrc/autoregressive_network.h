@@ -128,7 +128,6 @@ class LoopNetwork {
       LoopLayer<T>& layer = args.layers[n - 1 - i];
       layer.source = n - 1 - i;
       layer.residual = layer.gates = -1;
-      layer.copy = layer.context_copy = 1;  // columns become rows on the way
       layer.inputs = number(t.weights[i].size(1));
       layer.outputs = i == 0 ? args.features : number(t.weights[i - 1].size(1));
       layer.weight = matrix(t.weights[i], layer.outputs, layer.inputs, layer.ld, "weight");
@@ -193,12 +192,9 @@ class LoopNetwork {
     layer.visible = static_cast<const int32_t*>(vector(t.visible[i], layer.outputs, ScalarType::Int, "visible"));
     layer.first = take(layer.outputs);
     layer.gates = -1;
-    layer.copy = copied_at_once(layer.weight, layer.ld, layer.outputs);
-    layer.context_copy = 1;
     if (wired.context != 0) {
       check(context < t.context_weights.size() && !layer.unitwise, "context_weights do not fit the wiring");
       layer.context_weight = matrix(t.context_weights[context], args.context_features, layer.outputs, layer.context_ld, "context_weight");
-      layer.context_copy = copied_at_once(layer.context_weight, layer.context_ld, layer.outputs);
       if (!t.context_biases.empty()) layer.context_bias = vector(t.context_biases[context], layer.outputs, "context_bias");
       layer.context_activation = activation(wired.context_activation);
       layer.gate = wired.context == 2;
@@ -206,14 +202,6 @@ class LoopNetwork {
       ++context;
     }
     args.n_layers = i + 1;
-  }
-
-  // elements, up to 16 bytes, that lie aligned in every row of a weight
-  static int copied_at_once(const T* weight, int64_t ld, int outputs) {
-    int elements = 16 / sizeof(T);
-    const auto address = reinterpret_cast<uintptr_t>(weight);
-    while (elements > 1 && (address % (elements * sizeof(T)) != 0 || ld % elements != 0 || outputs % elements != 0)) elements /= 2;
-    return elements;
   }
 
   static int activation(int64_t code) {

@@ -16,17 +16,11 @@ struct LoopPlan {
   int64_t blocks;        // each takes every blocks-th tile
 };
 
-// A slot: the works of a panel and one more that is never done, `visible` of the units, weights
-struct SlotLayout {
-  int64_t works, visible, weights, size;  // bytes
-};
-
-FK_INLINE SlotLayout slot_layout(int panel_steps, int n_layers, int capacity, int64_t item_bytes) {
-  SlotLayout layout{};
-  layout.visible = layout.works + (int64_t(panel_steps) * n_layers + 1) * int64_t(sizeof(PanelWork));
-  layout.weights = (layout.visible + kBlockUnits * 4 + 15) / 16 * 16;
-  layout.size = layout.weights + capacity * item_bytes;
-  return layout;
+// Bytes of a slot: of a panel's image, or of a block's of so many weights
+FK_INLINE int64_t slot_bytes(int panel_steps, int n_layers, int64_t panel_capacity, int64_t capacity, int64_t item_bytes) {
+  const int64_t panel = (int64_t(panel_steps) + 1) * n_layers * int64_t(sizeof(PanelWork)) + n_layers * kPanelUnits * 4 + panel_capacity * item_bytes;
+  const int64_t block = kBlockUnits * 4 + capacity * item_bytes;
+  return ((panel > block ? panel : block) + 15) / 16 * 16;
 }
 
 // Panels, from the network alone. Their blocks should hold some 2,000 weights: a panel's steps cost no barrier of the thread block, but
@@ -37,13 +31,16 @@ inline void choose_panels(LoopArgs<T>& args) {
   constexpr int kUsual = 2048, kWhole = 16384 / sizeof(T);
   args.panel_steps = 1;
   args.panel_capacity = kUsual;
+  args.in_registers = args.inverse && (args.n_layers == 2 || args.n_layers == 3);
   if (!args.inverse) return;
   int64_t padded = 0;
   double weights = 0;
   for (int l = 1; l <= args.n_layers; ++l) {
     const LoopLayer<T>& layer = args.layer(l);
+    const bool quick = layer.activation == static_cast<int>(Activation::identity) || layer.activation == static_cast<int>(Activation::relu);
+    args.in_registers = args.in_registers && (args.mirrored || (quick && !layer.unitwise && !layer.gate && layer.residual < 0));
     if (layer.unitwise) continue;
-    padded += int64_t(layer.inputs) * panel_ld(layer.outputs);
+    padded += int64_t(layer.inputs) * block_ld(layer.outputs);
     weights += double(layer.inputs) * layer.outputs;
   }
   if (padded <= kWhole && args.most_steps() * args.n_layers <= kMostPanelWorks) {
@@ -57,7 +54,7 @@ inline void choose_panels(LoopArgs<T>& args) {
     args.panel_steps *= 2;
 }
 
-constexpr int kResidentThreads = 480;  // that 65,536 registers hold at 136 each: three blocks of a narrow network
+constexpr int kResidentThreads = 512;  // that 65,536 registers hold at 128 each
 
 struct Device {
   int multiprocessors;
@@ -73,19 +70,21 @@ inline void choose_blocks(LoopPlan& plan, int64_t batch, const Device& device) {
   plan.blocks = tiles < resident * device.multiprocessors ? tiles : resident * device.multiprocessors;
 }
 
-// A panel gives work to one warp for each 4 rows; wide layers give more to all. A narrow network leaves room for several blocks.
+// A panel gives work to eight warps at most; wide layers give more to all. A narrow network leaves room for several blocks.
+template <class T>
 inline void set_warps(LoopPlan& plan, bool narrow) {
   plan.narrow = narrow;
-  plan.consumers = narrow ? larger(plan.rows / 4, 2) : 8;
-  plan.producers = narrow ? 1 : 4;
+  plan.consumers = narrow ? plan.rows / panel_rows(plan.rows) : sizeof(T) == 4 ? 14 : 8;
+  plan.producers = narrow ? 1 : 2;
 }
 
 // What a launch decides of a map's arguments
 template <class T>
 inline void set_launch(LoopArgs<T>& args, int capacity, bool apart) {
   args.capacity = capacity;
+  args.slot_chunks = chunks_of(slot_bytes(args.panel_steps, args.n_layers, args.panel_capacity, capacity, sizeof(T)));
   args.apart = apart;
-  args.most_stages = count_most_stages(args);
+  count_most(args);
 }
 
 // The arguments of one map in shared memory
@@ -111,7 +110,7 @@ inline LoopPlan plan_loop(const LoopArgs<T>& args, const Device& device, bool ma
     if (all > largest) largest = all < most ? all : most;
   }
 
-  auto slots = [&](int64_t capacity) { return kSlots * slot_layout(args.panel_steps, args.n_layers, static_cast<int>(capacity), item).size; };
+  auto slots = [&](int64_t capacity) { return kSlots * slot_bytes(args.panel_steps, args.n_layers, args.panel_capacity, capacity, item); };
   auto state = [&](int rows, bool apart) { return int64_t(args.units_in_shared(apart)) * unit_stride(rows) * item; };
   auto fits = [&](int rows, bool apart) { return slots(args.panel_capacity + 3) + state(rows, apart) <= device.shared_per_block; };
   plan.rows = 4;
@@ -123,7 +122,7 @@ inline LoopPlan plan_loop(const LoopArgs<T>& args, const Device& device, bool ma
   if (plan.apart) plan.rows = kRowsApart;
   plan.state_in_shared = fits(plan.rows, plan.apart);
   if (!plan.state_in_shared) plan.rows = kMostRows<T>;
-  set_warps(plan, widest <= 128);
+  set_warps<T>(plan, widest <= 128);
   const int64_t fixed = plan.state_in_shared ? state(plan.rows, plan.apart) : 0, least = args.panel_capacity;
   int64_t capacity = largest;
   while (capacity > least && fixed + slots(capacity + 3) > device.shared_per_block) capacity -= 128;
@@ -152,7 +151,7 @@ inline LoopPlan plan_stack(const LoopArgs<T>* const* maps, int n, Device device,
     plan.state_in_shared = plan.state_in_shared && own.state_in_shared;
     if (own.shared_bytes > plan.shared_bytes) plan.shared_bytes = own.shared_bytes;
   }
-  set_warps(plan, narrow);
+  set_warps<T>(plan, narrow);
   plan.shared_bytes += kStackArgsBytes<T>;
   choose_blocks(plan, maps[0]->batch, device);
   return plan;

@@ -7,7 +7,9 @@
 //          have made was pushed into its pending sum as dense blocks. After panel q, of the t = q + 1 panels that are done, the last
 //          2^m are pushed into the next 2^m panels, 2^m being the largest power of two that divides t. So each pair of panels meets
 //          exactly once, nearly all weights are used in large blocks, and each sum receives its inputs in ascending order.
-//   stage  what one slot of weights in shared memory feeds: a whole panel, or a block of one layer's weights.
+//   stage  a whole panel, or a block of one layer's weights, and what one slot of shared memory holds for it: its image. All images lie
+//          packed in a workspace in the order of their use, so that a slot is filled by copying so many bytes, whatever the weights' layout.
+//          Pushes of different layers that fit a slot together are joined: no barrier between them.
 //   work   a layer's part in one step of a panel: what the newest inputs add to the panel's units that are not known yet, of which the
 //          first are known after it.
 //
@@ -30,9 +32,9 @@ namespace flowkernels {
 
 // Where the schedule lies in a workspace of integers. ends[(s + 1) * (n_layers + 1) + l]: units of values l known after step s,
 // and row 0 is zeros; for the features, those known before the step. Then what is made of it: works [step][layer], parts
-// [panel][layer], the counts of stages that each section has, stages one after another.
+// [panel][layer], the stages and the chunks of 16 bytes that each section has, stages one after another.
 struct ScheduleSpace {
-  int64_t works, parts, stages, counts, ends, ready, next, chain, seen, visible, size;  // offsets; the first integer is the number of steps
+  int64_t works, parts, stages, counts, ends, ready, next, chain, seen, visible, size;  // offsets; the first integers are the steps and stages
 };
 
 template <class T>
@@ -44,7 +46,7 @@ FK_INLINE ScheduleSpace schedule_space(const LoopArgs<T>& args) {
   space.parts = space.works + of_a_work * steps * args.n_layers;
   space.stages = space.parts + integers * panels * args.n_layers;
   space.counts = space.stages + integers * int64_t(args.most_stages);
-  space.ends = space.counts + args.n_layers + (args.inverse ? panels : args.n_layers);
+  space.ends = space.counts + 2 * (args.n_layers + (args.inverse ? panels : args.n_layers));
   const int64_t table = static_cast<int64_t>(args.features + 2) * (args.n_layers + 1);
   space.ready = space.ends + table;
   space.next = space.ready + table;
@@ -153,17 +155,20 @@ enum class StageKind : int16_t { end, context, step, push, panel };
 struct alignas(16) Stage {
   StageKind kind;
   int16_t layer;  // block of weights: units [j0, j0 + units) of values `layer` over the inputs [k0, k0 + inputs)
-  int k0, inputs, j0, units;
-  int16_t finish;  // whether the sums are whole after this
-  int16_t lead;    // columns in the slot before unit j0: copies begin where memory is aligned
-  int row, rows;   // panel: its first step, and how many
+  int k0, inputs, j0, units;  // panel: its number, its steps, the first of them, and the units that RegisterPanel has to a lane or 0
+  int16_t finish;   // whether the sums are whole after this
+  int16_t members;  // stages that share a slot, this and those that follow
+  int offset;       // of the image, in chunks
+  int16_t at;       // the same within the slot
+  int16_t chunks;   // of all members' images
 };
 
-// The weights of a layer that a panel needs, and where they are in its slot
+// The weights of a layer that a panel needs, and where they are in its image
 struct alignas(16) PanelPart {
   int weights, ld;
-  int k0, inputs, j0, units, lead;
+  int k0, inputs, j0, units;
   int end;  // where the next layer's begin
+  int unused;
 };
 
 // The inputs [0, inputs) of this step, counted from the first of them, go into the sums of `targets` units, of which the first `finished`
@@ -181,29 +186,43 @@ constexpr int kThroughHidden = -1, kFeatures = -2;
 static_assert(sizeof(Stage) == 32 && sizeof(PanelPart) == 32 && sizeof(PanelWork) == 48, "8 and 12 integers");
 constexpr int kMostPanelWorks = 128;
 
-// Row stride of a block of weights in its slot: lanes read aligned groups of units
+// Row stride of weights in an image: lanes read aligned groups of units
 FK_INLINE int block_ld(int units) { return up_to_multiple(units, 4); }
-// and of a panel's weights, whose lead is one of 0 to 3 columns: what fits does not depend on how memory is aligned
-FK_INLINE int panel_ld(int units) { return block_ld(units + 3); }
+
+// Where the parts of an image are, in bytes: works at the beginning, `visible` of the units, weights
+struct Image {
+  int visible, weights;
+};
+FK_INLINE Image image_of(const Stage& stage, int n_layers) {
+  Image image{};
+  if (stage.kind == StageKind::panel) {
+    image.visible = (stage.inputs + 1) * n_layers * static_cast<int>(sizeof(PanelWork));  // a step's works more, which are read and never done
+    image.weights = image.visible + (stage.units > 0 ? n_layers * kPanelUnits * 4 : 0);
+  } else if (stage.kind != StageKind::context) {
+    image.weights = block_ld(stage.units) * 4;
+  }
+  return image;
+}
+FK_INLINE int chunks_of(int64_t bytes) { return static_cast<int>((bytes + 15) / 16); }
 
 template <class T>
 FK_INLINE int block_units(const LoopArgs<T>& args) {
-  return smaller(args.mirrored ? kMirroredBlockUnits : kBlockUnits, args.capacity / kRun / 4 * 4 - 4);
+  return smaller(kBlockUnits, args.capacity / kRun / 4 * 4);
 }
 
 // f(stage) for the stages of one product, in order
 template <class T, class F>
 FK_INLINE void cut(const LoopArgs<T>& args, StageKind kind, int l, int k0, int k1, int j0, int j1, bool finish, F&& f) {
   const LoopLayer<T>& layer = args.layer(l);
-  const int copy = kind == StageKind::context ? layer.context_copy : layer.copy, widest = block_units(args);
+  const int widest = block_units(args);
   for (int j = j0; j < j1; j += widest) {
-    const int units = smaller(widest, j1 - j), lead = j % copy, most = args.capacity / block_ld(lead + units);
+    const int units = smaller(widest, j1 - j), most = args.capacity / block_ld(units);
     int end = k1;
     if (!args.inverse && kind == StageKind::step && k1 > k0) end = larger(k0, smaller(k1, layer.visible[j + units - 1]));  // half of them
     int k = k0;
     do {
       const int next = end - k <= most ? end : (k + most) / kRun * kRun;  // runs are whole: most >= kRun
-      f(Stage{kind, static_cast<int16_t>(l), k, next - k, j, units, static_cast<int16_t>(finish && next == end), static_cast<int16_t>(lead), 0, 0});
+      f(Stage{kind, static_cast<int16_t>(l), k, next - k, j, units, static_cast<int16_t>(finish && next == end), 1, 0, 0, 0});
       k = next;
     } while (k < end);
   }
@@ -226,9 +245,17 @@ struct Sections {
     int64_t elements = 0;
     for (int l = 1; l <= args.n_layers; ++l) {
       const LoopLayer<T>& layer = args.layer(l);
-      if (!layer.unitwise) elements += static_cast<int64_t>(to[layer.source] - from[layer.source]) * panel_ld(to[l] - from[l]);
+      if (!layer.unitwise) elements += static_cast<int64_t>(to[layer.source] - from[layer.source]) * block_ld(to[l] - from[l]);
     }
     return elements <= args.panel_capacity && to[args.n_layers] - from[args.n_layers] <= kNearUnits;
+  }
+
+  // of a panel that is one stage: units that a lane has registers for, or 0 where it is run without
+  FK_INLINE int units_of_a_lane(const int32_t* from, const int32_t* to) const {
+    if (!args.in_registers) return 0;
+    int widest = 0;
+    for (int l = 1; l <= args.n_layers; ++l) widest = larger(widest, to[l] - from[l]);
+    return widest <= 32 ? 1 : widest <= kPanelUnits ? 2 : 0;
   }
 
   // f(stage) for the stages of a section, in order
@@ -244,6 +271,12 @@ struct Sections {
     }
   }
 
+  FK_INLINE int chunks(const Stage& stage) const {
+    const int64_t elements = stage.kind == StageKind::panel ? part(stage.k0 * args.n_layers + args.n_layers - 1).end
+                                                            : static_cast<int64_t>(stage.inputs) * block_ld(stage.units);
+    return chunks_of(image_of(stage, args.n_layers).weights + elements * static_cast<int64_t>(sizeof(T)));
+  }
+
   // the p-th work, counted through steps and layers, and the p-th part, through panels and layers
   FK_INLINE PanelWork work(int p) const {
     const int s = p / args.n_layers, l = p % args.n_layers + 1, q = s / args.panel_steps;
@@ -254,7 +287,7 @@ struct Sections {
     const bool plain = !layer.unitwise && !layer.gate && layer.residual < 0;
     PanelWork work{};
     work.ld = own.ld;
-    work.weights = own.weights + own.lead + (begin[source] - from[source]) * own.ld + j - from[l];
+    work.weights = own.weights + (begin[source] - from[source]) * own.ld + j - from[l];
     work.first = args.first_unit(source) + begin[source];
     work.values = layer.first + (args.apart && l == args.n_layers ? j - from[l] : j);
     work.unit = j;
@@ -273,14 +306,13 @@ struct Sections {
     for (int i = 1; i <= l; ++i) {
       const LoopLayer<T>& layer = args.layer(i);
       part.weights = part.end;
-      part.ld = panel_ld(to[i] - from[i]);
+      part.ld = block_ld(to[i] - from[i]);
       part.inputs = layer.unitwise ? 0 : to[layer.source] - from[layer.source];
       part.end += part.inputs * part.ld;
     }
     part.k0 = from[args.layer(l).source];
     part.j0 = from[l];
     part.units = to[l] - from[l];
-    part.lead = part.j0 % args.layer(l).copy;
     return part;
   }
 
@@ -290,7 +322,7 @@ struct Sections {
     const int done = q + 1, count = done & -done;
     const int32_t *from = row(panel_row(q)), *now = row(panel_row(done));
     if (is_one_stage(from, now)) {
-      f(Stage{StageKind::panel, 0, 0, 0, 0, 0, 0, 0, panel_row(q), panel_row(done) - panel_row(q)});
+      f(Stage{StageKind::panel, 0, q, panel_row(done) - panel_row(q), panel_row(q), units_of_a_lane(from, now), 0, 1, 0, 0, 0});
     } else {
       for (int s = panel_row(q); s < panel_row(done); ++s)
         for (int l = 1; l <= args.n_layers; ++l) {
@@ -312,28 +344,50 @@ struct Sections {
 
 constexpr int kStagesBehind = 3;  // that end the sequence, for those who read ahead
 
-// A bound for the number of stages, by what is known without the steps. A product of so many inputs and units has at most
-// (units / widest + 1) * (inputs / kRun's multiple in `most` + 2); pushes of one size share the inputs and the units of a layer.
+// Bounds for the number of stages and for the chunks of their images, by what is known without the steps. A product of so many inputs and
+// units has at most (units / widest + 1) * (inputs / kRun's multiple in `most` + 2) stages; pushes of one size share the inputs and the
+// units of a layer. An input is in `passes` of them for each block of units, and each time its weights are padded by up to 3.
 template <class T>
-inline int count_most_stages(const LoopArgs<T>& args) {
+inline void count_most(LoopArgs<T>& args) {
   const int64_t steps = args.most_steps(), panels = (steps + args.panel_steps - 1) / args.panel_steps, widest = block_units(args);
-  const int64_t most = args.capacity / block_ld(static_cast<int>(widest) + 3) / kRun * kRun;
-  int64_t bound = panels + kStagesBehind, levels = 1;
+  const int64_t most = args.capacity / block_ld(static_cast<int>(widest)) / kRun * kRun;
+  int64_t stages = panels + kStagesBehind, levels = 1, elements = 0;
   while ((int64_t(1) << levels) <= panels) ++levels;
+  const int64_t passes = args.inverse ? levels + 1 + args.panel_steps : 1;
   for (int l = 1; l <= args.n_layers; ++l) {
     const LoopLayer<T>& layer = args.layer(l);
     const int64_t blocks = layer.outputs / widest + 1, pieces = layer.inputs / most + 2;
-    bound += blocks * (args.context_features / most + 2);
-    bound += args.inverse ? args.panel_steps * (layer.inputs / most + 2 * panels) + blocks * pieces : blocks * pieces;
-    if (args.inverse) bound += levels * (blocks * pieces + 2 * blocks + pieces + 2 * panels);
+    stages += blocks * (args.context_features / most + 2);
+    stages += args.inverse ? args.panel_steps * (layer.inputs / most + 2 * panels) + blocks * pieces : blocks * pieces;
+    if (args.inverse) stages += levels * (blocks * pieces + 2 * blocks + pieces + 2 * panels);
+    elements += int64_t(layer.unitwise ? 0 : layer.inputs) * (layer.outputs + 3 * blocks * passes);
+    if (layer.context_weight) elements += int64_t(args.context_features) * (layer.outputs + 3 * blocks);
   }
-  return static_cast<int>(bound < INT_MAX / 64 ? bound : INT_MAX / 64);
+  stages = stages < INT_MAX / 64 ? stages : INT_MAX / 64;
+  const int64_t works = (steps + panels) * args.n_layers * int64_t(sizeof(PanelWork)) + panels * args.n_layers * kPanelUnits * 4;
+  const int64_t chunks = (elements * int64_t(sizeof(T)) + (args.inverse ? works : 0)) / 16 + stages * (kBlockUnits * 4 / 16 + 2);
+  args.most_stages = static_cast<int>(stages);
+  args.most_chunks = static_cast<int>(chunks < INT_MAX ? chunks : INT_MAX);
 }
 
-template <class T>
-FK_INLINE const Stage* stages_of(const LoopArgs<T>& args) {
-  return reinterpret_cast<const Stage*>(args.schedule + schedule_space(args).stages);
-}
+// A schedule as the loop reads it
+struct Schedule {
+  const int32_t* ends;
+  const PanelWork* works;
+  const PanelPart* parts;
+  Stage* stages;
+  int steps;
+
+  template <class T>
+  FK_INLINE explicit Schedule(const LoopArgs<T>& args) {
+    const ScheduleSpace space = schedule_space(args);
+    ends = args.schedule + space.ends;
+    works = reinterpret_cast<const PanelWork*>(args.schedule + space.works);
+    parts = reinterpret_cast<const PanelPart*>(args.schedule + space.parts);
+    stages = reinterpret_cast<Stage*>(args.schedule + space.stages);
+    steps = args.schedule[0];
+  }
+};
 
 // Phases of making them; a barrier of the block belongs after each.
 template <class T>
@@ -347,9 +401,13 @@ FK_INLINE void write_works(const LoopArgs<T>& args, int steps, int thread, int t
     for (int i = thread; i < sections.panels() * args.n_layers; i += threads) parts[i] = sections.part(i);
   }
   for (int i = thread; i < sections.count(); i += threads) {
-    int count = 0;
-    sections.each_stage(i, [&](const Stage&) { ++count; });
-    args.schedule[space.counts + i] = count;
+    int count = 0, chunks = 0;
+    sections.each_stage(i, [&](const Stage& stage) {
+      ++count;
+      chunks += sections.chunks(stage);
+    });
+    args.schedule[space.counts + 2 * i] = count;
+    args.schedule[space.counts + 2 * i + 1] = chunks;
   }
 }
 
@@ -360,14 +418,81 @@ FK_INLINE void write_stages(const LoopArgs<T>& args, int steps, int thread, int 
   Stage* stages = reinterpret_cast<Stage*>(args.schedule + space.stages);
   const int32_t* counts = args.schedule + space.counts;
   for (int i = thread; i < sections.count(); i += threads) {
-    int at = 0;
-    for (int before = 0; before < i; ++before) at += counts[before];
+    int at = 0, offset = 0, head = -1;
+    for (int before = 0; before < i; ++before) {
+      at += counts[2 * before];
+      offset += counts[2 * before + 1];
+    }
     const int most = args.most_stages - kStagesBehind;  // a staircase that does not ascend may come to more: nothing is written beyond
-    sections.each_stage(i, [&](const Stage& stage) {
-      if (at < most) stages[at++] = stage;
+    sections.each_stage(i, [&](Stage stage) {
+      const int chunks = sections.chunks(stage);
+      if (at >= most || offset + chunks > args.most_chunks) return;
+      // blocks of one layer may share sums, which a barrier keeps in order
+      const bool joins = head >= 0 && stage.kind == StageKind::push && stages[head].kind == StageKind::push &&
+                         stage.layer != stages[at - 1].layer && stages[head].chunks + chunks <= args.slot_chunks;
+      if (!joins) head = at;
+      stage.offset = offset;
+      stage.at = static_cast<int16_t>(joins ? stages[head].chunks : 0);
+      stage.chunks = static_cast<int16_t>(chunks);
+      stages[at] = stage;
+      if (joins) {
+        ++stages[head].members;
+        stages[head].chunks = static_cast<int16_t>(stages[head].chunks + chunks);
+      }
+      ++at;
+      offset += chunks;
     });
-    if (i + 1 == sections.count())
-      for (int behind = 0; behind < kStagesBehind; ++behind) stages[smaller(at, most) + behind] = Stage{};
+    if (i + 1 == sections.count()) {
+      args.schedule[1] = smaller(at, most);
+      for (int behind = 0; behind < kStagesBehind; ++behind) stages[smaller(at, most) + behind] = Stage{StageKind::end, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0};
+    }
+  }
+}
+
+// ---- the images
+
+// The weights of the inputs [k0, k0 + inputs) and the units [j0, j0 + units), by warps: what lies side by side is read by the lanes of one
+template <class T>
+FK_INLINE void pack_weights(const LoopArgs<T>& args, const T* weight, int64_t ld, int k0, int inputs, int j0, int units, T* to, int to_ld, int thread,
+                            int threads) {
+  const int lane = thread % 32, warp = thread / 32, warps = threads / 32;
+  if (args.mirrored) {  // `weight` is the last element
+    for (int j = warp; j < to_ld; j += warps)
+      for (int k = lane; k < inputs; k += 32) to[k * to_ld + j] = j < units ? *(weight - (j0 + j) * ld - (k0 + k)) : T(0);
+  } else {
+    for (int k = warp; k < inputs; k += warps)
+      for (int j = lane; j < to_ld; j += 32) to[k * to_ld + j] = j < units ? weight[(k0 + k) * ld + j0 + j] : T(0);
+  }
+}
+
+// The i-th stage's image, by the threads of a block
+template <class T>
+FK_INLINE void pack_stage(const LoopArgs<T>& args, const Schedule& schedule, int i, int thread, int threads) {
+  const Stage stage = schedule.stages[i];
+  const Image image = image_of(stage, args.n_layers);
+  unsigned char* to = args.packed + static_cast<int64_t>(stage.offset) * 16;
+  int32_t* visible = reinterpret_cast<int32_t*>(to + image.visible);
+  T* weights = reinterpret_cast<T*>(to + image.weights);
+  if (stage.kind == StageKind::panel) {
+    const PanelWork* works = schedule.works + stage.j0 * args.n_layers;
+    const PanelPart* parts = schedule.parts + stage.k0 * args.n_layers;
+    for (int w = thread; w < (stage.inputs + 1) * args.n_layers; w += threads)
+      reinterpret_cast<PanelWork*>(to)[w] = w < stage.inputs * args.n_layers ? works[w] : PanelWork{};
+    for (int l = 1; l <= args.n_layers; ++l) {
+      const LoopLayer<T>& layer = args.layer(l);
+      const PanelPart part = parts[l - 1];
+      if (part.inputs > 0) pack_weights(args, layer.weight, layer.ld, part.k0, part.inputs, part.j0, part.units, weights + part.weights, part.ld, thread, threads);
+      if (stage.units > 0)
+        for (int j = thread; j < kPanelUnits; j += threads) visible[kPanelUnits * (l - 1) + j] = j < part.units ? layer.visible[part.j0 + j] : 0;
+    }
+  } else {
+    const LoopLayer<T>& layer = args.layer(stage.layer);
+    const bool context = stage.kind == StageKind::context;
+    if (stage.inputs > 0)
+      pack_weights(args, context ? layer.context_weight : layer.weight, context ? layer.context_ld : layer.ld, stage.k0, stage.inputs, stage.j0,
+                   stage.units, weights, block_ld(stage.units), thread, threads);
+    if (!context)
+      for (int j = thread; j < block_ld(stage.units); j += threads) visible[j] = j < stage.units ? layer.visible[stage.j0 + j] : 0;
   }
 }
 

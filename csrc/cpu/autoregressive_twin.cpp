@@ -1,6 +1,7 @@
 // A twin of the CUDA loop (cuda/autoregressive.cu) on the CPU, by which the tests reach its schedule, its indices and its arithmetic:
 //   flowkernels::_autoregressive_twin(<arguments of autoregressive>, int[] layout) -> (Tensor, Tensor)
-//     layout: rows, capacity, consumers, producers, panel_steps (0: the rule's, and its panel_capacity), backwards, panel_capacity, apart
+//     layout: rows, capacity, consumers, producers, panel_steps (0: the rule's, and its panel_capacity), backwards, panel_capacity, apart,
+//       whether panels do without registers
 //   flowkernels::_autoregressive_steps(<arguments of autoregressive>) -> Tensor       `ends`, [steps + 1, layers + 1]
 //   flowkernels::_autoregressive_plan(<arguments of autoregressive>, int[] device) -> int[]
 //     device: multiprocessors, shared memory of a block and of a multiprocessor, batch. The plan's members, panel_steps, units
@@ -37,9 +38,9 @@ struct LateCopies {
     size_t bytes;
   };
   std::deque<std::vector<Copy>> groups{{}};
-
   template <class U>
   void copy(U* to, const U* from) {
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(to) % sizeof(U) == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(U) == 0, "a copy is not aligned");
     groups.back().push_back({to, from, sizeof(U)});
   }
   void commit() { groups.emplace_back(); }
@@ -52,6 +53,11 @@ struct LateCopies {
 
 struct SerialLanes {
   bool backwards;
+  template <class S>
+  struct PerLane {
+    S all[32];
+    S& operator[](int lane) { return all[lane]; }
+  };
   template <class F>
   void each(F&& f) const {
     for (int i = 0; i < 32; ++i) f(backwards ? 31 - i : i);
@@ -81,11 +87,26 @@ std::vector<int32_t> find_steps(LoopArgs<T>& args, int threads, bool backwards) 
   }
   all_threads(threads, backwards, [&](int t) { write_works(args, s[0], t, threads); });
   const Sections<T> sections{args, s + space.ends, s[0]};
-  int stages = kStagesBehind;
-  for (int i = 0; i < sections.count(); ++i) stages += s[space.counts + i];
+  int stages = kStagesBehind, chunks = 0;
+  for (int i = 0; i < sections.count(); ++i) {
+    stages += s[space.counts + 2 * i];
+    chunks += s[space.counts + 2 * i + 1];
+  }
   STD_TORCH_CHECK(stages <= args.most_stages, "more stages than their bound: ", stages, " and ", args.most_stages);
+  STD_TORCH_CHECK(chunks <= args.most_chunks, "more chunks than their bound: ", chunks, " and ", args.most_chunks);
   all_threads(threads, backwards, [&](int t) { write_stages(args, s[0], t, threads); });
   return schedule;
+}
+
+// Their images: what autoregressive_pack of the kernel does
+template <class T>
+std::vector<Pack<int32_t, 4>> pack(LoopArgs<T>& args, int threads, bool backwards) {
+  std::vector<Pack<int32_t, 4>> images(args.most_chunks);
+  if (!images.empty()) std::memset(images.data(), 0xff, images.size() * 16);
+  args.packed = reinterpret_cast<unsigned char*>(images.data());
+  const Schedule schedule(args);
+  for (int i = 0; i < args.schedule[1]; ++i) all_threads(threads, backwards, [&](int t) { pack_stage(args, schedule, i, t, threads); });
+  return images;
 }
 
 struct Layout {
@@ -104,29 +125,33 @@ void run_tile(const LoopArgs<T>& args, const Layout& layout, int64_t first_row) 
     return packs;
   };
   std::vector<Pack<T, 4>> state = empty_units(args.units_in_shared()), outputs = empty_units(args.units_in_workspace(true));
-  const SlotLayout slot_bytes = slot_layout(args.panel_steps, args.n_layers, args.capacity, sizeof(T));
-  std::vector<Pack<double, 2>> memory(kSlots * slot_bytes.size / 16 + 1);
+  std::vector<Pack<int32_t, 4>> memory(static_cast<size_t>(kSlots) * args.slot_chunks);
   std::memset(memory.data(), 0xff, memory.size() * 16);
-  auto slot = [&](int i) { return Slot<T>(reinterpret_cast<unsigned char*>(memory.data()) + (i % kSlots) * slot_bytes.size, slot_bytes); };
+  auto slot = [&](int i) { return reinterpret_cast<unsigned char*>(memory.data() + static_cast<size_t>(i % kSlots) * args.slot_chunks); };
 
-  const Tile<T, ROWS, MIRRORED, APART> tile{args, state[0].at, first_row, APART ? outputs[0].at : nullptr};
-  const Stage* stages = stages_of(args);
+  const Tile<T, ROWS, MIRRORED, APART> tile{args, Schedule(args), state[0].at, first_row, APART ? outputs[0].at : nullptr};
+  const Stage* stages = tile.schedule.stages;
   std::vector<LateCopies> copies(threads);
   const SerialLanes lanes{backwards};
+  std::vector<int> heads{0};  // of the stages that share a slot
+  for (; stages[heads.back()].kind != StageKind::end; heads.push_back(heads.back() + stages[heads.back()].members)) {
+  }
+  const int used = static_cast<int>(heads.size()) - 1;
+  for (int behind = 1; behind < kStagesBehind; ++behind) heads.push_back(heads.back() + 1);
   for (int i = 0; i < kSlots - 1; ++i)
-    all_threads(threads, backwards, [&](int t) { tile.produce(stages[i], slot(i), t, threads, copies[t]); });
+    all_threads(threads, backwards, [&](int t) { tile.produce(stages[heads[i]], slot(i), t, threads, copies[t]); });
   all_threads(threads, backwards, [&](int t) { tile.begin(t, threads); });
   all_threads(threads, backwards, [&](int t) { copies[t].template wait<0>(); });
-  for (int i = 0; stages[i].kind != StageKind::end; ++i) {
+  for (int i = 0; i < used; ++i) {
     auto produce = [&] {
       all_threads(copiers, backwards, [&](int t) {
-        tile.produce(stages[i + kSlots - 1], slot(i + kSlots - 1), t, copiers, copies[t]);
+        tile.produce(stages[heads[i + kSlots - 1]], slot(i + kSlots - 1), t, copiers, copies[t]);
         copies[t].template wait<kSlots - 2>();
       });
     };
     if (!backwards) produce();
     for (int w = 0; w < layout.consumers; ++w)
-      tile.consume(stages[i], slot(i), backwards ? layout.consumers - 1 - w : w, layout.consumers, lanes);
+      tile.consume(stages[heads[i]], heads[i], slot(i), backwards ? layout.consumers - 1 - w : w, layout.consumers, lanes);
     if (backwards) produce();
   }
   if constexpr (!MIRRORED) all_threads(threads, backwards, [&](int t) { tile.sum_logs(t, threads); });
@@ -141,8 +166,10 @@ void run_loop(LoopArgs<T>& args, const std::vector<int64_t>& numbers) {
     args.panel_steps = number(4);
     args.panel_capacity = number(6);
   }
+  args.in_registers = args.in_registers && numbers[8] == 0;
   set_launch(args, std::max(layout.capacity, args.panel_capacity), layout.apart && args.inverse && !MIRRORED);
   const std::vector<int32_t> schedule = find_steps(args, 96, layout.backwards);
+  const std::vector<Pack<int32_t, 4>> images = pack(args, 64, layout.backwards);
   for (int64_t row = 0; row < args.batch; row += layout.rows) {
     auto tile = layout.rows == 4    ? run_tile<T, 4, MIRRORED>
                 : layout.rows == 8  ? run_tile<T, 8, MIRRORED>

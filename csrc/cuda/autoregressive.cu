@@ -75,8 +75,15 @@ __global__ void __launch_bounds__(kScheduleThreads, 1) autoregressive_stack_sche
   make_schedule<T>(args, chain_in_shared ? shared_chain : nullptr);
 }
 
+constexpr int64_t kMostPackedChunks = int64_t(1) << 26;  // 1 GB for all maps at once; beyond it they take turns with one map's memory
+
+template <class T>
+__global__ void __launch_bounds__(kPackThreads) autoregressive_stack_pack(const LoopArgs<T>* maps) {
+  pack(maps[blockIdx.y]);
+}
+
 template <class T, int ROWS, bool APART = false>
-__global__ void __maxnreg__(APART ? kRegistersOfOne : kRegisters) autoregressive_stack_loop(const LoopArgs<T>* maps, int n, const LoopPlan plan) {
+__global__ void __maxnreg__(kRegisters<T>) autoregressive_stack_loop(const LoopArgs<T>* maps, int n, const LoopPlan plan) {
   extern __shared__ __align__(16) unsigned char memory[];
   LoopArgs<T>& args = *reinterpret_cast<LoopArgs<T>*>(memory);
   unsigned char* rest = memory + kStackArgsBytes<T>;
@@ -108,15 +115,22 @@ void run_stack(std::vector<LoopNetwork<T>>& networks, const Tensor& x) {
   const int n = static_cast<int>(networks.size());
   std::vector<const LoopArgs<T>*> pointers;
   for (const LoopNetwork<T>& network : networks) pointers.push_back(&network.args);
-  const LoopPlan plan = plan_stack(pointers.data(), n, device_of(device));
-  if (n == 1 || !plan.state_in_shared) {
+  const Device properties = device_of(device);
+  const LoopPlan plan = plan_stack(pointers.data(), n, properties);
+  int64_t chunks = 0;
+  int most_stages = 0;
+  for (LoopNetwork<T>& network : networks) {
+    set_launch(network.args, plan.capacity, plan.apart);
+    chunks += network.args.most_chunks;
+    most_stages = larger(most_stages, network.args.most_stages);
+  }
+  if (n == 1 || !plan.state_in_shared || chunks > kMostPackedChunks) {
     for (LoopNetwork<T>& network : networks) run_loop<T, false>(network.args, x);
     return;
   }
   const cudaStream_t stream = current_stream(device);
   int64_t integers = 0, outputs = 0;
   for (LoopNetwork<T>& network : networks) {
-    set_launch(network.args, plan.capacity, plan.apart);
     integers += schedule_space(network.args).size;
     if (network.args.units_in_workspace(true) > outputs) outputs = network.args.units_in_workspace(true);
   }
@@ -126,8 +140,11 @@ void run_stack(std::vector<LoopNetwork<T>>& networks, const Tensor& x) {
   const Tensor all_args = torch::stable::new_empty(x, size, ScalarType::Byte);
   size[0] = plan.blocks * unit_stride(plan.rows) * outputs;
   const Tensor workspace = torch::stable::new_empty(x, size);
+  size[0] = 16 * chunks;
+  const Tensor all_packed = torch::stable::new_empty(x, size, ScalarType::Byte);
   LoopArgs<T>* maps = static_cast<LoopArgs<T>*>(all_args.mutable_data_ptr());
   int32_t* schedule = static_cast<int32_t*>(schedules.mutable_data_ptr());
+  unsigned char* images = static_cast<unsigned char*>(all_packed.mutable_data_ptr());
 
   PackedArgs packed{};
   int count = 0, done = 0;
@@ -143,6 +160,8 @@ void run_stack(std::vector<LoopNetwork<T>>& networks, const Tensor& x) {
     args.workspace = static_cast<T*>(workspace.mutable_data_ptr());
     args.schedule = schedule;
     schedule += schedule_space(args).size;
+    args.packed = images;
+    images += 16 * static_cast<int64_t>(args.most_chunks);
     const int bytes = packed_size(args);
     if (count == PackedArgs::kMost || (count > 0 && packed.first[count] + bytes > static_cast<int>(sizeof packed.bytes))) flush();
     std::memcpy(packed.bytes + packed.first[count], &args, bytes);
@@ -150,6 +169,8 @@ void run_stack(std::vector<LoopNetwork<T>>& networks, const Tensor& x) {
     ++count;
   }
   flush();
+  autoregressive_stack_pack<T><<<dim3(pack_blocks(properties, most_stages), static_cast<unsigned>(n)), kPackThreads, 0, stream>>>(maps);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
   auto* kernel = stack_kernel<T>(plan);
   allow_shared(kernel, plan.shared_bytes);
   kernel<<<static_cast<unsigned>(plan.blocks), 32 * (plan.consumers + plan.producers), plan.shared_bytes, stream>>>(maps, n, plan);

@@ -30,8 +30,9 @@ using torch::stable::Tensor;
 struct AsyncCopies {
   template <class U>
   __device__ __forceinline__ void copy(U* to, const U* from) const {
+    static_assert(sizeof(U) == 16);
     const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(sizeof(U)) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
   }
   __device__ __forceinline__ void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
   // until all but the last N groups of this thread have landed
@@ -43,6 +44,11 @@ struct AsyncCopies {
 
 struct WarpLanes {
   int lane;
+  template <class S>
+  struct PerLane {
+    S one;
+    __device__ __forceinline__ S& operator[](int) { return one; }
+  };
   template <class F>
   __device__ __forceinline__ void each(F&& f) const {
     f(lane);
@@ -50,7 +56,8 @@ struct WarpLanes {
   }
 };
 
-constexpr int kRegisters = 136, kRegistersOfOne = 160;  // of a thread: kResidentThreads to a multiprocessor, and one block alone
+template <class T>
+constexpr int kRegisters = sizeof(T) == 8 ? 168 : 128;  // of a thread: kResidentThreads to a multiprocessor, in float64 fewer
 static_assert(sizeof(LoopArgs<double>) + sizeof(LoopPlan) <= 4096, "what a kernel may be given");
 
 // Where a tile's time goes, for benchmarks/loop_clocks.py: cycles of the first consumer and of the first producer of block 0. Only in a build
@@ -91,36 +98,41 @@ __device__ __forceinline__ void run_tile(const LoopArgs<T>& args, unsigned char*
                                          int64_t first_row) {
   const int thread = threadIdx.x, threads = blockDim.x, warp = thread / 32;
   const bool producer = warp >= plan.consumers;
-  const SlotLayout layout = slot_layout(args.panel_steps, args.n_layers, args.capacity, sizeof(T));
+  const int slot_bytes = args.slot_chunks * 16;
   AsyncCopies copies;
   WarpLanes lanes{thread % 32};
   Clocks clocks(thread, 32 * plan.consumers);
-  auto slot = [&](int i) { return Slot<T>(slots + (i % kSlots) * layout.size, layout); };
 
-  const Tile<T, ROWS, MIRRORED, APART> tile{args, state, first_row, outputs};
-  const Stage* stages = stages_of(args);
-  for (int i = 0; i < kSlots - 1; ++i) tile.produce(stages[i], slot(i), thread, threads, copies);  // by all: nobody can compute yet
+  const Tile<T, ROWS, MIRRORED, APART> tile{args, Schedule(args), state, first_row, outputs};
+  const Stage* stages = tile.schedule.stages;
+  static_assert(kSlots == 3, "a producer is two slots ahead, and remembers two kinds");
+  const int second = stages[0].members, third = second + stages[second].members;
+  tile.produce(stages[0], slots, thread, threads, copies);  // by all: nobody can compute yet
+  tile.produce(stages[second], slots + slot_bytes, thread, threads, copies);
   tile.begin(thread, threads);
   copies.wait<0>();
   __syncthreads();
   clocks.lap(Lap::begin);
-  Stage next = stages[producer ? kSlots - 1 : 0];  // read a stage ahead of its use
-  StageKind kind = stages[0].kind, following = stages[1].kind;
-  static_assert(kSlots == 3, "a producer, two stages ahead, remembers two kinds");
-  for (int i = 0; kind != StageKind::end; ++i) {
+  int i = producer ? third : 0, at = producer ? 2 : 0;  // the stage of this thread, and its slot
+  Stage next = stages[i];                               // read a stage ahead of its use
+  StageKind kind = stages[0].kind, following = stages[second].kind;
+  while (kind != StageKind::end) {
     const Stage stage = next;
-    next = stages[i + (producer ? kSlots : 1)];
+    const int after = i + stage.members;
+    next = stages[after];
     if (producer) {
-      tile.produce(stage, slot(i + kSlots - 1), thread - 32 * plan.consumers, 32 * plan.producers, copies);  // where stage i - 1 was
+      tile.produce(stage, slots + at * slot_bytes, thread - 32 * plan.consumers, 32 * plan.producers, copies);  // where the last stage was
       clocks.lap(Lap::produce);
       copies.wait<kSlots - 2>();
       clocks.lap(Lap::landing);
     } else {
-      tile.consume(stage, slot(i), warp, plan.consumers, lanes);
+      tile.consume(stage, i, slots + at * slot_bytes, warp, plan.consumers, lanes);
       clocks.lap(kind == StageKind::panel ? Lap::panel : Lap::push);
       clocks.tick(kind == StageKind::panel ? Lap::panels : Lap::pushes);
     }
-    __syncthreads();  // stage i is used, stage i + 1 has landed
+    i = after;
+    at = at == kSlots - 1 ? 0 : at + 1;
+    __syncthreads();  // this stage is used, the next has landed
     clocks.lap(Lap::waiting);
     kind = producer ? following : next.kind;
     following = stage.kind;
@@ -135,7 +147,7 @@ __device__ __forceinline__ void run_tile(const LoopArgs<T>& args, unsigned char*
 }
 
 template <class T, int ROWS, bool STATE_IN_SHARED, bool MIRRORED, bool APART = false>
-__global__ void __maxnreg__(STATE_IN_SHARED && !APART ? kRegisters : kRegistersOfOne)
+__global__ void __maxnreg__(kRegisters<T>)
     autoregressive_loop(const __grid_constant__ LoopArgs<T> args, const LoopPlan plan) {
   extern __shared__ __align__(16) unsigned char memory[];
   T* workspace = args.workspace + blockIdx.x * (args.units_in_workspace(STATE_IN_SHARED) * int64_t(unit_stride(ROWS)));
@@ -144,7 +156,7 @@ __global__ void __maxnreg__(STATE_IN_SHARED && !APART ? kRegisters : kRegistersO
   for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) run_tile<T, ROWS, MIRRORED, APART>(args, memory, state, workspace, plan, t * ROWS);
 }
 
-constexpr int kScheduleThreads = 512;
+constexpr int kScheduleThreads = 512, kPackThreads = 256;
 
 // The steps of the inverse from the staircases, by one block. shared_chain: 2 * (features + 1) integers, or null.
 template <class T>
@@ -191,6 +203,18 @@ __global__ void __launch_bounds__(kScheduleThreads, 1) autoregressive_schedule(c
   make_schedule(args, chain_in_shared ? shared_chain : nullptr);
 }
 
+template <class T>
+__device__ __forceinline__ void pack(const LoopArgs<T>& args) {
+  const Schedule schedule(args);
+  const int stages = args.schedule[1];
+  for (int i = blockIdx.x; i < stages; i += gridDim.x) pack_stage(args, schedule, i, threadIdx.x, blockDim.x);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kPackThreads) autoregressive_pack(const __grid_constant__ LoopArgs<T> args) {
+  pack(args);
+}
+
 // Bytes of shared memory for following the chain of features; 0 where it is too long for it
 inline int64_t chain_bytes(int features) {
   const int64_t bytes = 2 * (int64_t(features) + 1) * sizeof(int32_t);
@@ -218,6 +242,9 @@ inline Device device_of(int index) {
   return {multiprocessors, block, all};
 }
 
+// Of a map's stages: what all multiprocessors hold at once, a thousand threads each
+inline unsigned pack_blocks(const Device& device, int most_stages) { return static_cast<unsigned>(smaller(4 * device.multiprocessors, most_stages)); }
+
 inline cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
@@ -233,21 +260,27 @@ void allow_shared(K* kernel, int64_t bytes) {
 template <class T, bool MIRRORED>
 void run_loop(LoopArgs<T>& args, const Tensor& x) {
   const int32_t device = x.get_device_index();
-  const LoopPlan plan = plan_loop(args, device_of(device), true);
+  const Device properties = device_of(device);
+  const LoopPlan plan = plan_loop(args, properties, true);
   set_launch(args, plan.capacity, plan.apart);
   const cudaStream_t stream = current_stream(device);
 
-  // both are freed when this function returns; the allocator gives them to nobody but this stream
+  // all are freed when this function returns; the allocator gives them to nobody but this stream
   std::vector<int64_t> size{schedule_space(args).size};
   const Tensor schedule = torch::stable::new_empty(x, size, ScalarType::Int);
   size = {plan.blocks * unit_stride(plan.rows) * args.units_in_workspace(plan.state_in_shared)};
   const Tensor workspace = torch::stable::new_empty(x, size);
+  size = {16 * int64_t(args.most_chunks)};
+  const Tensor packed = torch::stable::new_empty(x, size, ScalarType::Byte);
   args.schedule = static_cast<int32_t*>(schedule.mutable_data_ptr());
+  args.packed = static_cast<unsigned char*>(packed.mutable_data_ptr());
   args.workspace = static_cast<T*>(workspace.mutable_data_ptr());
   place_visible(args);
 
   const int64_t chain = chain_bytes(args.features);
   autoregressive_schedule<T><<<1, kScheduleThreads, chain, stream>>>(args, chain > 0);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  autoregressive_pack<T><<<pack_blocks(properties, args.most_stages), kPackThreads, 0, stream>>>(args);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   auto* kernel = loop_kernel<T, MIRRORED>(plan);
   allow_shared(kernel, plan.shared_bytes);

@@ -1,9 +1,9 @@
-// A panel of the sequential loop: the steps that one warp runs for its 4 rows of a tile, with no barrier of the block, as rows never meet.
-// Device code, and its twin's (autoregressive_phases.h).
+// A panel of the sequential loop: the steps that one warp runs for its 1 to 4 rows of a tile, with no barrier of the block, as rows never
+// meet. Device code, and its twin's (autoregressive_phases.h).
 //
 // What counts is how many instructions lie between one value and the next, as a warp alone takes 4 to 5 cycles for each. So values are
 // added to all sums of the panel that wait for them as soon as they are known, a lane to a unit, and what there is to do comes as a list
-// of works.
+// of works. Where the panel's sums fit the registers of a warp they stay there (RegisterPanel), and only values go through memory.
 #pragma once
 
 #include "autoregressive_plan.h"
@@ -15,18 +15,55 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {  // read and writ
   T at[N];
 };
 
-// One slot of shared memory
+// A stage's image in shared memory
 template <class T>
 struct Slot {
   PanelWork* works;
   int32_t* visible;
   T* weights;
 
-  FK_INLINE Slot(unsigned char* memory, const SlotLayout& layout)
-      : works(reinterpret_cast<PanelWork*>(memory + layout.works)), visible(reinterpret_cast<int32_t*>(memory + layout.visible)),
-        weights(reinterpret_cast<T*>(memory + layout.weights)) {
+  FK_INLINE Slot(unsigned char* memory, const Image& image)
+      : works(reinterpret_cast<PanelWork*>(memory)), visible(reinterpret_cast<int32_t*>(memory + image.visible)),
+        weights(reinterpret_cast<T*>(memory + image.weights)) {
     FK_IS_SHARED(memory);
   }
+};
+
+// The maps of features whose sums are whole, by the lanes of a warp
+template <class T, class Tile>
+class Features {
+ public:
+  FK_INLINE Features(const Tile& tile, int r0)
+      : tile_(tile), r0_(r0), outputs_(tile.place_of_value(tile.args.n_layers, 0, 0)),
+        is_quick_(tile.args.inverse && tile.args.form == static_cast<int>(Form::scale_shift) &&
+                  tile.args.scale.kind == static_cast<int>(ScaleKind::softclip)),
+        quick_(tile.args.scale) {}
+
+  // The features of the last layer's sums [unit, unit + n), which are in the state of a tile from `values` on
+  FK_INLINE void finish(int unit, int n, int values, int lane) const {
+    constexpr int kRows = Tile::kPanelRows, kSums = Tile::kSums;
+    FK_KEEP_LOOP
+    for (int i = lane; i < kRows * n / kSums; i += 32) {
+      const int p = unit / kSums + i / kRows, r = r0_ + i % kRows, first = values + i / kRows * kSums;
+      if constexpr (kSums == 2) {
+        if (is_quick_) {
+          T& z = tile_.at(p, r);
+          const scalar::ValueAndLog<T> out = scalar::invert_form<Form::scale_shift>(quick_, z, tile_.at(first, r), tile_.at(first + 1, r));
+          z = out.value;
+          outputs_[Tile::place_of(2 * p + 1, r)] = out.log;
+          continue;
+        }
+      }
+      tile_.feature(p, r, [&](int which) { return tile_.at(first + which, r); });
+    }
+  }
+
+ private:
+  const Tile& tile_;
+  const int r0_;
+  T* const outputs_;     // where the last layer's values begin
+  const bool is_quick_;  // the map is the usual one, which needs no call
+  const scalar::SoftclipMap<T> quick_;
 };
 
 template <class T, class Tile>
@@ -34,8 +71,7 @@ class Panel {
  public:
   FK_INLINE Panel(const Tile& tile, const Slot<T>& slot, int r0)
       : tile_(tile), args_(tile.args), slot_(slot), r0_(r0), outputs_(tile.place_of_value(args_.n_layers, 0, 0)),
-        is_quick_(args_.inverse && args_.form == static_cast<int>(Form::scale_shift) && args_.scale.kind == static_cast<int>(ScaleKind::softclip)),
-        quick_(args_.scale) {}
+        features_(tile, r0) {}
 
   // Lanes::each(f) calls f(lane) in every lane of a warp and then waits for all of them.
   template <class Lanes>
@@ -53,14 +89,17 @@ class Panel {
   }
 
  private:
-  static constexpr int kSums = Tile::kSums;
+  static constexpr int kRows = Tile::kPanelRows;
+  using Rows = Pack<T, kRows>;
+
+  FK_INLINE Rows& rows_at(int unit) const { return *reinterpret_cast<Rows*>(tile_.state + Tile::place_of(unit, r0_)); }
 
   // the last layer's sums, from global memory to where the works expect them; `first` is the first of those works
   template <class Lanes>
   FK_INLINE void fetch(const PanelWork& first, Lanes& lanes) const {
     lanes.each([&](int lane) {
       for (int u = lane; u < first.targets; u += 32)
-        tile_.rows_at(first.values + u, r0_) = *reinterpret_cast<const Pack<T, 4>*>(outputs_ + Tile::place_of(first.unit + u, r0_));
+        rows_at(first.values + u) = *reinterpret_cast<const Rows*>(outputs_ + Tile::place_of(first.unit + u, r0_));
     });
   }
 
@@ -69,25 +108,25 @@ class Panel {
     const T* weights = slot_.weights + work.weights;
     FK_KEEP_LOOP
     for (int u = lane; u < work.targets; u += 32) {
-      Pack<T, 4>& sums = tile_.rows_at(work.values + u, r0_);
-      Pack<T, 4> sum = sums;
+      Rows& sums = rows_at(work.values + u);
+      Rows sum = sums;
       add_products(sum, weights + u, work.ld, work.first, work.staircase ? seen_of(work, work.unit + u) : work.inputs);
       if (work.activation == static_cast<int>(Activation::relu)) {
-        for (int r = 0; r < 4; ++r) sum.at[r] = u < work.finished ? scalar::activate<Activation::relu>(sum.at[r]) : sum.at[r];
+        for (int r = 0; r < kRows; ++r) sum.at[r] = u < work.finished ? scalar::activate<Activation::relu>(sum.at[r]) : sum.at[r];
       } else if (work.activation > 0 && u < work.finished) {
-        for (int r = 0; r < 4; ++r) sum.at[r] = scalar::activate(static_cast<Activation>(work.activation), sum.at[r]);
+        for (int r = 0; r < kRows; ++r) sum.at[r] = scalar::activate(static_cast<Activation>(work.activation), sum.at[r]);
       }
       sums = sum;
     }
   }
 
   // sum + the products of n inputs, units from `input` on; weights[k * ld]
-  FK_INLINE void add_products(Pack<T, 4>& sum, const T* weights, int ld, int input, int n) const {
-    auto x = [&](int k) -> const Pack<T, 4>& { return tile_.rows_at(input + k, r0_); };
+  FK_INLINE void add_products(Rows& sum, const T* weights, int ld, int input, int n) const {
+    auto x = [&](int k) -> const Rows& { return rows_at(input + k); };
     FK_KEEP_LOOP
     for (; n >= 4; n -= 4, weights += 4 * ld, input += 4) {  // all are read before the first is used
       const T w0 = weights[0], w1 = weights[ld], w2 = weights[2 * ld], w3 = weights[3 * ld];
-      const Pack<T, 4> x0 = x(0), x1 = x(1), x2 = x(2), x3 = x(3);
+      const Rows x0 = x(0), x1 = x(1), x2 = x(2), x3 = x(3);
       add_product(sum, w0, x0);
       add_product(sum, w1, x1);
       add_product(sum, w2, x2);
@@ -95,7 +134,7 @@ class Panel {
     }
     if (n >= 2) {
       const T w0 = weights[0], w1 = weights[ld];
-      const Pack<T, 4> x0 = x(0), x1 = x(1);
+      const Rows x0 = x(0), x1 = x(1);
       add_product(sum, w0, x0);
       add_product(sum, w1, x1);
       weights += 2 * ld;
@@ -103,8 +142,8 @@ class Panel {
     }
     if (n % 2 == 1) add_product(sum, weights[0], x(0));
   }
-  FK_INLINE static void add_product(Pack<T, 4>& sum, T weight, const Pack<T, 4>& x) {
-    for (int r = 0; r < 4; ++r) sum.at[r] = scalar::fma(weight, x.at[r], sum.at[r]);
+  FK_INLINE static void add_product(Rows& sum, T weight, const Rows& x) {
+    for (int r = 0; r < kRows; ++r) sum.at[r] = scalar::fma(weight, x.at[r], sum.at[r]);
   }
 
   // of a work's inputs, what a unit sees that need not see all
@@ -115,29 +154,12 @@ class Panel {
 
   // what takes more than an activation: features, and units with gates or residuals
   FK_INLINE void finish(const PanelWork& work, int lane) const {
-    if (work.activation == kFeatures) return finish_features(work, lane);
+    if (work.activation == kFeatures) return features_.finish(work.unit, work.finished, work.values, lane);
     FK_KEEP_LOOP
-    for (int i = lane; i < 4 * work.finished; i += 32) {
-      const int u = i / 4, r = r0_ + i % 4;
+    for (int i = lane; i < kRows * work.finished; i += 32) {
+      const int u = i / kRows, r = r0_ + i % kRows;
       T& sum = tile_.at(work.values + u, r);
       sum = tile_.hidden(work.layer, work.unit + u, r, sum);
-    }
-  }
-
-  FK_INLINE void finish_features(const PanelWork& work, int lane) const {
-    FK_KEEP_LOOP
-    for (int i = lane; i < 4 * work.finished / kSums; i += 32) {
-      const int p = work.unit / kSums + i / 4, r = r0_ + i % 4, first = work.values + i / 4 * kSums;
-      if constexpr (kSums == 2) {
-        if (is_quick_) {
-          T& z = tile_.at(p, r);
-          const scalar::ValueAndLog<T> out = scalar::invert_form<Form::scale_shift>(quick_, z, tile_.at(first, r), tile_.at(first + 1, r));
-          z = out.value;
-          outputs_[Tile::place_of(2 * p + 1, r)] = out.log;
-          continue;
-        }
-      }
-      tile_.feature(p, r, [&](int which) { return tile_.at(first + which, r); });
     }
   }
 
@@ -145,9 +167,143 @@ class Panel {
   const LoopArgs<T>& args_;
   const Slot<T>& slot_;
   const int r0_;
-  T* const outputs_;     // where the last layer's values begin
-  const bool is_quick_;  // the features' map is the usual one, which needs no call
-  const scalar::SoftclipMap<T> quick_;
+  T* const outputs_;  // where the last layer's values begin
+  const Features<T, Tile> features_;
+};
+
+// A panel of LAYERS layers with ReLU or no activation, or mirrored ones with their gates, of no more than 32 * UNITS units each: lane i holds the sums of units i, i + 32. A
+// step of a layer is then the products with the newest values, and the values that became whole, which go to the state of the tile, where
+// all lanes read them. The order of a sum is that of Panel.
+template <class T, class Tile, int LAYERS, int UNITS>
+class RegisterPanel {
+ public:
+  FK_INLINE RegisterPanel(const Tile& tile, const Slot<T>& slot, int r0) : tile_(tile), slot_(slot), r0_(r0), features_(tile, r0) {}
+
+  template <class Lanes>
+  FK_INLINE void run(int steps, Lanes& lanes) const {
+    typename Lanes::template PerLane<Own> own;
+    Layer layers[LAYERS];
+    Step next[LAYERS];
+    FK_UNROLL
+    for (int l = 0; l < LAYERS; ++l) {
+      const PanelWork& work = slot_.works[l];
+      layers[l] = {work.weights, work.ld, work.first, work.values, 0, 0};
+      next[l] = step_of(work);
+    }
+    lanes.each([&](int lane) { begin(own[lane], lane); });
+    FK_KEEP_LOOP
+    for (int s = 0; s < steps; ++s) {
+      FK_UNROLL
+      for (int l = 0; l < LAYERS; ++l) {
+        const Step step = next[l];
+        next[l] = step_of(slot_.works[(s + 1) * LAYERS + l]);  // on its way while this is done; after the last step, one that is never done
+        Layer& layer = layers[l];
+        lanes.each([&](int lane) {
+          add(own[lane].sums[l], own[lane].sees[l], layer, step.inputs, lane);
+          put_whole(l, own[lane].sums[l], layer, step, lane);
+        });
+        layer.seen += step.inputs;
+        if (l == LAYERS - 1 && step.finished > 0)
+          lanes.each([&](int lane) { features_.finish(slot_.works[s * LAYERS + l].unit, step.finished, layer.values + layer.whole, lane); });
+        layer.whole += step.finished;
+      }
+    }
+  }
+
+ private:
+  static constexpr int kRows = Tile::kPanelRows, kAtOnce = UNITS == 1 ? 2 : 4;
+  using Rows = Pack<T, kRows>;
+
+  struct Own {
+    Rows sums[LAYERS][UNITS];
+    int sees[LAYERS][UNITS];  // of the panel's inputs
+  };
+  struct Layer {
+    int weights, ld;     // where the weight of the panel's first input and first unit is in the slot
+    int inputs, values;  // the panel's first input and first unit in the state of a tile
+    int seen, whole;     // inputs and units, so far
+  };
+  struct Step {
+    int inputs, finished, activation;
+  };
+
+  FK_INLINE Rows& rows_at(int unit) const { return *reinterpret_cast<Rows*>(tile_.state + Tile::place_of(unit, r0_)); }
+  FK_INLINE static Step step_of(const PanelWork& work) { return {work.inputs, work.finished, work.activation}; }
+
+  FK_INLINE void begin(Own& own, int lane) const {
+    FK_UNROLL
+    for (int l = 0; l < LAYERS; ++l) {
+      const PanelWork& work = slot_.works[l];
+      const int k0 = work.first - tile_.args.first_unit(tile_.args.layers[l].source);
+      FK_UNROLL
+      for (int u = 0; u < UNITS; ++u) {
+        const int i = lane + 32 * u;
+        own.sums[l][u] = {};
+        own.sees[l][u] = 0;
+        if (i >= work.targets) continue;
+        own.sees[l][u] = slot_.visible[kPanelUnits * l + i] - k0;
+        const T* sums = tile_.state + Tile::place_of(work.values + i, r0_);
+        if constexpr (Tile::kApart)
+          if (l == LAYERS - 1) sums = tile_.place_of_value(LAYERS, work.unit + i, r0_);
+        own.sums[l][u] = *reinterpret_cast<const Rows*>(sums);
+      }
+    }
+  }
+
+  // the products of the next n inputs, those that a unit sees
+  FK_INLINE void add(Rows (&sums)[UNITS], const int (&sees)[UNITS], const Layer& layer, int n, int lane) const {
+    const int end = layer.seen + n;
+    int until[UNITS];
+    FK_UNROLL
+    for (int u = 0; u < UNITS; ++u) until[u] = smaller(sees[u], end);
+    const T* weights = slot_.weights + layer.weights + layer.seen * layer.ld + lane;
+    FK_KEEP_LOOP
+    for (int k = layer.seen; k < end; k += kAtOnce, weights += kAtOnce * layer.ld) {
+      Rows x[kAtOnce];
+      T w[kAtOnce][UNITS];
+      FK_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {  // all are read before the first is used
+        x[i] = i == 0 || k + i < end ? rows_at(layer.inputs + k + i) : Rows{};
+        FK_UNROLL
+        for (int u = 0; u < UNITS; ++u) w[i][u] = k + i < until[u] ? weights[i * layer.ld + 32 * u] : T(0);
+      }
+      FK_UNROLL
+      for (int i = 0; i < kAtOnce; ++i)
+        FK_UNROLL
+        for (int u = 0; u < UNITS; ++u)
+          FK_UNROLL
+          for (int r = 0; r < kRows; ++r) {
+            const T sum = scalar::fma(w[i][u], x[i].at[r], sums[u].at[r]);
+            sums[u].at[r] = k + i < until[u] ? sum : sums[u].at[r];
+          }
+    }
+  }
+
+  // the next units are whole
+  FK_INLINE void put_whole(int l, Rows (&sums)[UNITS], const Layer& layer, const Step& step, int lane) const {
+    FK_UNROLL
+    for (int u = 0; u < UNITS; ++u) {
+      const int i = lane + 32 * u;
+      if (i < layer.whole || i >= layer.whole + step.finished) continue;
+      Rows value = sums[u];
+      if (step.activation == static_cast<int>(Activation::relu)) {
+        FK_UNROLL
+        for (int r = 0; r < kRows; ++r) value.at[r] = scalar::activate<Activation::relu>(value.at[r]);
+      }
+      if constexpr (Tile::kMirrored)
+        if (l < LAYERS - 1) {
+          const Rows& gates = rows_at(tile_.args.layers[l].gates + slot_.works[l].unit + i);
+          FK_UNROLL
+          for (int r = 0; r < kRows; ++r) value.at[r] = value.at[r] * gates.at[r];
+        }
+      rows_at(layer.values + i) = value;
+    }
+  }
+
+  const Tile& tile_;
+  const Slot<T>& slot_;
+  const int r0_;
+  const Features<T, Tile> features_;
 };
 
 }  // namespace flowkernels

@@ -2,7 +2,7 @@
 // the order of things). Device code; its twin, cpu/autoregressive_twin.cpp, runs each phase for all threads in turn.
 //
 // The state of a tile is [unit][ROWS]: pending sums, which become the values themselves; z, which becomes x; the context; gates.
-// A panel is run by warps that own rows (autoregressive_panel.h), a block of weights by all: a thread computes 4 or 8 rows of 2 or 4 units.
+// A panel is run by warps that own rows (autoregressive_panel.h), a block of weights by all: a thread computes 4 rows of 2 or 4 units.
 //
 // MIRRORED, the gradient of the inverse. For x = f^-1(z) and cotangents g of x and c of log|dx/dz|, feature by feature, i = D..1:
 //     dz_i = dx_i/dz_i * (g_i + what the deltas of later features push back onto x_i)
@@ -18,10 +18,12 @@ constexpr int kLogChunk = 16;  // log-derivatives are summed in chunks, as on th
 
 template <class T, int ROWS, bool MIRRORED = false, bool APART = false>
 struct Tile {
-  static constexpr bool kApart = APART;
+  static constexpr bool kApart = APART, kMirrored = MIRRORED;
+  static constexpr int kPanelRows = panel_rows(ROWS);
   static constexpr int kSums = MIRRORED ? 1 : 2;  // of a feature in the last layer
 
   const LoopArgs<T>& args;
+  const Schedule schedule;
   T* state;
   int64_t first_row;
   T* outputs;  // APART: the last layer's sums, in global memory
@@ -106,66 +108,14 @@ struct Tile {
     }
   }
 
-  // ---- a stage into its slot, by the producers
+  // ---- a slot, by the producers
 
-  // rows of chunks of N elements, the lanes of a warp over the chunks of one row or of several
-  template <int N, class Copies>
-  FK_INLINE void copy_rows(const T* from, int64_t ld, int rows, int chunks, T* to, int to_ld, int thread, int threads, Copies& copies) const {
-    int lanes = 32;  // to a row
-    while (lanes > 1 && lanes / 2 >= chunks) lanes /= 2;
-    const int at_once = threads / lanes, first = thread / lanes, lane = thread % lanes;
-    from += first * ld + lane * N;
-    to += first * to_ld + lane * N;
+  template <class Copies>
+  FK_INLINE void produce(const Stage& stage, unsigned char* slot, int thread, int threads, Copies& copies) const {
+    using Chunk = Pack<int32_t, 4>;
+    const Chunk* from = reinterpret_cast<const Chunk*>(args.packed) + stage.offset;
     FK_UNROLL_4
-    for (int k = first; k < rows; k += at_once, from += at_once * ld, to += at_once * to_ld)
-      for (int c = 0; c < chunks - lane; c += lanes)
-        copies.copy(reinterpret_cast<Pack<T, N>*>(to + c * N), reinterpret_cast<const Pack<T, N>*>(from + c * N));
-  }
-
-  // The weights of the inputs [k0, k0 + inputs) and the units [j0, j0 + units), in front of which there are `lead` columns for units
-  // before them; copy: elements that a copy takes
-  template <class Copies>
-  FK_INLINE void copy_block(const T* weight, int64_t ld, int copy, int k0, int inputs, int j0, int units, int lead, T* to, int to_ld, int thread,
-                            int threads, Copies& copies) const {
-    if constexpr (MIRRORED) {  // `weight` is the last element. A warp copies 8 inputs of 4 units: whole sectors, and few banks twice
-      const int lane = thread % 32, k_lane = lane % 8, j_lane = lane / 8, blocks = (inputs + 7) / 8;
-      for (int i = thread / 32; i < (units + 3) / 4 * blocks; i += threads / 32) {
-        const int k = i % blocks * 8 + k_lane, j = i / blocks * 4 + j_lane;
-        if (k < inputs && j < units) copies.copy(to + k * to_ld + j, weight - (j0 + j) * ld - (k0 + k));
-      }
-    } else {
-      const T* from = weight + k0 * ld + (j0 - lead);
-      const int columns = lead + units;
-      if (copy == 1) copy_rows<1>(from, ld, inputs, columns, to, to_ld, thread, threads, copies);
-      if (copy == 2) copy_rows<2>(from, ld, inputs, (columns + 1) / 2, to, to_ld, thread, threads, copies);
-      if constexpr (sizeof(T) == 4)
-        if (copy == 4) copy_rows<4>(from, ld, inputs, (columns + 3) / 4, to, to_ld, thread, threads, copies);
-    }
-  }
-
-  template <class Copies>
-  FK_INLINE void produce(const Stage& stage, const Slot<T>& slot, int thread, int threads, Copies& copies) const {
-    if (stage.kind == StageKind::panel) {
-      const ScheduleSpace space = schedule_space(args);
-      const PanelWork* works = reinterpret_cast<const PanelWork*>(args.schedule + space.works) + stage.row * args.n_layers;
-      const PanelPart* parts = reinterpret_cast<const PanelPart*>(args.schedule + space.parts) + stage.row / args.panel_steps * args.n_layers;
-      using Third = Pack<int32_t, 4>;
-      for (int i = thread; i < 3 * stage.rows * args.n_layers; i += threads)
-        copies.copy(reinterpret_cast<Third*>(slot.works) + i, reinterpret_cast<const Third*>(works) + i);
-      for (int l = 1; l <= args.n_layers; ++l) {
-        const LoopLayer<T>& layer = args.layer(l);
-        const PanelPart part = parts[l - 1];
-        copy_block(layer.weight, layer.ld, layer.copy, part.k0, part.inputs, part.j0, part.units, part.lead, slot.weights + part.weights, part.ld,
-                   thread, threads, copies);
-      }
-    } else if (stage.kind != StageKind::end) {
-      const LoopLayer<T>& layer = args.layer(stage.layer);
-      const bool context = stage.kind == StageKind::context;
-      copy_block(context ? layer.context_weight : layer.weight, context ? layer.context_ld : layer.ld, context ? layer.context_copy : layer.copy,
-                 stage.k0, stage.inputs, stage.j0, stage.units, stage.lead, slot.weights, block_ld(stage.lead + stage.units), thread, threads, copies);
-      if (!context)
-        for (int j = thread; j < stage.units; j += threads) copies.copy(slot.visible + j, layer.visible + stage.j0 + j);
-    }
+    for (int i = thread; i < stage.chunks; i += threads) copies.copy(reinterpret_cast<Chunk*>(slot) + i, from + i);
     copies.commit();
   }
 
@@ -233,58 +183,52 @@ struct Tile {
 
   // ---- a block of weights, by all consumers
 
-  template <int QUADS, int UNITS>
+  template <int UNITS>
   FK_INLINE void block(const Stage& stage, const Slot<T>& slot, int thread, int threads) const {
     const LoopLayer<T>& layer = args.layer(stage.layer);
     const bool context = stage.kind == StageKind::context;
     const int input = (context ? args.context : args.first_unit(layer.source)) + stage.k0;
-    const int columns = stage.lead + stage.units, ld = block_ld(columns), k0 = stage.k0;
-    constexpr int groups = ROWS / 4 / QUADS, apart = 4 * groups;  // a thread's rows: 4 from r0 on, and 4 `apart` further
-    for (int item = thread; item < (columns + UNITS - 1) / UNITS * groups; item += threads) {
+    const int ld = block_ld(stage.units), k0 = stage.k0;
+    constexpr int groups = ROWS / 4;
+    for (int item = thread; item < (stage.units + UNITS - 1) / UNITS * groups; item += threads) {
       const int u0 = item / groups * UNITS, r0 = item % groups * 4;
-      const int first = larger(stage.lead - u0, 0), last = smaller(UNITS, columns - u0);  // of the columns that are units of this block
-      const int j0 = stage.j0 - stage.lead + u0;
-      T* own = place_of_value(stage.layer, j0, r0);
+      const int n = smaller(UNITS, stage.units - u0);  // of the columns, those that are units
+      T* own = place_of_value(stage.layer, stage.j0 + u0, r0);
       int sees[UNITS] = {}, most = 0, least = stage.inputs;  // inputs of this block, ascending; in other columns nobody looks at the sums
       for (int u = 0; u < UNITS; ++u) {
-        if (u < first || u >= last) continue;
-        sees[u] = context ? stage.inputs : larger(0, smaller(slot.visible[u0 - stage.lead + u] - k0, stage.inputs));
+        if (u >= n) continue;
+        sees[u] = context ? stage.inputs : larger(0, smaller(slot.visible[u0 + u] - k0, stage.inputs));
         most = larger(most, sees[u]);
         least = smaller(least, sees[u]);
       }
       for (int k = 0; k < most;) {
         const int end = smaller(most, ((k0 + k) / kRun + 1) * kRun - k0), seen_by_all = smaller(least, end);
-        Pack<T, 4> run[QUADS][UNITS] = {};
+        Pack<T, 4> run[UNITS] = {};
         const T* w = slot.weights + k * ld + u0;
-        FK_UNROLL_2
+        FK_UNROLL_4
         for (; k < seen_by_all; ++k, w += ld) {
           const Pack<T, UNITS> weights = *reinterpret_cast<const Pack<T, UNITS>*>(w);
-          for (int q = 0; q < QUADS; ++q) {
-            const Pack<T, 4> rows = rows_at(input + k, r0 + q * apart);
-            for (int u = 0; u < UNITS; ++u)
-              for (int r = 0; r < 4; ++r) run[q][u].at[r] = scalar::fma(weights.at[u], rows.at[r], run[q][u].at[r]);
-          }
+          const Pack<T, 4> rows = rows_at(input + k, r0);
+          for (int u = 0; u < UNITS; ++u)
+            for (int r = 0; r < 4; ++r) run[u].at[r] = scalar::fma(weights.at[u], rows.at[r], run[u].at[r]);
         }
         FK_KEEP_LOOP
-        for (; k < end; ++k, w += ld)
-          for (int q = 0; q < QUADS; ++q) {
-            const Pack<T, 4> rows = rows_at(input + k, r0 + q * apart);
-            for (int u = 0; u < UNITS; ++u) {
-              if (k >= sees[u]) continue;
-              for (int r = 0; r < 4; ++r) run[q][u].at[r] = scalar::fma(w[u], rows.at[r], run[q][u].at[r]);
-            }
-          }
-        for (int q = 0; q < QUADS; ++q)
+        for (; k < end; ++k, w += ld) {
+          const Pack<T, 4> rows = rows_at(input + k, r0);
           for (int u = 0; u < UNITS; ++u) {
-            if (u < first || u >= last) continue;
-            Pack<T, 4>& sums = *reinterpret_cast<Pack<T, 4>*>(own + place_of(u, q * apart));
-            Pack<T, 4> sum = sums;
-            for (int r = 0; r < 4; ++r) sum.at[r] = sum.at[r] + run[q][u].at[r];
-            sums = sum;
+            if (k >= sees[u]) continue;
+            for (int r = 0; r < 4; ++r) run[u].at[r] = scalar::fma(w[u], rows.at[r], run[u].at[r]);
           }
+        }
+        for (int u = 0; u < UNITS; ++u) {
+          if (u >= n) continue;
+          Pack<T, 4>& sums = *reinterpret_cast<Pack<T, 4>*>(own + place_of(u, 0));
+          Pack<T, 4> sum = sums;
+          for (int r = 0; r < 4; ++r) sum.at[r] = sum.at[r] + run[u].at[r];
+          sums = sum;
+        }
       }
-      if (stage.finish)
-        for (int q = 0; q < QUADS; ++q) finish(stage, j0 + first, last - first, r0 + q * apart);
+      if (stage.finish) finish(stage, stage.j0 + u0, n, r0);
     }
   }
 
@@ -305,19 +249,43 @@ struct Tile {
       }
   }
 
+  // The stages that share a slot. They begin with different warps, as small ones have work for few.
   template <class Lanes>
-  FK_INLINE void consume(const Stage& stage, const Slot<T>& slot, int warp, int warps, Lanes& lanes) const {
+  FK_INLINE void consume(const Stage& first, int i, unsigned char* slot, int warp, int warps, Lanes& lanes) const {
+    consume_one(first, slot, warp, warps, lanes);
+    FK_KEEP_LOOP
+    for (int m = 1; m < first.members; ++m) {
+      const Stage stage = schedule.stages[i + m];
+      const int turned = warp + m * (warps / 3);
+      consume_one(stage, slot + stage.at * 16, turned < warps ? turned : turned % warps, warps, lanes);
+    }
+  }
+
+  template <class Lanes>
+  FK_INLINE void consume_one(const Stage& stage, unsigned char* memory, int warp, int warps, Lanes& lanes) const {
+    const Slot<T> slot(memory, image_of(stage, args.n_layers));
     if (stage.kind == StageKind::panel) {
-      for (int r0 = 4 * warp; r0 < ROWS; r0 += 4 * warps) Panel<T, Tile>(*this, slot, r0).run(stage.rows, lanes);
+      for (int r0 = kPanelRows * warp; r0 < ROWS; r0 += kPanelRows * warps) panel(stage, slot, r0, lanes);
       return;
     }
     // as many sums to a thread as leave work for half of the threads, and have registers
-    const int threads = 32 * warps, quads = (stage.lead + stage.units) * (ROWS / 4);
-    if constexpr (ROWS >= 8 && sizeof(T) == 4)
-      if (quads >= 4 * threads) return lanes.each([&](int lane) { block<2, 4>(stage, slot, 32 * warp + lane, threads); });
+    const int threads = 32 * warps, quads = stage.units * (ROWS / 4);
     if constexpr (sizeof(T) == 4)
-      if (quads >= 2 * threads) return lanes.each([&](int lane) { block<1, 4>(stage, slot, 32 * warp + lane, threads); });
-    lanes.each([&](int lane) { block<1, 2>(stage, slot, 32 * warp + lane, threads); });
+      if (quads >= 2 * threads) return lanes.each([&](int lane) { block<4>(stage, slot, 32 * warp + lane, threads); });
+    lanes.each([&](int lane) { block<2>(stage, slot, 32 * warp + lane, threads); });
+  }
+
+  template <class Lanes>
+  FK_INLINE void panel(const Stage& stage, const Slot<T>& slot, int r0, Lanes& lanes) const {
+    if (stage.units == 1) {
+      if (args.n_layers == 3) return RegisterPanel<T, Tile, 3, 1>(*this, slot, r0).run(stage.inputs, lanes);
+      return RegisterPanel<T, Tile, 2, 1>(*this, slot, r0).run(stage.inputs, lanes);
+    }
+    if (stage.units == 2) {
+      if (args.n_layers == 3) return RegisterPanel<T, Tile, 3, 2>(*this, slot, r0).run(stage.inputs, lanes);
+      return RegisterPanel<T, Tile, 2, 2>(*this, slot, r0).run(stage.inputs, lanes);
+    }
+    Panel<T, Tile>(*this, slot, r0).run(stage.inputs, lanes);
   }
 
   // ---- after the stages, by all threads
@@ -335,8 +303,7 @@ struct Tile {
 
   // NaN where the schedule ended early: the network was not autoregressive, and nothing else could tell without a look from the host
   FK_INLINE void write(int thread, int threads) const {
-    const int steps = args.schedule[0];
-    const int sums = args.inverse ? args.schedule[schedule_space(args).ends + static_cast<int64_t>(steps) * (args.n_layers + 1) + args.n_layers] : 0;
+    const int sums = args.inverse ? schedule.ends[static_cast<int64_t>(schedule.steps) * (args.n_layers + 1) + args.n_layers] : 0;
     const int known = args.inverse ? sums / kSums : args.features;
     if constexpr (MIRRORED)
       write_mirrored(known, thread, threads);

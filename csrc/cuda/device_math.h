@@ -18,11 +18,13 @@
 #endif
 #if defined(__CUDA_ARCH__)
 #define FK_KEEP_LOOP _Pragma("unroll 1")
+#define FK_UNROLL _Pragma("unroll")
 #define FK_UNROLL_2 _Pragma("unroll 2")
 #define FK_UNROLL_4 _Pragma("unroll 4")
 #define FK_IS_SHARED(pointer) __builtin_assume(__isShared(pointer))
 #else
 #define FK_KEEP_LOOP
+#define FK_UNROLL
 #define FK_UNROLL_2
 #define FK_UNROLL_4
 #define FK_IS_SHARED(pointer)

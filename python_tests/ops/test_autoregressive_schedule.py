@@ -20,8 +20,8 @@ CASES = test_autoregressive.TestAutoregressive.cases  # the class itself would b
 pytestmark = pytest.mark.skipif(not _extension.status().cpu_library, reason="the CPU library was not built")
 
 # rows, elements in a slot, warps that compute, warps that copy, steps of a panel (0: by rule), threads backwards, elements of a panel,
-# whether the last layer's sums are apart
-LAYOUTS = [(4, 4096, 2, 1, 0, 0, 0, 0), (8, 256, 4, 2, 0, 1, 0, 0), (32, 512, 8, 4, 0, 0, 0, 0), (16, 1024, 2, 3, 0, 0, 0, 1)]
+# whether the last layer's sums are apart, whether panels do without registers
+LAYOUTS = [(4, 4096, 2, 1, 0, 0, 0, 0, 0), (8, 256, 4, 2, 0, 1, 0, 0, 1), (32, 512, 8, 4, 0, 0, 0, 0, 0), (16, 1024, 2, 3, 0, 0, 0, 1, 0)]
 
 
 def twin(example, layout):
@@ -42,7 +42,7 @@ def test_every_network_of_the_battery(case, dtype):
     for batch in (1, 19):
         made = CASES[case](batch, dtype)
         for panel, elements in ((0, 0), (1, 2048), (2, 60), (2, 2048), (16, 4096)):
-            first, *others = (twin(made, (*layout[:4], panel, layout[5], elements, layout[7])) for layout in LAYOUTS)
+            first, *others = (twin(made, (*layout[:4], panel, layout[5], elements, *layout[7:])) for layout in LAYOUTS)
             assert_is_right(first, made, dtype)
             for other in others:  # rows, slots and threads change no bit
                 assert_same_bits(other, first)
@@ -53,7 +53,7 @@ def test_small_sizes_exhaustively(inverse):
     for features, width, layers, rule in itertools.product(range(1, 7), (1, 2, 9), (0, 1, 2), ("even", "random")):
         made = example(features, (width,) * layers, rule=rule, context=features % 3, activation="tanh", inverse=inverse)(3, torch.float64)
         for panel, backwards, elements in itertools.product((1, 2, 4), (0, 1), (100, 4096)):
-            assert_is_right(twin(made, (4, 256, 1, 1, panel, backwards, elements, 0)), made, torch.float64)
+            assert_is_right(twin(made, (4, 256, 1, 1, panel, backwards, elements, 0, backwards)), made, torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +70,22 @@ def test_small_sizes_exhaustively(inverse):
 @pytest.mark.parametrize("inverse", [False, True])
 def test_sizes_beyond_a_block(features, parts, context, inverse):
     made = example(features, parts, context=context, activation="tanh", inverse=inverse)(2, torch.float32)
-    first, *others = (twin(made, (4, capacity, 2, 1, 4, backwards, 500, 0)) for capacity, backwards in [(8192, 0), (1024, 1), (1028, 0)])
+    first, *others = (twin(made, (4, capacity, 2, 1, 4, backwards, 500, 0, backwards)) for capacity, backwards in [(8192, 0), (1024, 1), (1028, 0)])
     assert_is_right(first, made, torch.float32, by="op")  # the CPU's loop in float64: the D passes take long
     for other in others:
         assert_same_bits(other, first)
+
+
+@pytest.mark.parametrize("degrees", [None, [1, 1, 1, 4, 5, 5, 7, 8, 9, 10] * 4])
+@pytest.mark.parametrize("widths", [(50,), (50, 50), (33, 70), (400, 90), (700, 700)])
+def test_panels_in_registers_have_the_bits_of_panels_in_memory(widths, degrees):
+    """One unit to a lane, two, and more than there is room for; values that come one by one and several at once."""
+    made = example(40, widths, degrees=degrees and sorted(degrees), inverse=True)(5, torch.float32)
+    for panel, elements in ((0, 0), (2, 100_000), (8, 100_000)):
+        in_registers, in_memory = (twin(made, (4, 4096, 2, 1, panel, 0, elements, 0, without)) for without in (0, 1))
+        assert_is_right(in_registers, made, torch.float32, by="op")
+        assert_same_bits(in_registers, in_memory)
+        assert_same_bits(twin(made, (16, 4096, 3, 1, panel, 1, elements, 1, 0)), in_registers)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -227,10 +239,10 @@ def test_launch(device, dtype):
             assert not apart or (in_shared and rows == 16 and inverse)
             units_in_shared = units - 2 * features + 64 if apart else units
             most = 4 if dtype is torch.float64 else 32
-            assert rows in {4, 8, 16, most} and rows <= most and 32 * (consumers + producers) <= 384 and (in_shared or rows == most)
+            assert rows in {4, 8, 16, most} and rows <= most and 32 * (consumers + producers) <= 512 and (in_shared or rows == most)
             assert 3 * slot + (units_in_shared * (36 if rows == 32 else rows) * item if in_shared else 0) <= shared <= device[1]
             assert capacity >= 1024 and capacity % 4 == 0 and slot % 16 == 0 and capacity * item <= 32 * 1024
-            resident = 480 // (32 * (consumers + producers)) if in_shared else 1
+            resident = 512 // (32 * (consumers + producers)) if in_shared else 1
             assert 1 <= blocks <= -(-batch // rows) and blocks <= resident * device[0]
         assert len(panels) == 1 and panels <= {1, 2, 4, 8, 16, features}
 

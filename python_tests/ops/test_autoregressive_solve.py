@@ -58,7 +58,7 @@ def test_every_plain_network_of_the_battery(case, dtype):
     for batch in (1, 19):
         made = PLAIN[case](batch, dtype)
         for panel, elements in ((0, 0), (1, 2048), (2, 60), (2, 2048), (16, 4096)):
-            first, *others = (assert_is_the_cpus(made, (*layout[:4], panel, layout[5], elements, 0), dtype) for layout in LAYOUTS)
+            first, *others = (assert_is_the_cpus(made, (*layout[:4], panel, layout[5], elements, 0, layout[8]), dtype) for layout in LAYOUTS)
             for other in others:  # rows, slots and threads change no bit
                 assert_same_bits(other, first)
 
@@ -67,7 +67,7 @@ def test_small_sizes_exhaustively():
     for features, width, layers, rule in itertools.product(range(1, 7), (1, 2, 9), (0, 1, 2), ("even", "random")):
         made = example(features, (width,) * layers, rule=rule, context=features % 3, activation="tanh", inverse=True)(3, torch.float64)
         for panel, backwards, elements in itertools.product((1, 2, 4), (0, 1), (100, 4096)):
-            assert_is_the_cpus(made, (4, 256, 1, 1, panel, backwards, elements, 0))
+            assert_is_the_cpus(made, (4, 256, 1, 1, panel, backwards, elements, 0, backwards))
 
 
 @pytest.mark.parametrize(("features", "widths", "context"), [(40, (300, 520), 0), (20, (600,), 30), (70, (64, 64), 5), (30, (), 0)])
