@@ -12,9 +12,10 @@ constexpr int kMaxLayers = 32;  // beyond them Python runs the reference: all la
 constexpr int kRun = 32;        // inputs in one chain of multiply-adds
 constexpr int kRowsApart = 16;  // of a tile whose last layer's sums are in a workspace
 constexpr int kSlots = 3;       // stages in shared memory: one is used, one has landed or is landing, one is asked for
-constexpr int kBlockUnits = 256;  // units of one block of weights
+constexpr int kBlockUnits = 224;  // units of one block of weights: one each for the consumers, at 8 rows
 constexpr int kNearUnits = 64;    // of the last layer in a panel, at most
-constexpr int kPanelUnits = 64;   // of any layer in a panel whose sums are in registers
+constexpr int kPanelUnits = 64;   // of any layer in a panel whose sums are in registers,
+constexpr int kRegisterLayers = 3;  // and its layers, at most
 template <class T>
 constexpr int kMostRows = sizeof(T) == 8 ? 4 : 32;  // of a tile; and of each whose state is not in shared memory
 
@@ -57,6 +58,7 @@ struct LoopArgs {
   int panel_steps, panel_capacity;  // steps of a panel, and how many elements its weights may have to be one stage
   int capacity;                     // elements of weights that a block may have
   int slot_chunks;                  // 16 bytes each
+  int rows, consumers;              // of a tile; threads that compute
   int most_stages, most_chunks;     // that this can take
   bool apart;                       // the last layer's sums are in a workspace; those of a panel come near, to where they would begin
   bool inverse;

@@ -16,10 +16,13 @@ struct LoopPlan {
   int64_t blocks;        // each takes every blocks-th tile
 };
 
-// Bytes of a slot: of a panel's image, or of a block's of so many weights
+// Bytes of a slot: of a panel's image and what its lanes may read beyond their units, or of a block's of so many weights
 FK_INLINE int64_t slot_bytes(int panel_steps, int n_layers, int64_t panel_capacity, int64_t capacity, int64_t item_bytes) {
-  const int64_t panel = (int64_t(panel_steps) + 1) * n_layers * int64_t(sizeof(PanelWork)) + n_layers * kPanelUnits * 4 + panel_capacity * item_bytes;
-  const int64_t block = kBlockUnits * 4 + capacity * item_bytes;
+  const int64_t in_memory = (int64_t(panel_steps) * n_layers + 1) * int64_t(sizeof(PanelWork));
+  const int64_t in_registers = n_layers * int64_t(sizeof(PanelLayer) + kPanelUnits * sizeof(SeesAndReady)) + (panel_steps + 1) * int64_t(sizeof(PanelStep));
+  const int64_t lists = in_memory > in_registers ? in_memory : in_registers;
+  const int64_t panel = sizeof(Head) + lists + (panel_capacity + 3 * kPanelUnits) * item_bytes;
+  const int64_t block = sizeof(Head) + kBlockUnits * 4 + capacity * item_bytes;
   return ((panel > block ? panel : block) + 15) / 16 * 16;
 }
 
@@ -31,13 +34,13 @@ inline void choose_panels(LoopArgs<T>& args) {
   constexpr int kUsual = 2048, kWhole = 16384 / sizeof(T);
   args.panel_steps = 1;
   args.panel_capacity = kUsual;
-  args.in_registers = args.inverse && (args.n_layers == 2 || args.n_layers == 3);
+  args.in_registers = args.inverse && args.n_layers >= 2 && args.n_layers <= kRegisterLayers;
   if (!args.inverse) return;
   int64_t padded = 0;
   double weights = 0;
   for (int l = 1; l <= args.n_layers; ++l) {
     const LoopLayer<T>& layer = args.layer(l);
-    const bool quick = layer.activation == static_cast<int>(Activation::identity) || layer.activation == static_cast<int>(Activation::relu);
+    const bool quick = l == args.n_layers || layer.activation == static_cast<int>(Activation::relu);
     args.in_registers = args.in_registers && (args.mirrored || (quick && !layer.unitwise && !layer.gate && layer.residual < 0));
     if (layer.unitwise) continue;
     padded += int64_t(layer.inputs) * block_ld(layer.outputs);
@@ -70,17 +73,20 @@ inline void choose_blocks(LoopPlan& plan, int64_t batch, const Device& device) {
   plan.blocks = tiles < resident * device.multiprocessors ? tiles : resident * device.multiprocessors;
 }
 
-// A panel gives work to eight warps at most; wide layers give more to all. A narrow network leaves room for several blocks.
+// A panel gives work to eight warps at most; wide layers give more to all, as many as registers allow. A narrow network leaves room for
+// several blocks.
 template <class T>
 inline void set_warps(LoopPlan& plan, bool narrow) {
   plan.narrow = narrow;
-  plan.consumers = narrow ? plan.rows / panel_rows(plan.rows) : sizeof(T) == 4 ? 14 : 8;
+  plan.consumers = narrow ? plan.rows / panel_rows(plan.rows) : sizeof(T) == 4 && plan.state_in_shared ? 14 : 8;
   plan.producers = narrow ? 1 : 2;
 }
 
 // What a launch decides of a map's arguments
 template <class T>
-inline void set_launch(LoopArgs<T>& args, int capacity, bool apart) {
+inline void set_launch(LoopArgs<T>& args, int rows, int consumers, int capacity, bool apart) {
+  args.rows = rows;
+  args.consumers = 32 * consumers;
   args.capacity = capacity;
   args.slot_chunks = chunks_of(slot_bytes(args.panel_steps, args.n_layers, args.panel_capacity, capacity, sizeof(T)));
   args.apart = apart;

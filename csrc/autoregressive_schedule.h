@@ -163,6 +163,20 @@ struct alignas(16) Stage {
   int16_t chunks;   // of all members' images
 };
 
+// What an image begins with: all that a warp needs to know of a stage, worked out before
+struct alignas(16) Head {
+  int kind;
+  int next;           // where in the slot the image of the next member is; 0 for none
+  int units, inputs;  // as in Stage
+  int input, own;     // block: the first input and the first unit in the state of a tile; the latter in `outputs` if they are apart
+  int phase;          // inputs before the first since a run began
+  int shape;          // units to a thread
+  int layer, j0;
+  int flags;
+  int weights;  // where they are in the image, in bytes
+};
+constexpr int kFinishes = 1, kHasStairs = 2, kIsApart = 4;  // flags; stairs: not every unit sees all of the inputs
+
 // The weights of a layer that a panel needs, and where they are in its image
 struct alignas(16) PanelPart {
   int weights, ld;
@@ -183,25 +197,39 @@ struct alignas(16) PanelWork {
   int unused;
 };
 constexpr int kThroughHidden = -1, kFeatures = -2;
-static_assert(sizeof(Stage) == 32 && sizeof(PanelPart) == 32 && sizeof(PanelWork) == 48, "8 and 12 integers");
+static_assert(sizeof(Stage) == 32 && sizeof(PanelPart) == 32 && sizeof(PanelWork) == 48 && sizeof(Head) == 48, "8 and 12 integers");
+
+// A panel in registers has, behind its head: a layer each, the steps and one more that is never done, what each unit sees of the panel's
+// inputs and in which step it is whole, kPanelUnits a layer.
+struct alignas(16) PanelLayer {
+  int weights, ld;
+  int input, values;  // the first input and the first unit in the state of a tile
+  int unit;           // the first in its layer
+  int unused[3];
+};
+struct alignas(16) PanelStep {
+  uint32_t counts[kRegisterLayers];  // of each layer: new inputs, and 65,536 times the units that are whole then
+  int unit;                          // the first of those units of the last layer
+};
+struct SeesAndReady {
+  int16_t sees, ready;
+};
 constexpr int kMostPanelWorks = 128;
 
 // Row stride of weights in an image: lanes read aligned groups of units
 FK_INLINE int block_ld(int units) { return up_to_multiple(units, 4); }
 
-// Where the parts of an image are, in bytes: works at the beginning, `visible` of the units, weights
-struct Image {
-  int visible, weights;
-};
-FK_INLINE Image image_of(const Stage& stage, int n_layers) {
-  Image image{};
-  if (stage.kind == StageKind::panel) {
-    image.visible = (stage.inputs + 1) * n_layers * static_cast<int>(sizeof(PanelWork));  // a step's works more, which are read and never done
-    image.weights = image.visible + (stage.units > 0 ? n_layers * kPanelUnits * 4 : 0);
-  } else if (stage.kind != StageKind::context) {
-    image.weights = block_ld(stage.units) * 4;
-  }
-  return image;
+// Where the weights are in an image, in bytes
+FK_INLINE int weights_at(const Stage& stage, int n_layers) {
+  int at = sizeof(Head);
+  if (stage.kind == StageKind::panel && stage.units > 0)
+    at += n_layers * static_cast<int>(sizeof(PanelLayer)) + (stage.inputs + 1) * static_cast<int>(sizeof(PanelStep)) +
+          n_layers * kPanelUnits * static_cast<int>(sizeof(SeesAndReady));
+  else if (stage.kind == StageKind::panel)
+    at += (stage.inputs * n_layers + 1) * static_cast<int>(sizeof(PanelWork));  // and one that is read and never done
+  else if (stage.kind == StageKind::push || stage.kind == StageKind::step)
+    at += block_ld(stage.units) * 4;  // what each unit sees of the inputs
+  return at;
 }
 FK_INLINE int chunks_of(int64_t bytes) { return static_cast<int>((bytes + 15) / 16); }
 
@@ -272,9 +300,10 @@ struct Sections {
   }
 
   FK_INLINE int chunks(const Stage& stage) const {
+    if (stage.kind == StageKind::end) return chunks_of(sizeof(Head));
     const int64_t elements = stage.kind == StageKind::panel ? part(stage.k0 * args.n_layers + args.n_layers - 1).end
                                                             : static_cast<int64_t>(stage.inputs) * block_ld(stage.units);
-    return chunks_of(image_of(stage, args.n_layers).weights + elements * static_cast<int64_t>(sizeof(T)));
+    return chunks_of(weights_at(stage, args.n_layers) + elements * static_cast<int64_t>(sizeof(T)));
   }
 
   // the p-th work, counted through steps and layers, and the p-th part, through panels and layers
@@ -364,8 +393,8 @@ inline void count_most(LoopArgs<T>& args) {
     if (layer.context_weight) elements += int64_t(args.context_features) * (layer.outputs + 3 * blocks);
   }
   stages = stages < INT_MAX / 64 ? stages : INT_MAX / 64;
-  const int64_t works = (steps + panels) * args.n_layers * int64_t(sizeof(PanelWork)) + panels * args.n_layers * kPanelUnits * 4;
-  const int64_t chunks = (elements * int64_t(sizeof(T)) + (args.inverse ? works : 0)) / 16 + stages * (kBlockUnits * 4 / 16 + 2);
+  const int64_t works = (steps * args.n_layers + panels) * int64_t(sizeof(PanelWork)) + panels * args.n_layers * (kPanelUnits * 4 + 32);
+  const int64_t chunks = (elements * int64_t(sizeof(T)) + (args.inverse ? works : 0)) / 16 + stages * (kBlockUnits * 4 / 16 + 5);
   args.most_stages = static_cast<int>(stages);
   args.most_chunks = static_cast<int>(chunks < INT_MAX ? chunks : INT_MAX);
 }
@@ -426,7 +455,7 @@ FK_INLINE void write_stages(const LoopArgs<T>& args, int steps, int thread, int 
     const int most = args.most_stages - kStagesBehind;  // a staircase that does not ascend may come to more: nothing is written beyond
     sections.each_stage(i, [&](Stage stage) {
       const int chunks = sections.chunks(stage);
-      if (at >= most || offset + chunks > args.most_chunks) return;
+      if (at >= most || offset + chunks > args.most_chunks - kStagesBehind * static_cast<int>(sizeof(Head) / 16)) return;
       // blocks of one layer may share sums, which a barrier keeps in order
       const bool joins = head >= 0 && stage.kind == StageKind::push && stages[head].kind == StageKind::push &&
                          stage.layer != stages[at - 1].layer && stages[head].chunks + chunks <= args.slot_chunks;
@@ -443,8 +472,14 @@ FK_INLINE void write_stages(const LoopArgs<T>& args, int steps, int thread, int 
       offset += chunks;
     });
     if (i + 1 == sections.count()) {
-      args.schedule[1] = smaller(at, most);
-      for (int behind = 0; behind < kStagesBehind; ++behind) stages[smaller(at, most) + behind] = Stage{StageKind::end, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0};
+      at = smaller(at, most);
+      for (int behind = 0; behind < kStagesBehind; ++behind) {
+        Stage stage{StageKind::end, 0, 0, 0, 0, 0, 0, 1, offset, 0, 0};
+        stage.chunks = static_cast<int16_t>(sections.chunks(stage));
+        offset += stage.chunks;
+        stages[at++] = stage;
+      }
+      args.schedule[1] = at;
     }
   }
 }
@@ -465,35 +500,100 @@ FK_INLINE void pack_weights(const LoopArgs<T>& args, const T* weight, int64_t ld
   }
 }
 
+// Units to a thread of a block, each with 4 rows: the fewest instructions one after another
+FK_INLINE int shape_of(int units, int inputs, int groups, int threads, int least, int most) {
+  int best = most, fewest = INT_MAX;
+  for (int shape = most; shape >= least; shape /= 2) {
+    const int rounds = ((units + shape - 1) / shape * groups + threads - 1) / threads, taken = rounds * (inputs * (4 * shape + 3) + 60);
+    if (taken >= fewest) continue;
+    best = shape;
+    fewest = taken;
+  }
+  return best;
+}
+
+template <class T>
+FK_INLINE void pack_register_panel(const LoopArgs<T>& args, const Schedule& schedule, const Stage& stage, unsigned char* to, int thread, int threads) {
+  const int n = args.n_layers;
+  const PanelWork* works = schedule.works + stage.j0 * n;
+  PanelLayer* layers = reinterpret_cast<PanelLayer*>(to);
+  PanelStep* steps = reinterpret_cast<PanelStep*>(layers + n);
+  SeesAndReady* units = reinterpret_cast<SeesAndReady*>(steps + stage.inputs + 1);
+  for (int l = thread; l < n; l += threads) layers[l] = {works[l].weights, works[l].ld, works[l].first, works[l].values, works[l].unit, {}};
+  for (int s = thread; s <= stage.inputs; s += threads) {
+    PanelStep step{};
+    if (s < stage.inputs) {
+      for (int l = 0; l < n; ++l) {
+        const PanelWork& work = works[s * n + l];
+        step.counts[l] = static_cast<uint32_t>(work.inputs) + (static_cast<uint32_t>(work.finished) << 16);
+      }
+      step.unit = works[s * n + n - 1].unit;
+    }
+    steps[s] = step;
+  }
+  for (int i = thread; i < n * kPanelUnits; i += threads) {
+    const int l = i / kPanelUnits, j = works[l].unit + i % kPanelUnits;
+    SeesAndReady unit{0, -1};
+    if (i % kPanelUnits < works[l].targets) {
+      const int inputs = works[l].first - args.first_unit(args.layers[l].source);  // before the panel's
+      unit.sees = static_cast<int16_t>(larger(0, smaller(args.layers[l].visible[j] - inputs, 32767)));
+      for (int s = 0; s < stage.inputs; ++s) {
+        const PanelWork& work = works[s * n + l];
+        if (j >= work.unit && j < work.unit + work.finished) unit.ready = static_cast<int16_t>(s);
+      }
+    }
+    units[i] = unit;
+  }
+}
+
 // The i-th stage's image, by the threads of a block
 template <class T>
 FK_INLINE void pack_stage(const LoopArgs<T>& args, const Schedule& schedule, int i, int thread, int threads) {
   const Stage stage = schedule.stages[i];
-  const Image image = image_of(stage, args.n_layers);
   unsigned char* to = args.packed + static_cast<int64_t>(stage.offset) * 16;
-  int32_t* visible = reinterpret_cast<int32_t*>(to + image.visible);
-  T* weights = reinterpret_cast<T*>(to + image.weights);
+  Head head{};
+  head.kind = static_cast<int>(stage.kind);
+  head.units = stage.units;
+  head.inputs = stage.inputs;
+  head.weights = weights_at(stage, args.n_layers);
+  T* weights = reinterpret_cast<T*>(to + head.weights);
   if (stage.kind == StageKind::panel) {
     const PanelWork* works = schedule.works + stage.j0 * args.n_layers;
     const PanelPart* parts = schedule.parts + stage.k0 * args.n_layers;
-    for (int w = thread; w < (stage.inputs + 1) * args.n_layers; w += threads)
-      reinterpret_cast<PanelWork*>(to)[w] = w < stage.inputs * args.n_layers ? works[w] : PanelWork{};
+    if (stage.units > 0)
+      pack_register_panel(args, schedule, stage, to + sizeof(Head), thread, threads);
+    else
+      for (int w = thread; w <= stage.inputs * args.n_layers; w += threads)
+        reinterpret_cast<PanelWork*>(to + sizeof(Head))[w] = w < stage.inputs * args.n_layers ? works[w] : PanelWork{};
     for (int l = 1; l <= args.n_layers; ++l) {
       const LoopLayer<T>& layer = args.layer(l);
       const PanelPart part = parts[l - 1];
       if (part.inputs > 0) pack_weights(args, layer.weight, layer.ld, part.k0, part.inputs, part.j0, part.units, weights + part.weights, part.ld, thread, threads);
-      if (stage.units > 0)
-        for (int j = thread; j < kPanelUnits; j += threads) visible[kPanelUnits * (l - 1) + j] = j < part.units ? layer.visible[part.j0 + j] : 0;
     }
-  } else {
+  } else if (stage.kind != StageKind::end) {
     const LoopLayer<T>& layer = args.layer(stage.layer);
-    const bool context = stage.kind == StageKind::context;
+    const bool context = stage.kind == StageKind::context, apart = args.apart && stage.layer == args.n_layers;
+    const bool is_last_member = i + 1 >= args.schedule[1] || schedule.stages[i + 1].at == 0;
+    head.next = is_last_member ? 0 : schedule.stages[i + 1].at * 16;
+    head.input = (context ? args.context : args.first_unit(layer.source)) + stage.k0;
+    head.own = apart ? stage.j0 : layer.first + stage.j0;
+    head.phase = stage.k0 % kRun;
+    const int together = stage.finish && stage.layer == args.n_layers ? args.sums_per_feature() : 1;  // a feature's shift and raw scale
+    head.shape = shape_of(stage.units, stage.inputs, args.rows / 4, args.consumers, together, sizeof(T) == 4 ? 4 : 2);
+    head.layer = stage.layer;
+    head.j0 = stage.j0;
+    head.flags = (stage.finish ? kFinishes : 0) | (apart ? kIsApart : 0);
     if (stage.inputs > 0)
       pack_weights(args, context ? layer.context_weight : layer.weight, context ? layer.context_ld : layer.ld, stage.k0, stage.inputs, stage.j0,
                    stage.units, weights, block_ld(stage.units), thread, threads);
-    if (!context)
-      for (int j = thread; j < block_ld(stage.units); j += threads) visible[j] = j < stage.units ? layer.visible[stage.j0 + j] : 0;
+    if (!context && stage.inputs > 0) {
+      int32_t* sees = reinterpret_cast<int32_t*>(to + sizeof(Head));
+      auto seen_by = [&](int j) { return larger(0, smaller(layer.visible[stage.j0 + j] - stage.k0, stage.inputs)); };
+      for (int j = thread; j < block_ld(stage.units); j += threads) sees[j] = seen_by(smaller(j, stage.units - 1));
+      if (seen_by(0) < stage.inputs) head.flags |= kHasStairs;
+    }
   }
+  if (thread == 0) *reinterpret_cast<Head*>(to) = head;
 }
 
 }  // namespace flowkernels

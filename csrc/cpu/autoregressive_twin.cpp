@@ -87,7 +87,7 @@ std::vector<int32_t> find_steps(LoopArgs<T>& args, int threads, bool backwards) 
   }
   all_threads(threads, backwards, [&](int t) { write_works(args, s[0], t, threads); });
   const Sections<T> sections{args, s + space.ends, s[0]};
-  int stages = kStagesBehind, chunks = 0;
+  int stages = kStagesBehind, chunks = kStagesBehind * chunks_of(sizeof(Head));
   for (int i = 0; i < sections.count(); ++i) {
     stages += s[space.counts + 2 * i];
     chunks += s[space.counts + 2 * i + 1];
@@ -151,7 +151,7 @@ void run_tile(const LoopArgs<T>& args, const Layout& layout, int64_t first_row) 
     };
     if (!backwards) produce();
     for (int w = 0; w < layout.consumers; ++w)
-      tile.consume(stages[heads[i]], heads[i], slot(i), backwards ? layout.consumers - 1 - w : w, layout.consumers, lanes);
+      tile.consume(slot(i), backwards ? layout.consumers - 1 - w : w, layout.consumers, lanes);
     if (backwards) produce();
   }
   if constexpr (!MIRRORED) all_threads(threads, backwards, [&](int t) { tile.sum_logs(t, threads); });
@@ -167,7 +167,7 @@ void run_loop(LoopArgs<T>& args, const std::vector<int64_t>& numbers) {
     args.panel_capacity = number(6);
   }
   args.in_registers = args.in_registers && numbers[8] == 0;
-  set_launch(args, std::max(layout.capacity, args.panel_capacity), layout.apart && args.inverse && !MIRRORED);
+  set_launch(args, layout.rows, layout.consumers, std::max(layout.capacity, args.panel_capacity), layout.apart && args.inverse && !MIRRORED);
   const std::vector<int32_t> schedule = find_steps(args, 96, layout.backwards);
   const std::vector<Pack<int32_t, 4>> images = pack(args, 64, layout.backwards);
   for (int64_t row = 0; row < args.batch; row += layout.rows) {
@@ -206,7 +206,7 @@ std::tuple<Tensor, Tensor> run(const SolveTensors& tensors, const std::vector<in
 template <class T>
 Tensor steps(const LoopTensors& tensors) {
   LoopNetwork<T> network(tensors);
-  set_launch(network.args, network.args.panel_capacity, false);
+  set_launch(network.args, 4, 1, network.args.panel_capacity, false);
   const std::vector<int32_t> schedule = find_steps(network.args, 32, false);
   const std::vector<int64_t> size{schedule[0] + 1, network.args.n_layers + 1};
   Tensor ends = torch::stable::new_empty(tensors.visible[0], size);

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kScheduleThreads, 1) autoregressive_stack_sche
 constexpr int64_t kMostPackedChunks = int64_t(1) << 26;  // 1 GB for all maps at once; beyond it they take turns with one map's memory
 
 template <class T>
-__global__ void __launch_bounds__(kPackThreads) autoregressive_stack_pack(const LoopArgs<T>* maps) {
+__global__ void autoregressive_stack_pack(const LoopArgs<T>* maps) {
   pack(maps[blockIdx.y]);
 }
 
@@ -120,7 +120,7 @@ void run_stack(std::vector<LoopNetwork<T>>& networks, const Tensor& x) {
   int64_t chunks = 0;
   int most_stages = 0;
   for (LoopNetwork<T>& network : networks) {
-    set_launch(network.args, plan.capacity, plan.apart);
+    set_launch(network.args, plan.rows, plan.consumers, plan.capacity, plan.apart);
     chunks += network.args.most_chunks;
     most_stages = larger(most_stages, network.args.most_stages);
   }

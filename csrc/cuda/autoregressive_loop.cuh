@@ -56,8 +56,9 @@ struct WarpLanes {
   }
 };
 
-template <class T>
-constexpr int kRegisters = sizeof(T) == 8 ? 168 : 128;  // of a thread: kResidentThreads to a multiprocessor, in float64 fewer
+// of a thread: kResidentThreads to a multiprocessor, fewer in float64 and where a state is in global memory
+template <class T, bool STATE_IN_SHARED = true>
+constexpr int kRegisters = sizeof(T) == 8 || !STATE_IN_SHARED ? 168 : 128;
 static_assert(sizeof(LoopArgs<double>) + sizeof(LoopPlan) <= 4096, "what a kernel may be given");
 
 // Where a tile's time goes, for benchmarks/loop_clocks.py: cycles of the first consumer and of the first producer of block 0. Only in a build
@@ -113,29 +114,28 @@ __device__ __forceinline__ void run_tile(const LoopArgs<T>& args, unsigned char*
   copies.wait<0>();
   __syncthreads();
   clocks.lap(Lap::begin);
-  int i = producer ? third : 0, at = producer ? 2 : 0;  // the stage of this thread, and its slot
-  Stage next = stages[i];                               // read a stage ahead of its use
+  Stage next = stages[third];  // a producer reads a stage ahead of its use; a consumer finds all in the slot
   StageKind kind = stages[0].kind, following = stages[second].kind;
-  while (kind != StageKind::end) {
-    const Stage stage = next;
-    const int after = i + stage.members;
-    next = stages[after];
+  for (int i = third, at = producer ? 2 : 0; kind != StageKind::end; at = at == kSlots - 1 ? 0 : at + 1) {
+    unsigned char* slot = slots + at * slot_bytes;
     if (producer) {
-      tile.produce(stage, slots + at * slot_bytes, thread - 32 * plan.consumers, 32 * plan.producers, copies);  // where the last stage was
+      const Stage stage = next;
+      i += stage.members;
+      next = stages[i];
+      tile.produce(stage, slot, thread - 32 * plan.consumers, 32 * plan.producers, copies);  // where the last stage was
       clocks.lap(Lap::produce);
       copies.wait<kSlots - 2>();
       clocks.lap(Lap::landing);
+      kind = following;
+      following = stage.kind;
     } else {
-      tile.consume(stage, i, slots + at * slot_bytes, warp, plan.consumers, lanes);
+      tile.consume(slot, warp, plan.consumers, lanes);
       clocks.lap(kind == StageKind::panel ? Lap::panel : Lap::push);
       clocks.tick(kind == StageKind::panel ? Lap::panels : Lap::pushes);
     }
-    i = after;
-    at = at == kSlots - 1 ? 0 : at + 1;
     __syncthreads();  // this stage is used, the next has landed
     clocks.lap(Lap::waiting);
-    kind = producer ? following : next.kind;
-    following = stage.kind;
+    if (!producer) kind = static_cast<StageKind>(reinterpret_cast<const Head*>(slots + (at == kSlots - 1 ? 0 : at + 1) * slot_bytes)->kind);
   }
   if constexpr (!MIRRORED) {
     tile.sum_logs(thread, threads);
@@ -147,7 +147,7 @@ __device__ __forceinline__ void run_tile(const LoopArgs<T>& args, unsigned char*
 }
 
 template <class T, int ROWS, bool STATE_IN_SHARED, bool MIRRORED, bool APART = false>
-__global__ void __maxnreg__(kRegisters<T>)
+__global__ void __maxnreg__((kRegisters<T, STATE_IN_SHARED>))
     autoregressive_loop(const __grid_constant__ LoopArgs<T> args, const LoopPlan plan) {
   extern __shared__ __align__(16) unsigned char memory[];
   T* workspace = args.workspace + blockIdx.x * (args.units_in_workspace(STATE_IN_SHARED) * int64_t(unit_stride(ROWS)));
@@ -211,7 +211,7 @@ __device__ __forceinline__ void pack(const LoopArgs<T>& args) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kPackThreads) autoregressive_pack(const __grid_constant__ LoopArgs<T> args) {
+__global__ void autoregressive_pack(const __grid_constant__ LoopArgs<T> args) {
   pack(args);
 }
 
@@ -262,7 +262,7 @@ void run_loop(LoopArgs<T>& args, const Tensor& x) {
   const int32_t device = x.get_device_index();
   const Device properties = device_of(device);
   const LoopPlan plan = plan_loop(args, properties, true);
-  set_launch(args, plan.capacity, plan.apart);
+  set_launch(args, plan.rows, plan.consumers, plan.capacity, plan.apart);
   const cudaStream_t stream = current_stream(device);
 
   // all are freed when this function returns; the allocator gives them to nobody but this stream

@@ -15,20 +15,6 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {  // read and writ
   T at[N];
 };
 
-// A stage's image in shared memory
-template <class T>
-struct Slot {
-  PanelWork* works;
-  int32_t* visible;
-  T* weights;
-
-  FK_INLINE Slot(unsigned char* memory, const Image& image)
-      : works(reinterpret_cast<PanelWork*>(memory)), visible(reinterpret_cast<int32_t*>(memory + image.visible)),
-        weights(reinterpret_cast<T*>(memory + image.weights)) {
-    FK_IS_SHARED(memory);
-  }
-};
-
 // The maps of features whose sums are whole, by the lanes of a warp
 template <class T, class Tile>
 class Features {
@@ -42,19 +28,24 @@ class Features {
   // The features of the last layer's sums [unit, unit + n), which are in the state of a tile from `values` on
   FK_INLINE void finish(int unit, int n, int values, int lane) const {
     constexpr int kRows = Tile::kPanelRows, kSums = Tile::kSums;
+    const int all = kRows * n / kSums;
     FK_KEEP_LOOP
-    for (int i = lane; i < kRows * n / kSums; i += 32) {
+    for (int begin = 0; begin < all; begin += 32) {  // all lanes go through it, so that none waits where others have gone another way
+      const bool is_own = begin + lane < all;
+      const int i = is_own ? begin + lane : all - 1;
       const int p = unit / kSums + i / kRows, r = r0_ + i % kRows, first = values + i / kRows * kSums;
       if constexpr (kSums == 2) {
         if (is_quick_) {
           T& z = tile_.at(p, r);
           const scalar::ValueAndLog<T> out = scalar::invert_form<Form::scale_shift>(quick_, z, tile_.at(first, r), tile_.at(first + 1, r));
-          z = out.value;
-          outputs_[Tile::place_of(2 * p + 1, r)] = out.log;
+          if (is_own) {
+            z = out.value;
+            outputs_[Tile::place_of(2 * p + 1, r)] = out.log;
+          }
           continue;
         }
       }
-      tile_.feature(p, r, [&](int which) { return tile_.at(first + which, r); });
+      if (is_own) tile_.feature(p, r, [&](int which) { return tile_.at(first + which, r); });
     }
   }
 
@@ -69,20 +60,21 @@ class Features {
 template <class T, class Tile>
 class Panel {
  public:
-  FK_INLINE Panel(const Tile& tile, const Slot<T>& slot, int r0)
-      : tile_(tile), args_(tile.args), slot_(slot), r0_(r0), outputs_(tile.place_of_value(args_.n_layers, 0, 0)),
+  FK_INLINE Panel(const Tile& tile, const unsigned char* image, const Head& head, int r0)
+      : tile_(tile), args_(tile.args), works_(reinterpret_cast<const PanelWork*>(image + sizeof(Head))),
+        weights_(reinterpret_cast<const T*>(image + head.weights)), r0_(r0), outputs_(tile.place_of_value(args_.n_layers, 0, 0)),
         features_(tile, r0) {}
 
   // Lanes::each(f) calls f(lane) in every lane of a warp and then waits for all of them.
   template <class Lanes>
   FK_INLINE void run(int steps, Lanes& lanes) const {
-    if constexpr (Tile::kApart) fetch(slot_.works[args_.n_layers - 1], lanes);
+    if constexpr (Tile::kApart) fetch(works_[args_.n_layers - 1], lanes);
     const int n = steps * args_.n_layers;
-    PanelWork next = slot_.works[0];
+    PanelWork next = works_[0];
     FK_KEEP_LOOP
     for (int i = 0; i < n; ++i) {
       const PanelWork work = next;
-      next = slot_.works[i + 1];  // on its way while this is done
+      next = works_[i + 1];  // on its way while this is done
       if (work.inputs > 0 || work.activation >= 0) lanes.each([&](int lane) { add(work, lane); });
       if (work.activation < 0 && work.finished > 0) lanes.each([&](int lane) { finish(work, lane); });
     }
@@ -105,7 +97,7 @@ class Panel {
 
   // the newest inputs to what waits for them, and the activation where that makes a value
   FK_INLINE void add(const PanelWork& work, int lane) const {
-    const T* weights = slot_.weights + work.weights;
+    const T* weights = weights_ + work.weights;
     FK_KEEP_LOOP
     for (int u = lane; u < work.targets; u += 32) {
       Rows& sums = rows_at(work.values + u);
@@ -165,143 +157,160 @@ class Panel {
 
   const Tile& tile_;
   const LoopArgs<T>& args_;
-  const Slot<T>& slot_;
+  const PanelWork* const works_;
+  const T* const weights_;
   const int r0_;
   T* const outputs_;  // where the last layer's values begin
   const Features<T, Tile> features_;
 };
 
-// A panel of LAYERS layers with ReLU or no activation, or mirrored ones with their gates, of no more than 32 * UNITS units each: lane i holds the sums of units i, i + 32. A
+// A panel of LAYERS layers with ReLU, or mirrored ones with their gates, of no more than 32 * UNITS units each: lane i holds the sums of units i, i + 32. A
 // step of a layer is then the products with the newest values, and the values that became whole, which go to the state of the tile, where
 // all lanes read them. The order of a sum is that of Panel.
 template <class T, class Tile, int LAYERS, int UNITS>
 class RegisterPanel {
  public:
-  FK_INLINE RegisterPanel(const Tile& tile, const Slot<T>& slot, int r0) : tile_(tile), slot_(slot), r0_(r0), features_(tile, r0) {}
+  FK_INLINE RegisterPanel(const Tile& tile, const unsigned char* image, const Head& head, int r0)
+      : tile_(tile), layers_(reinterpret_cast<const PanelLayer*>(image + sizeof(Head))), steps_(reinterpret_cast<const PanelStep*>(layers_ + LAYERS)),
+        units_(reinterpret_cast<const SeesAndReady*>(steps_ + head.inputs + 1)), weights_(reinterpret_cast<const T*>(image + head.weights)), r0_(r0),
+        features_(tile, r0) {}
 
   template <class Lanes>
   FK_INLINE void run(int steps, Lanes& lanes) const {
     typename Lanes::template PerLane<Own> own;
     Layer layers[LAYERS];
-    Step next[LAYERS];
     FK_UNROLL
-    for (int l = 0; l < LAYERS; ++l) {
-      const PanelWork& work = slot_.works[l];
-      layers[l] = {work.weights, work.ld, work.first, work.values, 0, 0};
-      next[l] = step_of(work);
-    }
+    for (int l = 0; l < LAYERS; ++l) layers[l] = {layers_[l].weights, layers_[l].ld, place_of(layers_[l].input), 0};
+    const int near = layers_[LAYERS - 1].values - layers_[LAYERS - 1].unit;  // from a unit of the last layer to its place in the state
     lanes.each([&](int lane) { begin(own[lane], lane); });
+    PanelStep next = steps_[0];
     FK_KEEP_LOOP
     for (int s = 0; s < steps; ++s) {
+      const PanelStep step = next;
+      next = steps_[s + 1];  // on its way while this is done
       FK_UNROLL
       for (int l = 0; l < LAYERS; ++l) {
-        const Step step = next[l];
-        next[l] = step_of(slot_.works[(s + 1) * LAYERS + l]);  // on its way while this is done; after the last step, one that is never done
-        Layer& layer = layers[l];
+        const int inputs = step.counts[l] & 0xffff;
         lanes.each([&](int lane) {
-          add(own[lane].sums[l], own[lane].sees[l], layer, step.inputs, lane);
-          put_whole(l, own[lane].sums[l], layer, step, lane);
+          add(own[lane].sums[l], own[lane].sees[l], layers[l], inputs, lane);
+          put_whole(l, s, own[lane]);
         });
-        layer.seen += step.inputs;
-        if (l == LAYERS - 1 && step.finished > 0)
-          lanes.each([&](int lane) { features_.finish(slot_.works[s * LAYERS + l].unit, step.finished, layer.values + layer.whole, lane); });
-        layer.whole += step.finished;
+        layers[l].seen += inputs;
+        layers[l].weights += inputs * layers[l].ld;
+        layers[l].x += inputs * kUnit;
       }
+      const int finished = step.counts[LAYERS - 1] >> 16;
+      if (finished > 0) lanes.each([&](int lane) { features_.finish(step.unit, finished, step.unit + near, lane); });
     }
   }
 
  private:
-  static constexpr int kRows = Tile::kPanelRows, kAtOnce = UNITS == 1 ? 2 : 4;
+  static constexpr int kRows = Tile::kPanelRows, kUnit = Tile::kUnit;
   using Rows = Pack<T, kRows>;
 
   struct Own {
     Rows sums[LAYERS][UNITS];
-    int sees[LAYERS][UNITS];  // of the panel's inputs
+    int sees[LAYERS][UNITS], ready[LAYERS][UNITS];  // how many of the panel's inputs; in which step
+    int place[LAYERS], gates[LAYERS];               // of the first unit
   };
   struct Layer {
-    int weights, ld;     // where the weight of the panel's first input and first unit is in the slot
-    int inputs, values;  // the panel's first input and first unit in the state of a tile
-    int seen, whole;     // inputs and units, so far
-  };
-  struct Step {
-    int inputs, finished, activation;
+    int weights, ld, x;  // of the next input
+    int seen;            // inputs so far
   };
 
-  FK_INLINE Rows& rows_at(int unit) const { return *reinterpret_cast<Rows*>(tile_.state + Tile::place_of(unit, r0_)); }
-  FK_INLINE static Step step_of(const PanelWork& work) { return {work.inputs, work.finished, work.activation}; }
+  // where the rows of a unit are in the state
+  FK_INLINE int place_of(int unit) const { return unit * kUnit + r0_; }
+  FK_INLINE Rows& rows_at(int place) const { return *reinterpret_cast<Rows*>(tile_.state + place); }
 
   FK_INLINE void begin(Own& own, int lane) const {
     FK_UNROLL
     for (int l = 0; l < LAYERS; ++l) {
-      const PanelWork& work = slot_.works[l];
-      const int k0 = work.first - tile_.args.first_unit(tile_.args.layers[l].source);
+      own.place[l] = place_of(layers_[l].values + lane);
+      own.gates[l] = 0;
+      if constexpr (Tile::kMirrored)
+        if (l < LAYERS - 1) own.gates[l] = place_of(tile_.args.layers[l].gates + layers_[l].unit + lane);
       FK_UNROLL
       for (int u = 0; u < UNITS; ++u) {
-        const int i = lane + 32 * u;
+        const SeesAndReady unit = units_[kPanelUnits * l + lane + 32 * u];
+        own.sees[l][u] = unit.sees;
+        own.ready[l][u] = unit.ready;
         own.sums[l][u] = {};
-        own.sees[l][u] = 0;
-        if (i >= work.targets) continue;
-        own.sees[l][u] = slot_.visible[kPanelUnits * l + i] - k0;
-        const T* sums = tile_.state + Tile::place_of(work.values + i, r0_);
+        if (unit.ready < 0) continue;
+        const T* sums = tile_.state + own.place[l] + 32 * u * kUnit;
         if constexpr (Tile::kApart)
-          if (l == LAYERS - 1) sums = tile_.place_of_value(LAYERS, work.unit + i, r0_);
+          if (l == LAYERS - 1) sums = tile_.place_of_value(LAYERS, layers_[l].unit + lane + 32 * u, r0_);
         own.sums[l][u] = *reinterpret_cast<const Rows*>(sums);
       }
     }
   }
 
-  // the products of the next n inputs, those that a unit sees
+  // The products of the next n inputs, those that a unit sees. The first two go without a branch, and are read whether they are known or not.
   FK_INLINE void add(Rows (&sums)[UNITS], const int (&sees)[UNITS], const Layer& layer, int n, int lane) const {
-    const int end = layer.seen + n;
-    int until[UNITS];
+    int until[UNITS];  // from the first of them on
     FK_UNROLL
-    for (int u = 0; u < UNITS; ++u) until[u] = smaller(sees[u], end);
-    const T* weights = slot_.weights + layer.weights + layer.seen * layer.ld + lane;
+    for (int u = 0; u < UNITS; ++u) until[u] = smaller(sees[u] - layer.seen, n);
+    const T* weights = weights_ + layer.weights + lane;
+    products<2>(sums, until, 0, layer, weights);
+    if (n <= 2) return;
+    weights += 2 * layer.ld;
+    int k = 2;
     FK_KEEP_LOOP
-    for (int k = layer.seen; k < end; k += kAtOnce, weights += kAtOnce * layer.ld) {
-      Rows x[kAtOnce];
-      T w[kAtOnce][UNITS];
-      FK_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {  // all are read before the first is used
-        x[i] = i == 0 || k + i < end ? rows_at(layer.inputs + k + i) : Rows{};
-        FK_UNROLL
-        for (int u = 0; u < UNITS; ++u) w[i][u] = k + i < until[u] ? weights[i * layer.ld + 32 * u] : T(0);
-      }
-      FK_UNROLL
-      for (int i = 0; i < kAtOnce; ++i)
-        FK_UNROLL
-        for (int u = 0; u < UNITS; ++u)
-          FK_UNROLL
-          for (int r = 0; r < kRows; ++r) {
-            const T sum = scalar::fma(w[i][u], x[i].at[r], sums[u].at[r]);
-            sums[u].at[r] = k + i < until[u] ? sum : sums[u].at[r];
-          }
+    for (; k + 4 <= n; k += 4, weights += 4 * layer.ld) products<4>(sums, until, k, layer, weights);
+    if (k + 2 <= n) {
+      products<2>(sums, until, k, layer, weights);
+      k += 2;
+      weights += 2 * layer.ld;
     }
+    if (k < n) products<1>(sums, until, k, layer, weights);
   }
 
-  // the next units are whole
-  FK_INLINE void put_whole(int l, Rows (&sums)[UNITS], const Layer& layer, const Step& step, int lane) const {
+  template <int N>
+  FK_INLINE void products(Rows (&sums)[UNITS], const int (&until)[UNITS], int k, const Layer& layer, const T* weights) const {
+    Rows x[N];
+    T w[N][UNITS];
+    FK_UNROLL
+    for (int i = 0; i < N; ++i) {  // all are read before the first is used
+      x[i] = rows_at(layer.x + (k + i) * kUnit);
+      FK_UNROLL
+      for (int u = 0; u < UNITS; ++u) w[i][u] = weights[i * layer.ld + 32 * u];
+    }
+    FK_UNROLL
+    for (int i = 0; i < N; ++i)
+      FK_UNROLL
+      for (int u = 0; u < UNITS; ++u)
+        FK_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          const T sum = scalar::fma(w[i][u], x[i].at[r], sums[u].at[r]);
+          sums[u].at[r] = k + i < until[u] ? sum : sums[u].at[r];
+        }
+  }
+
+  // the units that are whole after this step
+  FK_INLINE void put_whole(int l, int step, const Own& own) const {
     FK_UNROLL
     for (int u = 0; u < UNITS; ++u) {
-      const int i = lane + 32 * u;
-      if (i < layer.whole || i >= layer.whole + step.finished) continue;
-      Rows value = sums[u];
-      if (step.activation == static_cast<int>(Activation::relu)) {
-        FK_UNROLL
-        for (int r = 0; r < kRows; ++r) value.at[r] = scalar::activate<Activation::relu>(value.at[r]);
-      }
+      Rows value = own.sums[l][u];
+      if constexpr (!Tile::kMirrored)
+        if (l < LAYERS - 1) {
+          FK_UNROLL
+          for (int r = 0; r < kRows; ++r) value.at[r] = scalar::activate<Activation::relu>(value.at[r]);
+        }
+      if (own.ready[l][u] != step) continue;
       if constexpr (Tile::kMirrored)
         if (l < LAYERS - 1) {
-          const Rows& gates = rows_at(tile_.args.layers[l].gates + slot_.works[l].unit + i);
+          const Rows& gates = rows_at(own.gates[l] + 32 * u * kUnit);
           FK_UNROLL
           for (int r = 0; r < kRows; ++r) value.at[r] = value.at[r] * gates.at[r];
         }
-      rows_at(layer.values + i) = value;
+      rows_at(own.place[l] + 32 * u * kUnit) = value;
     }
   }
 
   const Tile& tile_;
-  const Slot<T>& slot_;
+  const PanelLayer* const layers_;
+  const PanelStep* const steps_;
+  const SeesAndReady* const units_;
+  const T* const weights_;
   const int r0_;
   const Features<T, Tile> features_;
 };

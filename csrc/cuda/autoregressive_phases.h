@@ -19,7 +19,7 @@ constexpr int kLogChunk = 16;  // log-derivatives are summed in chunks, as on th
 template <class T, int ROWS, bool MIRRORED = false, bool APART = false>
 struct Tile {
   static constexpr bool kApart = APART, kMirrored = MIRRORED;
-  static constexpr int kPanelRows = panel_rows(ROWS);
+  static constexpr int kPanelRows = panel_rows(ROWS), kUnit = unit_stride(ROWS);
   static constexpr int kSums = MIRRORED ? 1 : 2;  // of a feature in the last layer
 
   const LoopArgs<T>& args;
@@ -52,6 +52,7 @@ struct Tile {
   // unit first + c = get(row, c), and zeros where there is no row
   template <class F>
   FK_INLINE void read(int columns, int first, int thread, int threads, F&& get) const {
+    FK_UNROLL_4
     for (int i = thread; i < columns * ROWS; i += threads) {
       const int r = i / columns, c = i % columns;
       at(first + c, r) = r < rows() ? get(first_row + r, c) : T(0);
@@ -82,7 +83,10 @@ struct Tile {
       if (layer.unitwise) continue;
       const T* from = layer.context_weight && layer.own_context_term() ? layer.context_bias : layer.bias;
       FK_UNROLL_4
-      for (int i = thread; i < layer.outputs * ROWS; i += threads) value(l, i / ROWS, i % ROWS) = from ? from[i / ROWS] : T(0);
+      for (int i = thread; i < layer.outputs * (ROWS / 4); i += threads) {
+        const T bias = from ? from[i / (ROWS / 4)] : T(0);
+        *reinterpret_cast<Pack<T, 4>*>(place_of_value(l, i / (ROWS / 4), i % (ROWS / 4) * 4)) = {bias, bias, bias, bias};
+      }
     }
   }
 
@@ -184,58 +188,56 @@ struct Tile {
   // ---- a block of weights, by all consumers
 
   template <int UNITS>
-  FK_INLINE void block(const Stage& stage, const Slot<T>& slot, int thread, int threads) const {
-    const LoopLayer<T>& layer = args.layer(stage.layer);
-    const bool context = stage.kind == StageKind::context;
-    const int input = (context ? args.context : args.first_unit(layer.source)) + stage.k0;
-    const int ld = block_ld(stage.units), k0 = stage.k0;
+  FK_INLINE void block(const Head& head, const unsigned char* image, int thread, int threads) const {
+    const int32_t* all_see = reinterpret_cast<const int32_t*>(image + sizeof(Head));
+    const T* all_weights = reinterpret_cast<const T*>(image + head.weights);
+    T* all_own = (APART && (head.flags & kIsApart) ? outputs : state) + place_of(head.own, 0);
+    const int ld = block_ld(head.units);
     constexpr int groups = ROWS / 4;
-    for (int item = thread; item < (stage.units + UNITS - 1) / UNITS * groups; item += threads) {
+    FK_KEEP_LOOP
+    for (int item = thread; item < (head.units + UNITS - 1) / UNITS * groups; item += threads) {
       const int u0 = item / groups * UNITS, r0 = item % groups * 4;
-      const int n = smaller(UNITS, stage.units - u0);  // of the columns, those that are units
-      T* own = place_of_value(stage.layer, stage.j0 + u0, r0);
-      int sees[UNITS] = {}, most = 0, least = stage.inputs;  // inputs of this block, ascending; in other columns nobody looks at the sums
-      for (int u = 0; u < UNITS; ++u) {
-        if (u >= n) continue;
-        sees[u] = context ? stage.inputs : larger(0, smaller(slot.visible[u0 + u] - k0, stage.inputs));
-        most = larger(most, sees[u]);
-        least = smaller(least, sees[u]);
-      }
-      for (int k = 0; k < most;) {
-        const int end = smaller(most, ((k0 + k) / kRun + 1) * kRun - k0), seen_by_all = smaller(least, end);
+      T* own = all_own + place_of(u0, r0);
+      Pack<int32_t, UNITS> sees;  // inputs of this block, ascending
+      for (int u = 0; u < UNITS; ++u) sees.at[u] = head.inputs;
+      if (head.flags & kHasStairs) sees = *reinterpret_cast<const Pack<int32_t, UNITS>*>(all_see + u0);
+      const int least = sees.at[0], most = sees.at[UNITS - 1];
+      const T* w = all_weights + u0;
+      FK_KEEP_LOOP
+      for (int k = 0, cut = kRun - head.phase; k < most; cut += kRun) {
+        const int end = smaller(most, cut), seen_by_all = smaller(least, end);
         Pack<T, 4> run[UNITS] = {};
-        const T* w = slot.weights + k * ld + u0;
         FK_UNROLL_4
         for (; k < seen_by_all; ++k, w += ld) {
           const Pack<T, UNITS> weights = *reinterpret_cast<const Pack<T, UNITS>*>(w);
-          const Pack<T, 4> rows = rows_at(input + k, r0);
+          const Pack<T, 4> rows = rows_at(head.input + k, r0);
           for (int u = 0; u < UNITS; ++u)
             for (int r = 0; r < 4; ++r) run[u].at[r] = scalar::fma(weights.at[u], rows.at[r], run[u].at[r]);
         }
         FK_KEEP_LOOP
         for (; k < end; ++k, w += ld) {
-          const Pack<T, 4> rows = rows_at(input + k, r0);
+          const Pack<T, 4> rows = rows_at(head.input + k, r0);
           for (int u = 0; u < UNITS; ++u) {
-            if (k >= sees[u]) continue;
+            if (k >= sees.at[u]) continue;
             for (int r = 0; r < 4; ++r) run[u].at[r] = scalar::fma(w[u], rows.at[r], run[u].at[r]);
           }
         }
         for (int u = 0; u < UNITS; ++u) {
-          if (u >= n) continue;
+          if (u0 + u >= head.units) continue;
           Pack<T, 4>& sums = *reinterpret_cast<Pack<T, 4>*>(own + place_of(u, 0));
           Pack<T, 4> sum = sums;
           for (int r = 0; r < 4; ++r) sum.at[r] = sum.at[r] + run[u].at[r];
           sums = sum;
         }
       }
-      if (stage.finish) finish(stage, stage.j0 + u0, n, r0);
+      if (head.flags & kFinishes) finish(head, head.j0 + u0, smaller(UNITS, head.units - u0), r0);
     }
   }
 
   // what follows the sums of n units from j0 on in the rows [r0, r0 + 4)
-  FK_INLINE void finish(const Stage& stage, int j0, int n, int r0) const {
-    const int l = stage.layer;
-    if (stage.kind == StageKind::step && l == args.n_layers) {
+  FK_INLINE void finish(const Head& head, int j0, int n, int r0) const {
+    const int l = head.layer;
+    if (head.kind == static_cast<int>(StageKind::step) && l == args.n_layers) {
       FK_KEEP_LOOP
       for (int j = j0; j < j0 + n; j += kSums)  // shift and raw scale of one feature are in one thread
         for (int r = r0; r < r0 + 4; ++r) feature(j / kSums, r, [&](int sum) { return value(l, j + sum, r); });
@@ -245,47 +247,47 @@ struct Tile {
     for (int j = j0; j < j0 + n; ++j)
       for (int r = r0; r < r0 + 4; ++r) {
         T& sum = value(l, j, r);
-        sum = stage.kind == StageKind::context ? with_context(l, j, r, sum) : hidden(l, j, r, sum);
+        sum = head.kind == static_cast<int>(StageKind::context) ? with_context(l, j, r, sum) : hidden(l, j, r, sum);
       }
   }
 
   // The stages that share a slot. They begin with different warps, as small ones have work for few.
   template <class Lanes>
-  FK_INLINE void consume(const Stage& first, int i, unsigned char* slot, int warp, int warps, Lanes& lanes) const {
-    consume_one(first, slot, warp, warps, lanes);
+  FK_INLINE void consume(const unsigned char* slot, int warp, int warps, Lanes& lanes) const {
+    FK_IS_SHARED(slot);
+    const int turn = larger(1, warps / 3);
+    const unsigned char* image = slot;
     FK_KEEP_LOOP
-    for (int m = 1; m < first.members; ++m) {
-      const Stage stage = schedule.stages[i + m];
-      const int turned = warp + m * (warps / 3);
-      consume_one(stage, slot + stage.at * 16, turned < warps ? turned : turned % warps, warps, lanes);
+    for (;;) {
+      const Head head = *reinterpret_cast<const Head*>(image);
+      if (head.kind == static_cast<int>(StageKind::panel)) {
+        FK_KEEP_LOOP
+        for (int r0 = kPanelRows * warp; r0 < ROWS; r0 += kPanelRows * warps) panel(head, image, r0, lanes);
+        return;
+      }
+      lanes.each([&](int lane) {
+        const int thread = 32 * warp + lane, threads = 32 * warps;
+        if (head.shape == 1) return block<1>(head, image, thread, threads);
+        if (head.shape == 2 || sizeof(T) > 4) return block<2>(head, image, thread, threads);
+        if constexpr (sizeof(T) == 4) block<4>(head, image, thread, threads);
+      });
+      if (head.next == 0) return;
+      image = slot + head.next;
+      warp = warp + turn < warps ? warp + turn : warp + turn - warps;
     }
   }
 
   template <class Lanes>
-  FK_INLINE void consume_one(const Stage& stage, unsigned char* memory, int warp, int warps, Lanes& lanes) const {
-    const Slot<T> slot(memory, image_of(stage, args.n_layers));
-    if (stage.kind == StageKind::panel) {
-      for (int r0 = kPanelRows * warp; r0 < ROWS; r0 += kPanelRows * warps) panel(stage, slot, r0, lanes);
-      return;
+  FK_INLINE void panel(const Head& head, const unsigned char* image, int r0, Lanes& lanes) const {
+    if (head.units == 1) {
+      if (args.n_layers == 3) return RegisterPanel<T, Tile, 3, 1>(*this, image, head, r0).run(head.inputs, lanes);
+      return RegisterPanel<T, Tile, 2, 1>(*this, image, head, r0).run(head.inputs, lanes);
     }
-    // as many sums to a thread as leave work for half of the threads, and have registers
-    const int threads = 32 * warps, quads = stage.units * (ROWS / 4);
-    if constexpr (sizeof(T) == 4)
-      if (quads >= 2 * threads) return lanes.each([&](int lane) { block<4>(stage, slot, 32 * warp + lane, threads); });
-    lanes.each([&](int lane) { block<2>(stage, slot, 32 * warp + lane, threads); });
-  }
-
-  template <class Lanes>
-  FK_INLINE void panel(const Stage& stage, const Slot<T>& slot, int r0, Lanes& lanes) const {
-    if (stage.units == 1) {
-      if (args.n_layers == 3) return RegisterPanel<T, Tile, 3, 1>(*this, slot, r0).run(stage.inputs, lanes);
-      return RegisterPanel<T, Tile, 2, 1>(*this, slot, r0).run(stage.inputs, lanes);
+    if (head.units == 2) {
+      if (args.n_layers == 3) return RegisterPanel<T, Tile, 3, 2>(*this, image, head, r0).run(head.inputs, lanes);
+      return RegisterPanel<T, Tile, 2, 2>(*this, image, head, r0).run(head.inputs, lanes);
     }
-    if (stage.units == 2) {
-      if (args.n_layers == 3) return RegisterPanel<T, Tile, 3, 2>(*this, slot, r0).run(stage.inputs, lanes);
-      return RegisterPanel<T, Tile, 2, 2>(*this, slot, r0).run(stage.inputs, lanes);
-    }
-    Panel<T, Tile>(*this, slot, r0).run(stage.inputs, lanes);
+    Panel<T, Tile>(*this, image, head, r0).run(head.inputs, lanes);
   }
 
   // ---- after the stages, by all threads

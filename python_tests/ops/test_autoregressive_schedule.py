@@ -286,8 +286,9 @@ class TestOnAGpu:
     def test_gpu_large_networks(self, features, widths, batch, inverse):
         """Streamed weights, a state in shared and in global memory and in both: as on the CPU, to rounding."""
         made = example(features, widths, inverse=inverse)(batch, torch.float32)
+        made = made._replace(parameters=[0.7 * p for p in made.parameters])  # with its own the inverse reaches 1e85, and no digit is right
         got, want = self.run(self.moved(made)), self.run(made.schema(made.rows, made.parameters))
-        torch.testing.assert_close(tuple(t.cpu() for t in got), want, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(tuple(t.cpu() for t in got), want, rtol=1e-4, atol=1e-4)
 
     def test_gpu_tensors_on_two_devices(self):
         made = example(3, (4,))(2, torch.float32)
