@@ -70,7 +70,9 @@ def test_small_sizes_exhaustively(inverse):
 @pytest.mark.parametrize("inverse", [False, True])
 def test_sizes_beyond_a_block(features, parts, context, inverse):
     made = example(features, parts, context=context, activation="tanh", inverse=inverse)(2, torch.float32)
-    first, *others = (twin(made, (4, capacity, 2, 1, 4, backwards, 500, 0, backwards)) for capacity, backwards in [(8192, 0), (1024, 1), (1028, 0)])
+    first, *others = (
+        twin(made, (4, capacity, 2, 1, 4, backwards, 500, 0, backwards)) for capacity, backwards in [(8192, 0), (1024, 1), (1028, 0)]
+    )
     assert_is_right(first, made, torch.float32, by="op")  # the CPU's loop in float64: the D passes take long
     for other in others:
         assert_same_bits(other, first)

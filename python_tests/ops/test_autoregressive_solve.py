@@ -58,7 +58,9 @@ def test_every_plain_network_of_the_battery(case, dtype):
     for batch in (1, 19):
         made = PLAIN[case](batch, dtype)
         for panel, elements in ((0, 0), (1, 2048), (2, 60), (2, 2048), (16, 4096)):
-            first, *others = (assert_is_the_cpus(made, (*layout[:4], panel, layout[5], elements, 0, layout[8]), dtype) for layout in LAYOUTS)
+            first, *others = (
+                assert_is_the_cpus(made, (*layout[:4], panel, layout[5], elements, 0, layout[8]), dtype) for layout in LAYOUTS
+            )
             for other in others:  # rows, slots and threads change no bit
                 assert_same_bits(other, first)
 

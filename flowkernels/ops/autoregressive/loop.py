@@ -24,7 +24,7 @@ library.define(
 )
 _autoregressive = torch.ops.flowkernels.autoregressive.default
 stack_op = torch.ops.flowkernels.autoregressive_stack.default
-_NUMBERS = 7
+NUMBERS = 7  # of `stages`, to a map; the last is whether it is an inverse
 
 
 def _composite(
@@ -126,7 +126,7 @@ class Lists(NamedTuple):
 
         maps = []
         for order, affine in zip(self.orders, self.affines, strict=True):
-            layers, contexts, biased, wired, kind, form, inverse = take("stages", _NUMBERS)
+            layers, contexts, biased, wired, kind, form, inverse = take("stages", NUMBERS)
             conditioner = Conditioner(
                 take("weights", layers),
                 take("biases", layers),

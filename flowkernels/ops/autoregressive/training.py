@@ -7,8 +7,10 @@ With g and c the loss's gradients by y and by logabsdet, and sums s_l = bias_l +
     dW_l = h_{l-1}^T delta_l,   dbias_l = sum_b delta_l,   dx = the form's own + delta_1 W_1^T
 
 all of them under the staircase. In a wired network what reaches h_l on each of its ways is added up before the derivative, and a gate
-turns delta_l into that of the sum and that of the context term. Where no kernel serves, or torch.func looks on, or a gradient of the
-gradient is asked for, the map is composed of `masked_linear` instead: the same mathematics in pieces that know their own derivatives.
+turns delta_l into that of the sum and that of the context term. On a CPU both ops are one kernel each, on a GPU lists of launches
+(products.py) or, for the inverse, one loop a map between such lists (solve.py). Where no kernel serves, or torch.func looks on, or a
+gradient of the gradient is asked for, the map is composed of `masked_linear` instead: the same mathematics in pieces that know their own
+derivatives.
 An inverse that no kernel takes is differentiated implicitly (implicit.py).
 """
 
@@ -27,7 +29,8 @@ from ..activation import Activation
 from ..masked_linear import masked_linear
 from ..scale_map import PoweredMap, ScaleKind, ScaleMap
 from .conditioner import Conditioner, MaskedLayer
-from .loop import Lists, Map, autoregressive_op, stack_op
+from .loop import NUMBERS, Lists, Map, autoregressive_op, stack_op
+from .products import backward_by_products, training_by_products
 from .reference import autoregressive_reference
 from .solve import backward_by_solve
 
@@ -106,9 +109,16 @@ def _inverses_one_by_one(dy, dlogabsdet, kept, context, *lists_and_rest) -> list
     return [dy, dy.new_empty((0, 0)) if dcontext is None else dcontext, *(t for lists in of_lists for own in lists for t in own)]
 
 
+def _backward_on_cuda(dy, dlogabsdet, kept, context, *lists_and_rest) -> list[Tensor]:
+    *_, stages, _, _, _ = lists_and_rest
+    backward = _inverses_one_by_one if stages[NUMBERS - 1] else backward_by_products  # whether the first map is an inverse
+    return backward(dy, dlogabsdet, kept, context, *lists_and_rest)
+
+
+library.impl("autoregressive_training", training_by_products, "CUDA")
+library.impl("autoregressive_backward", _backward_on_cuda, "CUDA")
 if _SOLVES_ON_CUDA:
     library.impl("autoregressive_inverse_backward", backward_by_solve, "CUDA")
-    library.impl("autoregressive_backward", _inverses_one_by_one, "CUDA")
 
 
 def loop_serves(conditioner: Conditioner, scale: ScaleMap | PoweredMap, device: torch.device) -> bool:
@@ -130,7 +140,7 @@ def serves(maps: Sequence[Map], x: Tensor) -> bool:
     if transformed() or wants_reference("autoregressive", device):
         return False
     cuda = device.type == "cuda"
-    if not (_SOLVES_ON_CUDA and device.index not in _extension.unserved_gpus if cuda else _COMPILED and device.type == "cpu"):
+    if not (cuda or (_COMPILED and device.type == "cpu")):
         return False
     for network, scale, _, inverse, affine in maps:
         if affine is not None or not loop_serves(network, scale, device):
@@ -138,9 +148,18 @@ def serves(maps: Sequence[Map], x: Tensor) -> bool:
         if inverse and (isinstance(scale, PoweredMap) or not _is_whole(network, scale)):
             return False
         plain = not network.wiring and not network.context_biases and len(network.context_weights) in (0, len(network.weights))
-        if cuda and not (inverse and plain):
+        if cuda and not (plain and (_solves_on(device) if inverse else _by_products(scale))):
             return False
     return True
+
+
+def _solves_on(device: torch.device) -> bool:
+    return _SOLVES_ON_CUDA and device.index not in _extension.unserved_gpus
+
+
+def _by_products(scale: ScaleMap | PoweredMap) -> bool:
+    """A compiler is given the pieces, to fuse them with what is around."""
+    return not isinstance(scale, PoweredMap) and not torch.compiler.is_compiling()
 
 
 def with_gradient(x: Tensor, context: Tensor | None, maps: Sequence[Map], lists: Lists) -> tuple[Tensor, Tensor]:
@@ -193,14 +212,14 @@ class _Maps(torch.autograd.Function):
         learned = [int(isinstance(m.scale, PoweredMap)) for m in maps]
         bases = [m.scale.scale if powered else m.scale for m, powered in zip(maps, learned, strict=True)]
         ctx.numbers = _Numbers(activations, wiring, stages, packed, bases, learned)
-        ctx.contexts = len(lists.context_weights), len(lists.context_biases)
+        ctx.contexts, ctx.kept = (len(lists.context_weights), len(lists.context_biases)), len(kept)
         return y, total
 
     @staticmethod
     def backward(ctx, dy: Tensor, dlogabsdet: Tensor):
         (activations, wiring, stages, packed, bases, learned), x, context, *tensors = ctx.numbers, *ctx.saved_tensors
         n, layers = len(learned), len(activations)
-        kept, orders, visible, *parameters, numbers = _split(tensors, (n, n, layers, layers, layers, *ctx.contexts))
+        kept, orders, visible, *parameters, numbers = _split(tensors, (ctx.kept, n, layers, layers, layers, *ctx.contexts))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # views, or what one input owes to another, or to itself in another place, would be counted twice
             x, context = x.view_as(x), None if context is None else context.view_as(context)
