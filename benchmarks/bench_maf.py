@@ -39,6 +39,8 @@ def _sampling(quick: bool, device: torch.device) -> Iterator[Case]:
         if quick and batch in (2000, 100_000):
             continue
         competitors = [_competitor(name, features, hidden, batch, device, _inverse) for name in (OURS, *libraries)]
+        if device.type == "cuda":
+            competitors.append(_competitor(OURS, features, hidden, batch, device, _inverse, graph=True))
         yield _case("sampling", features, hidden, batch, competitors, targets, device)
 
 
@@ -103,7 +105,10 @@ def _competitor(
     *,
     grad: bool = False,
     compile: bool = False,
+    graph: bool = False,
 ) -> Competitor:
+    """graph: replay a CUDA graph, as a sampler that draws the same number again and again would: what is left is the GPU's own time."""
+
     def build() -> Call:
         torch.manual_seed(0)
         module = (
@@ -126,7 +131,23 @@ def _competitor(
             with flowkernels.backend("reference"):
                 return run(name, deepcopy(module).double(), x[rows].double())
 
-        return Call(partial(work, x), exact, rows, grad=grad, note=note)
+        return Call(_captured(partial(work, x)) if graph else partial(work, x), exact, rows, grad=grad, note=note)
 
-    label = f"{name}, compiled" if compile else name
-    return Competitor(label, build, ours=name == OURS, package=name)
+    label = f"{name}, compiled" if compile else f"{name}, CUDA graph" if graph else name
+    return Competitor(label, build, ours=name == OURS and not graph, package=name)
+
+
+def _captured(work: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    with torch.inference_mode():
+        for _ in range(2):
+            work()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = work()
+
+    def replay() -> tuple[Tensor, ...]:
+        graph.replay()
+        return outputs
+
+    return replay
