@@ -1,4 +1,4 @@
-"""Whether a call may go straight to its op, or has to be seen by autograd, torch.func or forward mode."""
+"""Whether a call may go straight to its op, or has to be seen by autograd, torch.func or forward mode; and what hand-written gradients share."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -79,3 +79,10 @@ def vmap_one_by_one(op: Callable, info, in_dims: Sequence[int | None], *args) ->
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
     return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+def pulled_back(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor], **options) -> list[Tensor]:
+    """Vector-Jacobian products. An output may depend on none of the inputs, as the log|det| of an additive map does."""
+    pairs = [(o, v) for o, v in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    outputs, cotangents = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, materialize_grads=True, **options))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._differentiation import apply_function, each_cotangent
+from .._differentiation import apply_function, each_cotangent, pulled_back
 from ..masked_linear import masked_linear
 from ..scale_map import Form, PoweredMap, ScaleMap
 from .conditioner import Conditioner
@@ -89,8 +89,8 @@ def _implicit(shape: _Shape, x, visible, order, inputs, needed: Sequence[bool], 
             outputs, rounds = shape.inverse(visible, order, inputs, x)
         w = g
         for _ in range(rounds):
-            w = g + _pulled_back(outputs, (w, c), [x], retain_graph=True)[0]
-        return _pulled_back(outputs, (w, c), wanted)
+            w = g + pulled_back(outputs, (w, c), [x], retain_graph=True)[0]
+        return pulled_back(outputs, (w, c), wanted)
 
     return each_cotangent(gradients, g, c)
 
@@ -101,11 +101,4 @@ def _differentiable(shape: _Shape, x, visible, order, inputs, needed: Sequence[b
     inputs = [None if t is None else t.view_as(t) for t in inputs]
     wanted = [t for t, n in zip(inputs, needed, strict=True) if n]
     outputs, _ = shape.inverse(visible, order, inputs, None)
-    return _pulled_back(outputs, (g, c), wanted, create_graph=True)
-
-
-def _pulled_back(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor], **options) -> list[Tensor]:
-    """Vector-Jacobian products. An output may depend on none of the inputs, as the log|det| of an additive map does."""
-    pairs = [(o, v) for o, v in zip(outputs, cotangents, strict=True) if o.requires_grad]
-    outputs, cotangents = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, materialize_grads=True, **options))
+    return pulled_back(outputs, (g, c), wanted, create_graph=True)

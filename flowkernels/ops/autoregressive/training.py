@@ -24,7 +24,7 @@ from torch import Tensor
 from ... import _extension
 from ..._backend import wants_reference
 from ..._library import library
-from .._differentiation import apply_function, each_cotangent, transformed
+from .._differentiation import apply_function, each_cotangent, pulled_back, transformed
 from ..activation import Activation
 from ..masked_linear import masked_linear
 from ..scale_map import PoweredMap, ScaleKind, ScaleMap
@@ -256,7 +256,5 @@ def _differentiable_gradient(
         total = logabsdet if total is None else total + logabsdet
     inputs = (x, context, None, None, *parameters)
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-    outputs = [(y, dy), (total, dlogabsdet)] if total.requires_grad else [(y, dy)]  # additive maps have a constant log|det|
-    values, cotangents = zip(*outputs, strict=True)
-    gradients = iter(torch.autograd.grad(values, wanted, cotangents, create_graph=True, allow_unused=True))
+    gradients = iter(pulled_back((y, total), (dy, dlogabsdet), wanted, create_graph=True))
     return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)
