@@ -60,6 +60,7 @@ struct LoopArgs {
   int slot_chunks;                  // 16 bytes each
   int rows, consumers;              // of a tile; threads that compute
   int most_stages, most_chunks;     // that this can take
+  bool is_too_large;                // to count them: 34 GB of images
   bool apart;                       // the last layer's sums are in a workspace; those of a panel come near, to where they would begin
   bool inverse;
   bool in_registers;  // panels that fit are run with their sums in registers

@@ -41,13 +41,13 @@ inline void choose_panels(LoopArgs<T>& args) {
   for (int l = 1; l <= args.n_layers; ++l) {
     const LoopLayer<T>& layer = args.layer(l);
     const bool quick = l == args.n_layers || layer.activation == static_cast<int>(Activation::relu);
-    args.in_registers = args.in_registers && (args.mirrored || (quick && !layer.unitwise && !layer.gate && layer.residual < 0));
+    args.in_registers = args.in_registers && layer.outputs > 0 && (args.mirrored || (quick && !layer.unitwise && !layer.gate && layer.residual < 0));
     if (layer.unitwise) continue;
     padded += int64_t(layer.inputs) * block_ld(layer.outputs);
     weights += double(layer.inputs) * layer.outputs;
   }
   if (padded <= kWhole && args.most_steps() * args.n_layers <= kMostPanelWorks) {
-    args.panel_steps = args.most_steps();
+    args.panel_steps = larger(args.most_steps(), 1);
     args.panel_capacity = larger(static_cast<int>(padded), 1024);
     return;
   }

@@ -94,9 +94,11 @@ FK_INLINE void mirror_visible(const LoopArgs<T>& args, int32_t* visible, int thr
   }
 }
 
-// seen[l][v]: how many units of layer l see no more than v inputs
+// seen[l][v]: how many units of layer l see no more than v inputs. False where a staircase does not ascend: such a network has no steps, as
+// all that follows relies on it.
 template <class T>
-FK_INLINE void count_seen(const LoopArgs<T>& args, int32_t* seen, int thread, int threads) {
+FK_INLINE bool count_seen(const LoopArgs<T>& args, int32_t* seen, int thread, int threads) {
+  bool ascends = true;
   for (int l = 1; l <= args.n_layers; ++l) {
     const LoopLayer<T>& layer = args.layer(l);
     auto limit = [&](int v) { return v < 0 ? 0 : smaller(v, layer.inputs + 1); };
@@ -105,10 +107,12 @@ FK_INLINE void count_seen(const LoopArgs<T>& args, int32_t* seen, int thread, in
         const int begin = j == 0 ? 0 : limit(layer.visible[j - 1]);
         const int end = j == layer.outputs ? layer.inputs + 1 : limit(layer.visible[j]);
         for (int v = begin; v < end; ++v) seen[v] = j;
+        ascends = ascends && begin <= end;
       }
     }
     seen += layer.inputs + 1;
   }
+  return ascends;
 }
 
 // ready[d][l]: units of values l that can be known when d features are; next[d]: features that are known then
@@ -392,11 +396,11 @@ inline void count_most(LoopArgs<T>& args) {
     elements += int64_t(layer.unitwise ? 0 : layer.inputs) * (layer.outputs + 3 * blocks * passes);
     if (layer.context_weight) elements += int64_t(args.context_features) * (layer.outputs + 3 * blocks);
   }
-  stages = stages < INT_MAX / 64 ? stages : INT_MAX / 64;
   const int64_t works = (steps * args.n_layers + panels) * int64_t(sizeof(PanelWork)) + panels * args.n_layers * (kPanelUnits * 4 + 32);
   const int64_t chunks = (elements * int64_t(sizeof(T)) + (args.inverse ? works : 0)) / 16 + stages * (kBlockUnits * 4 / 16 + 5);
-  args.most_stages = static_cast<int>(stages);
-  args.most_chunks = static_cast<int>(chunks < INT_MAX ? chunks : INT_MAX);
+  args.is_too_large = stages > INT_MAX / 64 || chunks > INT_MAX;
+  args.most_stages = static_cast<int>(args.is_too_large ? 0 : stages);
+  args.most_chunks = static_cast<int>(args.is_too_large ? 0 : chunks);
 }
 
 // A schedule as the loop reads it
@@ -452,7 +456,7 @@ FK_INLINE void write_stages(const LoopArgs<T>& args, int steps, int thread, int 
       at += counts[2 * before];
       offset += counts[2 * before + 1];
     }
-    const int most = args.most_stages - kStagesBehind;  // a staircase that does not ascend may come to more: nothing is written beyond
+    const int most = args.most_stages - kStagesBehind;  // never reached, and never passed
     sections.each_stage(i, [&](Stage stage) {
       const int chunks = sections.chunks(stage);
       if (at >= most || offset + chunks > args.most_chunks - kStagesBehind * static_cast<int>(sizeof(Head) / 16)) return;

@@ -78,9 +78,10 @@ std::vector<int32_t> find_steps(LoopArgs<T>& args, int threads, bool backwards) 
   place_visible(args);
   if (args.mirrored) all_threads(threads, backwards, [&](int t) { mirror_visible(args, s + space.visible, t, threads); });
   if (args.inverse) {
-    all_threads(threads, backwards, [&](int t) { count_seen(args, s + space.seen, t, threads); });
+    bool ascends = true;
+    all_threads(threads, backwards, [&](int t) { ascends = count_seen(args, s + space.seen, t, threads) && ascends; });
     all_threads(threads, backwards, [&](int t) { find_ready(args, s + space.seen, s + space.ready, s + space.next, t, threads); });
-    s[0] = follow_chain(args, s + space.next, s + space.chain);
+    s[0] = ascends ? follow_chain(args, s + space.next, s + space.chain) : 0;
     all_threads(threads, backwards, [&](int t) { write_ends(args, s + space.ready, s + space.chain, s[0], s + space.ends, t, threads); });
   } else {
     s[0] = 1;
@@ -160,6 +161,7 @@ void run_tile(const LoopArgs<T>& args, const Layout& layout, int64_t first_row) 
 
 template <class T, bool MIRRORED>
 void run_loop(LoopArgs<T>& args, const std::vector<int64_t>& numbers) {
+  STD_TORCH_CHECK(numbers.size() == 9, "a layout has 9 numbers");
   auto number = [&](int i) { return static_cast<int>(numbers[i]); };
   const Layout layout{number(0), number(1), number(2), number(3), numbers[5] != 0, numbers[7] != 0};
   if (numbers[4] > 0) {

@@ -121,6 +121,7 @@ void run_stack(std::vector<LoopNetwork<T>>& networks, const Tensor& x) {
   int most_stages = 0;
   for (LoopNetwork<T>& network : networks) {
     set_launch(network.args, plan.rows, plan.consumers, plan.capacity, plan.apart);
+    check_size(network.args);
     chunks += network.args.most_chunks;
     most_stages = larger(most_stages, network.args.most_stages);
   }
@@ -172,7 +173,7 @@ void run_stack(std::vector<LoopNetwork<T>>& networks, const Tensor& x) {
   autoregressive_stack_pack<T><<<dim3(pack_blocks(properties, most_stages), static_cast<unsigned>(n)), kPackThreads, 0, stream>>>(maps);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   auto* kernel = stack_kernel<T>(plan);
-  allow_shared(kernel, plan.shared_bytes);
+  allow_shared(kernel, properties);
   kernel<<<static_cast<unsigned>(plan.blocks), 32 * (plan.consumers + plan.producers), plan.shared_bytes, stream>>>(maps, n, plan);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -137,6 +137,7 @@ __device__ __forceinline__ void run_tile(const LoopArgs<T>& args, unsigned char*
     clocks.lap(Lap::waiting);
     if (!producer) kind = static_cast<StageKind>(reinterpret_cast<const Head*>(slots + (at == kSlots - 1 ? 0 : at + 1) * slot_bytes)->kind);
   }
+  copies.wait<0>();  // what was asked for behind the end
   if constexpr (!MIRRORED) {
     tile.sum_logs(thread, threads);
     __syncthreads();
@@ -171,8 +172,7 @@ __device__ __forceinline__ int find_steps(const LoopArgs<T>& args, int32_t* shar
     mirror_visible(args, args.schedule + space.visible, threadIdx.x, blockDim.x);
     __syncthreads();
   }
-  count_seen(args, seen, threadIdx.x, blockDim.x);
-  __syncthreads();
+  const bool ascends = __syncthreads_and(count_seen(args, seen, threadIdx.x, blockDim.x));
   find_ready(args, seen, ready, next, threadIdx.x, blockDim.x);
   __syncthreads();
   bool one_by_one = true;  // as nearly always; following a chain takes a thread alone 20 ns a step
@@ -181,7 +181,7 @@ __device__ __forceinline__ int find_steps(const LoopArgs<T>& args, int32_t* shar
     chain[d] = d;
   }
   one_by_one = __syncthreads_and(one_by_one);
-  if (threadIdx.x == 0) steps = args.schedule[0] = one_by_one ? args.most_steps() : follow_chain(args, next, chain);
+  if (threadIdx.x == 0) steps = args.schedule[0] = !ascends ? 0 : one_by_one ? args.most_steps() : follow_chain(args, next, chain);
   __syncthreads();
   write_ends(args, ready, chain, steps, args.schedule + space.ends, threadIdx.x, blockDim.x);
   return steps;
@@ -251,9 +251,15 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// All that a block may have, whatever this launch takes: the attribute is one for all threads of the process.
 template <class K>
-void allow_shared(K* kernel, int64_t bytes) {
-  if (bytes > 48 * 1024) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+void allow_shared(K* kernel, const Device& device) {
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared_per_block)));
+}
+
+template <class T>
+void check_size(const LoopArgs<T>& args) {
+  STD_TORCH_CHECK(!args.is_too_large, "flowkernels::autoregressive: the network is too large for this kernel; flowkernels.backend('reference') serves it");
 }
 
 // Launches the loop on the current stream of x's device; what args name must outlive the call.
@@ -263,6 +269,7 @@ void run_loop(LoopArgs<T>& args, const Tensor& x) {
   const Device properties = device_of(device);
   const LoopPlan plan = plan_loop(args, properties, true);
   set_launch(args, plan.rows, plan.consumers, plan.capacity, plan.apart);
+  check_size(args);
   const cudaStream_t stream = current_stream(device);
 
   // all are freed when this function returns; the allocator gives them to nobody but this stream
@@ -283,7 +290,7 @@ void run_loop(LoopArgs<T>& args, const Tensor& x) {
   autoregressive_pack<T><<<pack_blocks(properties, args.most_stages), kPackThreads, 0, stream>>>(args);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   auto* kernel = loop_kernel<T, MIRRORED>(plan);
-  allow_shared(kernel, plan.shared_bytes);
+  allow_shared(kernel, properties);
   kernel<<<static_cast<unsigned>(plan.blocks), 32 * (plan.consumers + plan.producers), plan.shared_bytes, stream>>>(args, plan);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -205,7 +205,7 @@ struct Tile {
       const T* w = all_weights + u0;
       FK_KEEP_LOOP
       for (int k = 0, cut = kRun - head.phase; k < most; cut += kRun) {
-        const int end = smaller(most, cut), seen_by_all = smaller(least, end);
+        const int begin = k, end = smaller(most, cut), seen_by_all = smaller(least, end);
         Pack<T, 4> run[UNITS] = {};
         FK_UNROLL_4
         for (; k < seen_by_all; ++k, w += ld) {
@@ -223,7 +223,7 @@ struct Tile {
           }
         }
         for (int u = 0; u < UNITS; ++u) {
-          if (u0 + u >= head.units) continue;
+          if (u0 + u >= head.units || sees.at[u] <= begin) continue;  // what sees nothing here is not given a zero: -0 would become 0
           Pack<T, 4>& sums = *reinterpret_cast<Pack<T, 4>*>(own + place_of(u, 0));
           Pack<T, 4> sum = sums;
           for (int r = 0; r < 4; ++r) sum.at[r] = sum.at[r] + run[u].at[r];

@@ -1,4 +1,4 @@
-"""Whether a call may go straight to its op, or has to be seen by autograd, torch.func or forward mode; and what hand-written gradients share."""
+"""Whether a call may go straight to its op, or autograd, torch.func or forward mode has to see it; and what gradients by hand share."""
 
 from collections.abc import Callable, Iterable, Sequence
 

@@ -192,6 +192,60 @@ def test_a_network_that_is_not_autoregressive_gives_nan():
         assert torch.ops.flowkernels._autoregressive_twin(*arguments, False, list(layout))[0].isfinite().all()
 
 
+def test_a_staircase_that_does_not_ascend_gives_nan():
+    """Its counts of units that are known would fall from step to step, and sizes made of them would be negative."""
+    seen = ([0] * 95 + [2] + [0] * 95 + [1] + [4] * 8, [0] * 2 + [31] * 30 + [150] * 32, [0, 0, 1, 1, 2, 2, 3, 3])
+    weights = [torch.zeros(4, 200), torch.zeros(200, 64), torch.zeros(4, 8)]
+    visible = [torch.tensor(v, dtype=torch.int32) for v in seen]
+    wiring = [0, -1, 0, 0, 1, -1, 0, 0, 0, -1, 0, 0]
+    arguments = (torch.zeros(1, 4), None, weights, [w.new_zeros(w.shape[1]) for w in weights], [], [], visible, None, [1, 1, 0], wiring)
+    for panel in (0, 1, 2, 4):
+        layout = [4, 4096, 2, 1, panel, 0, 4096, 0, 0]
+        y, logabsdet = torch.ops.flowkernels._autoregressive_twin(*arguments, 0, 0.0, 0.0, 0, True, layout)
+        assert y.isnan().all() and logabsdet.isnan().all()
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_no_features(inverse):
+    arguments = (torch.zeros(2, 0), None, [torch.zeros(0, 0)], [torch.zeros(0)], [], [], [torch.zeros(0, dtype=torch.int32)], None, [0], [])
+    for layout in LAYOUTS:
+        y, logabsdet = torch.ops.flowkernels._autoregressive_twin(*arguments, 0, 0.0, 0.0, 0, inverse, list(layout))
+        assert y.shape == (2, 0) and logabsdet.tolist() == [0.0, 0.0]
+
+
+def test_a_negative_zero_has_the_sign_that_a_row_alone_has():
+    """A unit that sees nothing of a run keeps its sum as it is, whichever units share its thread."""
+    x, weight, bias = (
+        torch.randn(40, 112, generator=torch.Generator().manual_seed(0)),
+        torch.full((112, 224), 0.01),
+        torch.full((224,), -0.0),
+    )
+    x[:, 0] = -0.0
+    arguments = (
+        x,
+        None,
+        [weight],
+        [bias],
+        [],
+        [],
+        [torch.arange(112, dtype=torch.int32).repeat_interleave(2)],
+        None,
+        [0],
+        [],
+        5,
+        0.01,
+        0.0,
+        0,
+    )
+    first, *others = (
+        torch.ops.flowkernels._autoregressive_twin(*arguments, False, [rows, 8192, consumers, 2, 0, 0, 0, 0, 0])
+        for rows, consumers in ((4, 14), (32, 14), (8, 2))
+    )
+    assert first[0][:, 0].signbit().all()
+    for other in others:
+        assert torch.equal(other[0].view(torch.int32), first[0].view(torch.int32))
+
+
 @pytest.mark.parametrize("case", test_autoregressive_stack.TestAutoregressiveStack.cases)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_stacks(case, dtype):

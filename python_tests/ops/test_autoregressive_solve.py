@@ -76,7 +76,7 @@ def test_small_sizes_exhaustively():
 def test_sizes_beyond_a_block(features, widths, context):
     made = example(features, widths, context=context, activation="tanh", inverse=True)(2, torch.float32)
     first, *others = (
-        assert_is_the_cpus(made, (4, capacity, 2, 1, 4, backwards, 500, 0), torch.float32)
+        assert_is_the_cpus(made, (4, capacity, 2, 1, 4, backwards, 500, 0, backwards), torch.float32)
         for capacity, backwards in [(8192, 0), (1024, 1), (1028, 0)]
     )
     for other in others:
