@@ -57,17 +57,19 @@ inline void choose_panels(LoopArgs<T>& args) {
     args.panel_steps *= 2;
 }
 
-constexpr int kResidentThreads = 512;  // that 65,536 registers hold at 128 each
+template <class T>
+constexpr int kResidentThreads = sizeof(T) == 8 ? 384 : 512;  // that 65,536 registers hold at 168 and 128 each
 
 struct Device {
   int multiprocessors;
   int64_t shared_per_block, shared_per_multiprocessor;  // bytes; a block's share costs 1 KB more than it asks for
 };
 
+template <class T>
 inline void choose_blocks(LoopPlan& plan, int64_t batch, const Device& device) {
   const int64_t tiles = (batch + plan.rows - 1) / plan.rows;
   const int64_t by_shared = device.shared_per_multiprocessor / (plan.shared_bytes + 1024);
-  const int64_t by_threads = kResidentThreads / (32 * (plan.consumers + plan.producers));
+  const int64_t by_threads = kResidentThreads<T> / (32 * (plan.consumers + plan.producers));
   int64_t resident = by_shared < by_threads ? by_shared : by_threads;
   if (resident < 1 || !plan.state_in_shared) resident = 1;  // a workspace is bounded by one block for each multiprocessor
   plan.blocks = tiles < resident * device.multiprocessors ? tiles : resident * device.multiprocessors;
@@ -137,7 +139,7 @@ inline LoopPlan plan_loop(const LoopArgs<T>& args, const Device& device, bool ma
   plan.slot_bytes = slots(plan.capacity) / kSlots;
   plan.shared_bytes = fixed + kSlots * plan.slot_bytes;
 
-  choose_blocks(plan, args.batch, device);
+  choose_blocks<T>(plan, args.batch, device);
   return plan;
 }
 
@@ -159,7 +161,7 @@ inline LoopPlan plan_stack(const LoopArgs<T>* const* maps, int n, Device device,
   }
   set_warps<T>(plan, narrow);
   plan.shared_bytes += kStackArgsBytes<T>;
-  choose_blocks(plan, maps[0]->batch, device);
+  choose_blocks<T>(plan, maps[0]->batch, device);
   return plan;
 }
 
