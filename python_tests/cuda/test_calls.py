@@ -42,8 +42,26 @@ def channels(batch: int) -> tuple:
     return randn(batch, 5, 3, 7), randn(5, seed=1), randn(5, seed=2), randn(5, seed=3)
 
 
+def training(dy: Tensor, dlogabsdet: Tensor, *arguments) -> tuple[Tensor, ...]:
+    """The two ops of a training step; what one keeps for the other differs from device to device."""
+    y, logabsdet, kept = torch.ops.flowkernels.autoregressive_training(*arguments)
+    maps = len(arguments[7])
+    gradients = torch.ops.flowkernels.autoregressive_backward(dy, dlogabsdet, kept, *arguments[1:], [0] * maps, True)
+    return y, logabsdet, *gradients
+
+
+def training_arguments(batch: int) -> tuple:
+    made = arguments_of(example(6, (9, 7), context=2, order=[3, 1, 4, 0, 5, 2])(batch, torch.float32))
+    x, context, *lists, order, activations, wiring, kind, p0, p1, form, inverse = made
+    stages = [len(activations), len(activations), 0, 0, kind, form, int(inverse)]
+    twice = [part * 2 for part in (*lists, [order], activations, wiring, stages, [p0, p1])]
+    return randn(batch, 6, seed=6), randn(batch, seed=7), x, context, *twice
+
+
+OPS_OF = {training: {"autoregressive_training", "autoregressive_backward"}}  # of what is no op itself
+
 # name of a call: the op, and its arguments for a batch; 37 rows are more than a tile, and no multiple of one
-CALLS: dict[str, tuple[str, Callable[[int], tuple]]] = {
+CALLS: dict[str, tuple[str | Callable, Callable[[int], tuple]]] = {
     "autoregressive": ("autoregressive", loop((9, 7), context=2, order=[3, 1, 4, 0, 5, 2])),
     "autoregressive, residual": ("autoregressive", loop(RESIDUAL, context=2)),
     "autoregressive, gated": ("autoregressive", loop(GATED, context=2)),
@@ -53,6 +71,7 @@ CALLS: dict[str, tuple[str, Callable[[int], tuple]]] = {
             example(6, (9, 7), order=[3, 1, 4, 0, 5, 2], activation="silu", inverse=True)(batch, torch.float32)
         ),
     ),
+    "training": (training, training_arguments),
     "autoregressive_stack": (
         "autoregressive_stack",
         lambda batch: arguments_of(STACK(batch, torch.float32)),
@@ -97,9 +116,9 @@ def changed(arguments, change: Callable[[Tensor], Tensor]):
     return type(arguments)(changed(a, change) for a in arguments) if isinstance(arguments, (tuple, list)) else arguments
 
 
-def run(op: str, arguments: tuple) -> tuple[Tensor, ...]:
+def run(op: str | Callable, arguments: tuple) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        outputs = getattr(torch.ops.flowkernels, op)(*arguments)
+        outputs = op(*arguments) if callable(op) else getattr(torch.ops.flowkernels, op)(*arguments)
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
@@ -108,15 +127,15 @@ def on_gpu(arguments: tuple, device: str = "cuda") -> tuple:
 
 
 @pytest.fixture(params=CALLS)
-def call(request) -> tuple[str, Callable[[int], tuple]]:
+def call(request) -> tuple[str | Callable, Callable[[int], tuple]]:
     return CALLS[request.param]
 
 
 def test_every_op_with_a_cuda_kernel_is_called():
     named = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("flowkernels::")}
     assert {"coupling", "masked_linear"} <= named
-    missing = {op for op in named if _extension.has_kernel(op, "CUDA") and op[0] != "_"} - {op for op, _ in CALLS.values()}
-    assert not missing
+    called = set().union(*(OPS_OF[op] if callable(op) else {op} for op, _ in CALLS.values()))
+    assert not {op for op in named if _extension.has_kernel(op, "CUDA") and op[0] != "_"} - called
 
 
 @pytest.mark.parametrize("layout", STRIDED)
