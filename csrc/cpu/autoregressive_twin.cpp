@@ -130,7 +130,8 @@ void run_tile(const LoopArgs<T>& args, const Layout& layout, int64_t first_row) 
   std::memset(memory.data(), 0xff, memory.size() * 16);
   auto slot = [&](int i) { return reinterpret_cast<unsigned char*>(memory.data() + static_cast<size_t>(i % kSlots) * args.slot_chunks); };
 
-  const Tile<T, ROWS, MIRRORED, APART> tile{args, Schedule(args), state[0].at, first_row, APART ? outputs[0].at : nullptr};
+  T *values = reinterpret_cast<T*>(state.data()), *apart = reinterpret_cast<T*>(outputs.data());
+  const Tile<T, ROWS, MIRRORED, APART> tile{args, Schedule(args), values, first_row, apart};
   const Stage* stages = tile.schedule.stages;
   std::vector<LateCopies> copies(threads);
   const SerialLanes lanes{backwards};
