@@ -20,6 +20,7 @@
 #include <tuple>
 #include <vector>
 
+#include "autoregressive_images.h"
 #include "autoregressive_network.h"
 #include "cuda/autoregressive_phases.h"
 #include "cpu/tensor.h"

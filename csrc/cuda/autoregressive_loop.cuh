@@ -17,6 +17,7 @@
 
 #include <vector>
 
+#include "autoregressive_images.h"
 #include "autoregressive_network.h"
 #include "cuda/autoregressive_phases.h"
 

@@ -2,7 +2,8 @@
 // the order of things). Device code; its twin, cpu/autoregressive_twin.cpp, runs each phase for all threads in turn.
 //
 // The state of a tile is [unit][ROWS]: pending sums, which become the values themselves; z, which becomes x; the context; gates.
-// A panel is run by warps that own rows (autoregressive_panel.h), a block of weights by all: a thread computes 4 rows of 2 or 4 units.
+// A panel is run by warps that own rows (autoregressive_panel.h, autoregressive_register_panel.h), a block of weights by all: a thread
+// computes 4 rows of 1, 2 or 4 units.
 //
 // MIRRORED, the gradient of the inverse. For x = f^-1(z) and cotangents g of x and c of log|dx/dz|, feature by feature, i = D..1:
 //     dz_i = dx_i/dz_i * (g_i + what the deltas of later features push back onto x_i)
@@ -10,7 +11,7 @@
 // derivative, which is a gate here; sums of the last layer begin at g.
 #pragma once
 
-#include "cuda/autoregressive_panel.h"
+#include "cuda/autoregressive_register_panel.h"
 
 namespace flowkernels {
 
