@@ -117,6 +117,12 @@ class Lists(NamedTuple):
             lists.scales.extend(scale.packed)
         return lists
 
+    @classmethod
+    def without_affines(cls, weights, biases, context_weights, context_biases, visible, orders, *numbers) -> "Lists":
+        """From the lists of an op whose maps have no affine map before them."""
+        none = [orders[0].new_empty(0)] * len(orders)
+        return cls(weights, biases, context_weights, context_biases, visible, orders, none, *numbers)
+
     def maps(self) -> list[Map]:
         taken = dict.fromkeys(self._fields, 0)
 

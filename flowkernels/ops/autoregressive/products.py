@@ -38,11 +38,6 @@ _BACK: dict[Activation, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def _maps(lists: tuple) -> list[Map]:
-    *tensors, orders, activations, wiring, stages, scales = lists
-    return Lists(*tensors, orders, orders, activations, wiring, stages, scales).maps()  # affine maps are not looked at
-
-
 def _options(m: Map) -> tuple:
     return Part.SECOND_HALF, int(m.scale.kind), *m.scale.packed, int(m.form), False
 
@@ -53,7 +48,7 @@ def training_by_products(x: Tensor, context: Tensor | None, *lists) -> tuple[Ten
     its values, where the derivative needs those), the outputs last."""
     kept: list[Tensor] = []
     total: Tensor | None = None
-    for m in _maps(lists):
+    for m in Lists.without_affines(*lists).maps():
         n = m.conditioner
         x = x.index_select(1, n.order)
         h = x
@@ -78,7 +73,7 @@ def backward_by_products(dy: Tensor, dlogabsdet: Tensor, kept: list[Tensor], con
     """flowkernels::autoregressive_backward of what `training_by_products` kept: dx, dcontext, then the gradients of weights, biases and
     context weights."""
     *lists, _, need_dx = lists_and_rest
-    maps, kept = _maps(lists), list(kept)
+    maps, kept = Lists.without_affines(*lists).maps(), list(kept)
     dcontext: Tensor | None = None
     dweights: list[Tensor] = []
     dbiases: list[Tensor] = []

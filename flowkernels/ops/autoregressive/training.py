@@ -56,7 +56,8 @@ CUDA_LAYERS = 32  # kMaxLayers of the CUDA kernels, which take all layers as one
 
 @torch.library.register_fake("flowkernels::autoregressive_training", lib=library)
 def _(x, context, *lists) -> tuple[Tensor, Tensor, list[Tensor]]:
-    kept = [x.new_empty(x.shape[0], x.shape[1] + sum(map(_columns, network.layers))) for network in _networks(*lists)]
+    layers = [m.conditioner.layers for m in Lists.without_affines(*lists).maps()]
+    kept = [x.new_empty(x.shape[0], x.shape[1] + sum(map(_columns, own))) for own in layers]
     return x.new_empty(x.shape), x.new_empty(x.shape[:1]), kept
 
 
@@ -66,11 +67,6 @@ def _columns(layer: MaskedLayer) -> int:
     apart = layer.context_weight is not None and (layer.gate or layer.context_activation != Activation.IDENTITY)
     term = apart * (1 + (layer.context_activation in needs_pre))
     return layer.visible.shape[0] * (1 + (layer.activation in needs_pre) + layer.gate + term)
-
-
-def _networks(weights, biases, context_weights, context_biases, visible, orders, *numbers) -> list[Conditioner]:
-    lists = Lists(weights, biases, context_weights, context_biases, visible, orders, orders, *numbers)  # affine maps are not looked at
-    return [m.conditioner for m in lists.maps()]
 
 
 @torch.library.register_fake("flowkernels::autoregressive_backward", lib=library)
@@ -94,11 +90,9 @@ def _gradients_like(like: Tensor, context: Tensor | None, *parameters: Sequence[
 
 def _inverses_one_by_one(dy, dlogabsdet, kept, context, *lists_and_rest) -> list[Tensor]:
     """autoregressive_backward where a kernel takes the inverse of one map."""
-    weights, biases, context_weights, context_biases, visible, orders, activations, wiring, stages, scales, _, _ = lists_and_rest
-    none = [dy.new_empty(0)] * len(orders)
-    lists = Lists(weights, biases, context_weights, context_biases, visible, orders, none, activations, wiring, stages, scales)
+    *lists, _, _ = lists_and_rest
     found, dcontext = [], None
-    for x, (network, scale, form, *_) in zip(reversed(kept), reversed(lists.maps()), strict=True):
+    for x, (network, scale, form, *_) in zip(reversed(kept), reversed(Lists.without_affines(*lists).maps()), strict=True):
         own = context if network.context_weights else None
         tensors = network.weights, network.biases, network.context_weights, network.context_biases, network.visible
         numbers = network.order, network.activations, network.wiring, int(scale.kind), *scale.packed, int(form)
@@ -224,7 +218,7 @@ class _Maps(torch.autograd.Function):
             # views, or what one input owes to another, or to itself in another place, would be counted twice
             x, context = x.view_as(x), None if context is None else context.view_as(context)
             *parameters, numbers = ([t.view_as(t) for t in part] for part in (*parameters, numbers))
-            lists = Lists(*parameters, visible, orders, [x.new_empty(0)] * n, activations, wiring, stages, packed)
+            lists = Lists.without_affines(*parameters, visible, orders, activations, wiring, stages, packed)
             a = iter(numbers)
             scales = [PoweredMap(base, next(a)) if powered else base for base, powered in zip(bases, learned, strict=True)]
             maps = [m._replace(scale=scale) for m, scale in zip(lists.maps(), scales, strict=True)]
