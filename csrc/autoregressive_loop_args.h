@@ -43,8 +43,8 @@ struct LoopLayer {
   int activation, context_activation;
   int source, residual;  // residual -1 for none
   int first, gates;      // first unit of its values, and of its gates, in the state of a tile; gates -1 for none
-  int column;            // mirrored: first column of its values in args.made
-  bool unitwise, gate;
+  int column, known;     // mirrored: first column of its deltas, and of its values in args.made
+  bool unitwise, gate, takes_context;  // takes_context: also where there are no units, whose weights have no data
 
   // whether the context term is finished before it meets the sum
   FK_INLINE bool own_context_term() const { return gate || context_bias || context_activation != static_cast<int>(Activation::identity); }
@@ -74,11 +74,12 @@ struct LoopArgs {
   bool accumulate;    // logabsdet holds that of the maps before
   // of a mirrored network alone: x is the gradient by x, the context is x itself with one more unit for dlogabsdet, y is dz
   bool mirrored;
-  const T* made;  // [batch, columns], row stride made_row: what the layers of the network itself gave, first layer first
+  const T* made;  // row stride made_row: what the layers of the network itself gave
   int64_t made_row, dlogabsdet_step;
   const T* dlogabsdet;
-  T* deltas;  // [batch, columns], contiguous
-  int columns;
+  T* deltas;  // [batch, columns], row stride deltas_row: first layer first
+  int64_t deltas_row;
+  int columns, known_outputs;  // known_outputs: first column of the outputs in made
   const int32_t* visible_above[kMaxLayers];  // the staircase that layer l is the mirror of
 
   int32_t* schedule;      // ScheduleSpace
@@ -98,6 +99,7 @@ struct LoopArgs {
   // steps of the inverse, at most; after the last feature, a mirrored network has units that only its deltas reach
   FK_INLINE int most_steps() const { return inverse ? features + (mirrored ? 1 : 0) : 1; }
   FK_INLINE int column(int l) const { return l == 0 ? columns - 2 * features : layer(l).column; }
+  FK_INLINE int known(int l) const { return l == 0 ? known_outputs : layer(l).known; }
 };
 
 }  // namespace flowkernels

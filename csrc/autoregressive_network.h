@@ -27,9 +27,10 @@ struct LoopTensors {
 };
 
 // What the gradient of the inverse works on: made holds every layer's values, or what came before the activation where the derivative
-// needs that (activation.h), and the outputs last.
+// needs that (activation.h), and the outputs, from the columns `known` on.
 struct SolveTensors {
   torch::stable::Tensor dx, dlogabsdet, x, made;
+  std::vector<int64_t> known;
   std::vector<torch::stable::Tensor> weights, visible;
   std::optional<torch::stable::Tensor> order;
   std::vector<int64_t> activations;
@@ -122,7 +123,14 @@ class LoopNetwork {
       check(weight.dim() == 2, "a weight must be a matrix");
       args.columns = number(args.columns + weight.size(1));
     }
-    args.made = matrix(t.made, args.batch, args.columns, args.made_row, "made");
+    check(t.made.dim() == 2 && t.known.size() == t.weights.size(), "every layer has its column in made");
+    const int made_columns = number(t.made.size(1));
+    args.made = matrix(t.made, args.batch, made_columns, args.made_row, "made");
+    const auto known = [&](int i) {
+      check(t.known[i] >= 0 && t.known[i] + t.weights[i].size(1) <= made_columns, "made does not fit its layers");
+      return static_cast<int>(t.known[i]);
+    };
+    args.known_outputs = known(n - 1);
     int column = args.columns;
     for (int i = n - 1; i >= 0; --i) {
       LoopLayer<T>& layer = args.layers[n - 1 - i];
@@ -137,6 +145,7 @@ class LoopNetwork {
       column -= layer.inputs;
       layer.column = column - layer.outputs;
       if (i == 0) continue;
+      layer.known = known(i - 1);
       layer.gate = true;
       layer.gates = take(layer.outputs);
       layer.context_activation = activation(t.activations[i - 1]);
@@ -193,6 +202,7 @@ class LoopNetwork {
     layer.first = take(layer.outputs);
     layer.gates = -1;
     if (wired.context != 0) {
+      layer.takes_context = true;
       check(context < t.context_weights.size() && !layer.unitwise, "context_weights do not fit the wiring");
       layer.context_weight = matrix(t.context_weights[context], args.context_features, layer.outputs, layer.context_ld, "context_weight");
       if (!t.context_biases.empty()) layer.context_bias = vector(t.context_biases[context], layer.outputs, "context_bias");
@@ -234,7 +244,7 @@ class LoopNetwork {
 template <class T>
 std::vector<LoopNetwork<T>> read_stack(const StackTensors& t, T* y, T* kept, T* logabsdet, bool keep) {
   const size_t n = t.orders.size();
-  STD_TORCH_CHECK(n >= 1 && t.stages.size() == MapNumbers::kNumbers * n && t.scales.size() == 2 * n && t.affines.size() == n,
+  STD_TORCH_CHECK(n >= 1 && t.stages.size() == MapNumbers::kNumbers * n && t.scales.size() == 2 * n && (t.affines.empty() || t.affines.size() == n),
                   "flowkernels::autoregressive: every map needs its entries in each list");
   Rest<torch::stable::Tensor> weights{t.weights}, biases{t.biases}, context_weights{t.context_weights}, context_biases{t.context_biases};
   Rest<torch::stable::Tensor> visible{t.visible};
@@ -258,7 +268,7 @@ std::vector<LoopNetwork<T>> read_stack(const StackTensors& t, T* y, T* kept, T* 
                           static_cast<int>(numbers.form),
                           numbers.inverse != 0};
     LoopArgs<T>& args = maps.emplace_back(one).args;
-    maps.back().set_affine(t.affines[i]);
+    if (!t.affines.empty()) maps.back().set_affine(t.affines[i]);
     if (i > 0) {
       args.x = maps[i - 1].args.y;
       args.x_row = args.features;

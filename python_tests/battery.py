@@ -114,7 +114,9 @@ class OpBattery:
         rows, parameters, op, oracle, *_ = case(5, torch.float64)
         inputs = with_grad([*rows, *parameters])
         n = len(rows)
-        weigh = lambda outputs: sum((o * torch.linspace(-1, 2, o.numel(), dtype=o.dtype).view_as(o)).sum() for o in outputs)
+        weigh = lambda outputs: sum(
+            (o * torch.linspace(-1, 2, o.numel(), dtype=o.dtype, device=o.device).view_as(o)).sum() for o in outputs
+        )
         got = torch.autograd.grad(weigh(op(inputs[:n], inputs[n:])), inputs, allow_unused=True, materialize_grads=True)
         want = torch.autograd.grad(weigh(oracle(inputs[:n], inputs[n:])), inputs, allow_unused=True, materialize_grads=True)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)

@@ -1,41 +1,16 @@
 // What the training passes of a masked autoregressive map work on, for every instruction set.
-//
-// Two matrices with one row per sample hold what the layers make. `values`: the features, each layer's values, and what a derivative needs
-// besides. `deltas`: the same columns up to the outputs, which hold the loss's gradient by the values, and then by each sum; after them
-// the gradients by context terms that are more than an addend.
 #pragma once
 
 #include <cstdint>
 
 #include "cpu/autoregressive.h"
 #include "cpu/masked_linear.h"
+#include "training_columns.h"
 
 namespace flowkernels {
 
 // Two orders that most networks have, and that need no look at each number
 enum class OrderKind { any, ascending, descending };
-
-// What becomes of a layer's sums, and where: columns of `values`, -1 where there is none
-template <class T>
-struct LayerColumns {
-  int64_t units, value;
-  int source;             // which values it reads
-  int64_t input;          // where those lie
-  int64_t residual;       // of the values that are added
-  int64_t pre;            // what comes before the activation, where the derivative needs that
-  int64_t sum;            // what a gate multiplies
-  int64_t term;           // the context term, where it is more than an addend
-  int64_t term_pre;       // what comes before the activation of that, where the derivative needs it
-  int64_t term_delta;     // column of deltas: the gradient by what comes before the context's activation
-  Activation activation, context_activation;
-  bool unitwise, gate;
-  const T *factor, *bias;  // of a unitwise layer, or null
-
-  // whether more than its products and an activation make its values
-  bool assembled() const { return unitwise || residual >= 0 || term >= 0; }
-  // the column of deltas that the context's product gets
-  int64_t context_delta() const { return term >= 0 ? term_delta : value; }
-};
 
 template <class T>
 struct TrainingArgs {

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <utility>
 #include <vector>
 
 #include "cpu/autoregressive_training.h"
@@ -21,7 +22,7 @@ struct TrainingLayer : MaskedLayer<T> {
   std::vector<int32_t> whole_context;  // visible of the context term
   std::vector<T> both_biases;          // of the layer and of a context term that is added as it is
 
-  // whether the context term is more than an addend: it has columns of its own
+  // whether the context term is more than an addend: it has columns of its own (TrainingColumns)
   bool apart() const { return this->gate || this->context_activation != static_cast<int>(Activation::identity); }
   const T* own_bias() const { return both_biases.empty() ? this->bias : both_biases.data(); }
 };
@@ -65,7 +66,9 @@ class TrainingNetwork {
       own.both_biases.assign(own.bias, own.bias + own.outputs);
       for (int64_t j = 0; j < own.outputs; ++j) own.both_biases[j] += own.context_bias[j];
     }
-    place_columns();
+    TrainingColumns<T> placed(features, layers);
+    of_layers = std::move(placed.layers);
+    columns = placed.values, delta_columns = placed.deltas, wired = placed.wired;
     const int64_t outputs = layers.back().outputs;
     output_columns = OutputColumns(outputs, features, scale_kind);
     check_training(output_columns.fit(outputs, features), "the last layer must give shift and raw scale of each feature that does not pass");
@@ -121,44 +124,6 @@ class TrainingNetwork {
   Network<T> network_;
   std::vector<int32_t> no_first_;
   std::vector<int64_t> position_;
-
-  static int64_t take(int64_t& end, bool wanted, int64_t units) {
-    if (!wanted) return -1;
-    end += units;
-    return end - units;
-  }
-
-  void place_columns() {
-    int64_t end = features;
-    for (size_t l = 0; l < layers.size(); ++l) {
-      const TrainingLayer<T>& layer = layers[l];
-      LayerColumns<T> own{};
-      own.units = layer.outputs;
-      own.value = take(end, true, layer.outputs);
-      own.source = layer.source;
-      own.input = column_of(layer.source);
-      own.residual = layer.residual < 0 ? -1 : column_of(layer.residual);
-      own.activation = static_cast<Activation>(layer.activation);
-      own.context_activation = static_cast<Activation>(layer.context_activation);
-      own.unitwise = layer.unitwise;
-      own.gate = layer.gate;
-      if (layer.unitwise) own.factor = layer.weight, own.bias = layer.bias;
-      of_layers.push_back(own);
-    }
-    columns = delta_columns = end;
-    for (size_t l = 0; l < layers.size(); ++l) {
-      LayerColumns<T>& own = of_layers[l];
-      const bool apart = layers[l].apart();
-      own.pre = take(columns, !derivative_from_value(own.activation), own.units);
-      own.sum = take(columns, own.gate, own.units);
-      own.term = take(columns, apart, own.units);
-      own.term_pre = take(columns, apart && !derivative_from_value(own.context_activation), own.units);
-      own.term_delta = take(delta_columns, apart, own.units);
-      wired |= own.assembled() || own.source != static_cast<int>(l);
-    }
-  }
-
-  int64_t column_of(int values) const { return values == 0 ? 0 : of_layers[values - 1].value; }
 
   void read_order(const Tensor& given) {
     order = network_.order(given, features, position_);

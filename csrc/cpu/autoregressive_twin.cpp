@@ -6,7 +6,10 @@
 //   flowkernels::_autoregressive_plan(<arguments of autoregressive>, int[] device) -> int[]
 //     device: multiprocessors, shared memory of a block and of a multiprocessor, batch. The plan's members, panel_steps, units
 //   flowkernels::_autoregressive_stack_twin(<arguments of autoregressive_stack>, int[] layout) -> (Tensor, Tensor, Tensor)
-//   flowkernels::_autoregressive_solve_twin(<arguments of _autoregressive_solve>, int[] layout) -> (Tensor, Tensor)
+//   flowkernels::_autoregressive_solve_twin(Tensor dx, Tensor dlogabsdet, Tensor x, Tensor made, <a plain chain and its map>, int[] layout)
+//     -> (Tensor, Tensor)                                 dz, and the gradients by every layer's sums from what the layers made
+//   flowkernels::_autoregressive_inverse_backward_twin(<arguments of autoregressive_inverse_backward>, int[] layout, int[] training) -> Tensor[]
+//     training: the layout of autoregressive_training_twin.cpp
 // Each phase runs for all threads of a block in turn, forwards or backwards; a copy into a slot lands at the last moment that the kernel's
 // waits allow, and slots begin full of NaN. What is left to a GPU: the barriers themselves, memory, speed.
 
@@ -15,7 +18,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <deque>
 #include <limits>
 #include <tuple>
 #include <vector>
@@ -24,33 +26,13 @@
 #include "autoregressive_network.h"
 #include "cuda/autoregressive_phases.h"
 #include "cpu/tensor.h"
+#include "cpu/training_twin.h"
 
 namespace flowkernels {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// The copies of one thread, as cp.async makes them
-struct LateCopies {
-  struct Copy {
-    void* to;
-    const void* from;
-    size_t bytes;
-  };
-  std::deque<std::vector<Copy>> groups{{}};
-  template <class U>
-  void copy(U* to, const U* from) {
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(to) % sizeof(U) == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(U) == 0, "a copy is not aligned");
-    groups.back().push_back({to, from, sizeof(U)});
-  }
-  void commit() { groups.emplace_back(); }
-  template <int N>
-  void wait() {
-    for (; groups.size() > N + 1; groups.pop_front())
-      for (const Copy& c : groups.front()) std::memcpy(c.to, c.from, c.bytes);
-  }
-};
 
 struct SerialLanes {
   bool backwards;
@@ -64,11 +46,6 @@ struct SerialLanes {
     for (int i = 0; i < 32; ++i) f(backwards ? 31 - i : i);
   }
 };
-
-template <class F>
-void all_threads(int threads, bool backwards, F&& f) {
-  for (int i = 0; i < threads; ++i) f(backwards ? threads - 1 - i : i);
-}
 
 // The steps of a network: what autoregressive_schedule of the kernel does
 template <class T>
@@ -203,6 +180,7 @@ std::tuple<Tensor, Tensor> run(const SolveTensors& tensors, const std::vector<in
   Tensor dz = empty(tensors.x, {args.batch, args.features}), deltas = empty(tensors.x, {args.batch, args.columns});
   args.y = static_cast<T*>(dz.mutable_data_ptr());
   args.deltas = static_cast<T*>(deltas.mutable_data_ptr());
+  args.deltas_row = args.columns;
   run_loop<T, true>(args, layout);
   return {dz, deltas};
 }
@@ -264,9 +242,27 @@ std::tuple<Tensor, Tensor> twin(FK_ARGUMENTS, std::vector<int64_t> layout) {
 std::tuple<Tensor, Tensor> solve_twin(Tensor dx, Tensor dlogabsdet, Tensor x, Tensor made, std::vector<Tensor> weights,
                                       std::vector<Tensor> visible, std::optional<Tensor> order, std::vector<int64_t> activations,
                                       int64_t scale_kind, double scale_p0, double scale_p1, int64_t form, std::vector<int64_t> layout) {
-  const SolveTensors tensors{dx,          dlogabsdet, x, made, weights, visible, order, activations, {static_cast<int>(scale_kind), scale_p0, scale_p1},
-                             static_cast<int>(form)};
+  std::vector<int64_t> known;  // one layer after another
+  int64_t columns = 0;
+  for (const Tensor& weight : weights) {
+    known.push_back(columns);
+    columns += weight.size(1);
+  }
+  const SolveTensors tensors{dx,          dlogabsdet,   x, made, known, weights, visible, order,
+                             activations, {static_cast<int>(scale_kind), scale_p0, scale_p1}, static_cast<int>(form)};
   return x.scalar_type() == ScalarType::Float ? run<float>(tensors, layout) : run<double>(tensors, layout);
+}
+Tensors inverse_backward_twin(Tensor dx, Tensor dlogabsdet, Tensor x, std::optional<Tensor> context, Tensors weights, Tensors biases,
+                              Tensors context_weights, Tensors context_biases, Tensors visible, std::optional<Tensor> order,
+                              std::vector<int64_t> activations, std::vector<int64_t> wiring, int64_t scale_kind, double scale_p0, double scale_p1,
+                              int64_t form, std::vector<int64_t> layout, std::vector<int64_t> training) {
+  const bool inverse = false;
+  const LoopTensors tensors = FK_TENSORS;
+  const auto run = [&]<class T>(T) {
+    TwinLaunch<T> launch(tensors.x, TrainingLayout(training));
+    return inverse_backward<T>(tensors, dx, dlogabsdet, launch, [&](LoopArgs<T>& args) { run_loop<T, true>(args, layout); });
+  };
+  return x.scalar_type() == ScalarType::Float ? run(float()) : run(double());
 }
 Tensor twin_steps(FK_ARGUMENTS) { return x.scalar_type() == ScalarType::Float ? steps<float>(FK_TENSORS) : steps<double>(FK_TENSORS); }
 std::vector<int64_t> twin_plan(FK_ARGUMENTS, std::vector<int64_t> device) {
@@ -289,6 +285,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels, m) {
   m.def(
       "_autoregressive_solve_twin(Tensor dx, Tensor dlogabsdet, Tensor x, Tensor made, Tensor[] weights, Tensor[] visible, Tensor? order, "
       "int[] activations, int scale_kind, float scale_p0, float scale_p1, int form, int[] layout) -> (Tensor, Tensor)");
+  m.def(
+      "_autoregressive_inverse_backward_twin(Tensor dx, Tensor dlogabsdet, Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, "
+      "Tensor[] context_weights, Tensor[] context_biases, Tensor[] visible, Tensor? order, int[] activations, int[] wiring, int scale_kind, "
+      "float scale_p0, float scale_p1, int form, int[] layout, int[] training) -> Tensor[]");
   m.def("_autoregressive_steps(" FK_SCHEMA ") -> Tensor");
   m.def("_autoregressive_plan(" FK_SCHEMA ", int[] device) -> int[]");
 }
@@ -297,6 +297,7 @@ STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
   m.impl("_autoregressive_twin", TORCH_BOX(&flowkernels::twin));
   m.impl("_autoregressive_stack_twin", TORCH_BOX(&flowkernels::stack_twin));
   m.impl("_autoregressive_solve_twin", TORCH_BOX(&flowkernels::solve_twin));
+  m.impl("_autoregressive_inverse_backward_twin", TORCH_BOX(&flowkernels::inverse_backward_twin));
   m.impl("_autoregressive_steps", TORCH_BOX(&flowkernels::twin_steps));
   m.impl("_autoregressive_plan", TORCH_BOX(&flowkernels::twin_plan));
 }

@@ -20,6 +20,7 @@
 #include "autoregressive_images.h"
 #include "autoregressive_network.h"
 #include "cuda/autoregressive_phases.h"
+#include "cuda/device.h"
 
 namespace flowkernels {
 namespace {
@@ -235,22 +236,8 @@ auto* loop_kernel(const LoopPlan& plan) {
   return &autoregressive_loop<T, 4, true, MIRRORED>;
 }
 
-inline Device device_of(int index) {
-  int multiprocessors = 0, block = 0, all = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
-  return {multiprocessors, block, all};
-}
-
 // Of a map's stages: what all multiprocessors hold at once, a thousand threads each
 inline unsigned pack_blocks(const Device& device, int most_stages) { return static_cast<unsigned>(smaller(4 * device.multiprocessors, most_stages)); }
-
-inline cudaStream_t current_stream(int32_t device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 // All that a block may have, whatever this launch takes: the attribute is one for all threads of the process.
 template <class K>

@@ -7,13 +7,9 @@
 #pragma once
 
 #include "autoregressive_plan.h"
+#include "cuda/pack.h"
 
 namespace flowkernels {
-
-template <class T, int N>
-struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {  // read and written by one instruction where it has at most 16 bytes
-  T at[N];
-};
 
 // The maps of features whose sums are whole, by the lanes of a warp
 template <class T, class Tile>

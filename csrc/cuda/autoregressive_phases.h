@@ -99,7 +99,7 @@ struct Tile {
          [&](int64_t row, int p) { return args.context_rows[row * args.context_row + place(p) * args.context_column]; });
     read(1, args.context + args.features, thread, threads, [&](int64_t row, int) { return args.dlogabsdet[row * args.dlogabsdet_step]; });
     for (int l = 0; l < args.n_layers; ++l) {
-      const T* last = args.made + args.column(l) + args.width(l) - 1;
+      const T* last = args.made + args.known(l) + args.width(l) - 1;
       auto made = [&](int64_t row, int j) { return last[row * args.made_row - j]; };
       if (l == 0) {
         read(args.width(0), 0, thread, threads, made);
@@ -335,10 +335,10 @@ struct Tile {
     }
     for (int l = 0; l < args.n_layers; ++l) {
       const int width = args.width(l);
-      T* first = args.deltas + first_row * args.columns + args.column(l);
+      T* first = args.deltas + first_row * args.deltas_row + args.column(l);
       for (int i = thread; i < rows() * width; i += threads) {
         const int r = i / width, j = i % width;
-        first[static_cast<int64_t>(r) * args.columns + j] = known == args.features ? value(l, width - 1 - j, r) : T(NAN);
+        first[r * args.deltas_row + j] = known == args.features ? value(l, width - 1 - j, r) : T(NAN);
       }
     }
   }

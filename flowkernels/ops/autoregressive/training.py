@@ -7,10 +7,10 @@ With g and c the loss's gradients by y and by logabsdet, and sums s_l = bias_l +
     dW_l = h_{l-1}^T delta_l,   dbias_l = sum_b delta_l,   dx = the form's own + delta_1 W_1^T
 
 all of them under the staircase. In a wired network what reaches h_l on each of its ways is added up before the derivative, and a gate
-turns delta_l into that of the sum and that of the context term. On a CPU both ops are one kernel each, on a GPU lists of launches
-(products.py) or, for the inverse, one loop a map between such lists (solve.py). Where no kernel serves, or torch.func looks on, or a
-gradient of the gradient is asked for, the map is composed of `masked_linear` instead: the same mathematics in pieces that know their own
-derivatives.
+turns delta_l into that of the sum and that of the context term. On a CPU both ops are one kernel each, on a GPU a list of launches
+(csrc/autoregressive_training_steps.h), for the inverse with one loop a map among them. Plain chains are trained by Triton's products
+(products.py) where the CUDA library was not built or tf32 is asked for. Where no kernel serves, or torch.func looks on, or a gradient of
+the gradient is asked for, the map is composed of `masked_linear` instead: the same mathematics in pieces that know their own derivatives.
 An inverse that no kernel takes is differentiated implicitly (implicit.py).
 """
 
@@ -32,28 +32,31 @@ from .conditioner import Conditioner, MaskedLayer
 from .loop import NUMBERS, Lists, Map, autoregressive_op, stack_op
 from .products import backward_by_products, training_by_products
 from .reference import autoregressive_reference
-from .solve import backward_by_solve
 
 _LISTS = "Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] context_biases, Tensor[] visible"
 _STACK = f"{_LISTS}, Tensor[] orders, int[] activations, int[] wiring, int[] stages, float[] scales"
-library.define(f"autoregressive_training(Tensor x, Tensor? context, {_STACK}) -> (Tensor, Tensor, Tensor[])")
-library.define(
-    f"autoregressive_backward(Tensor dy, Tensor dlogabsdet, Tensor[] kept, Tensor? context, {_STACK}, int[] learned, bool need_dx) "
-    "-> Tensor[]"
-)
+for _name in ("", "_"):  # those with _ have kernels of the CUDA library alone, the others products.py there
+    library.define(f"{_name}autoregressive_training(Tensor x, Tensor? context, {_STACK}) -> (Tensor, Tensor, Tensor[])")
+    library.define(
+        f"{_name}autoregressive_backward(Tensor dy, Tensor dlogabsdet, Tensor[] kept, Tensor? context, {_STACK}, int[] learned, "
+        "bool need_dx) -> Tensor[]"
+    )
 library.define(
     f"autoregressive_inverse_backward(Tensor dx, Tensor dlogabsdet, Tensor x, Tensor? context, {_LISTS}, Tensor? order, int[] activations, "
     "int[] wiring, int scale_kind, float scale_p0, float scale_p1, int form) -> Tensor[]"
 )
 _training = torch.ops.flowkernels.autoregressive_training.default
 _backward = torch.ops.flowkernels.autoregressive_backward.default
+_training_on_gpu = torch.ops.flowkernels._autoregressive_training.default
+_backward_on_gpu = torch.ops.flowkernels._autoregressive_backward.default
 _inverse_backward = torch.ops.flowkernels.autoregressive_inverse_backward.default
 # torch.compile cannot ask
 _COMPILED = _extension.has_kernel("autoregressive_training", "CPU")
-_SOLVES_ON_CUDA = _extension.has_kernel("_autoregressive_solve", "CUDA")
+_COMPILED_FOR_CUDA = _extension.has_kernel("_autoregressive_training", "CUDA")
 CUDA_LAYERS = 32  # kMaxLayers of the CUDA kernels, which take all layers as one argument
 
 
+@torch.library.register_fake("flowkernels::_autoregressive_training", lib=library)
 @torch.library.register_fake("flowkernels::autoregressive_training", lib=library)
 def _(x, context, *lists) -> tuple[Tensor, Tensor, list[Tensor]]:
     layers = [m.conditioner.layers for m in Lists.without_affines(*lists).maps()]
@@ -62,13 +65,14 @@ def _(x, context, *lists) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 
 def _columns(layer: MaskedLayer) -> int:
-    """How many columns of `values` the kernel keeps of a layer: TrainingNetwork in csrc/cpu/autoregressive_training_network.h."""
+    """How many columns of `values` the kernels keep of a layer: TrainingColumns in csrc/training_columns.h."""
     needs_pre = (Activation.GELU, Activation.SILU)
     apart = layer.context_weight is not None and (layer.gate or layer.context_activation != Activation.IDENTITY)
     term = apart * (1 + (layer.context_activation in needs_pre))
     return layer.visible.shape[0] * (1 + (layer.activation in needs_pre) + layer.gate + term)
 
 
+@torch.library.register_fake("flowkernels::_autoregressive_backward", lib=library)
 @torch.library.register_fake("flowkernels::autoregressive_backward", lib=library)
 def _(dy, dlogabsdet, kept, context, weights, biases, context_weights, context_biases, visible, orders, *numbers) -> list[Tensor]:
     *_, stages, _, learned, need_dx = numbers
@@ -111,8 +115,6 @@ def _backward_on_cuda(dy, dlogabsdet, kept, context, *lists_and_rest) -> list[Te
 
 library.impl("autoregressive_training", training_by_products, "CUDA")
 library.impl("autoregressive_backward", _backward_on_cuda, "CUDA")
-if _SOLVES_ON_CUDA:
-    library.impl("autoregressive_inverse_backward", backward_by_solve, "CUDA")
 
 
 def loop_serves(conditioner: Conditioner, scale: ScaleMap | PoweredMap, device: torch.device) -> bool:
@@ -142,18 +144,22 @@ def serves(maps: Sequence[Map], x: Tensor) -> bool:
         if inverse and (isinstance(scale, PoweredMap) or not _is_whole(network, scale)):
             return False
         plain = not network.wiring and not network.context_biases and len(network.context_weights) in (0, len(network.weights))
-        if cuda and not (plain and (_solves_on(device) if inverse else _by_products(scale))):
+        if cuda and isinstance(scale, PoweredMap):
+            return False
+        if cuda and not (
+            plain and _has_library(device) if inverse else _trains_on(device) or (plain and not torch.compiler.is_compiling())
+        ):
             return False
     return True
 
 
-def _solves_on(device: torch.device) -> bool:
-    return _SOLVES_ON_CUDA and device.index not in _extension.unserved_gpus
+def _has_library(device: torch.device) -> bool:
+    return _COMPILED_FOR_CUDA and device.index not in _extension.unserved_gpus
 
 
-def _by_products(scale: ScaleMap | PoweredMap) -> bool:
-    """A compiler is given the pieces, to fuse them with what is around."""
-    return not isinstance(scale, PoweredMap) and not torch.compiler.is_compiling()
+def _trains_on(device: torch.device) -> bool:
+    """Whether the CUDA library trains on this GPU. It multiplies in full precision, Triton in tf32 where that is asked for."""
+    return _has_library(device) and (torch.compiler.is_compiling() or torch.backends.cuda.matmul.fp32_precision != "tf32")
 
 
 def with_gradient(x: Tensor, context: Tensor | None, maps: Sequence[Map], lists: Lists) -> tuple[Tensor, Tensor]:
@@ -201,12 +207,14 @@ class _Maps(torch.autograd.Function):
             y, total, between = stack_op(x, context, *lists, True)
             kept = [*between.unbind(), y]
         else:
-            y, total, kept = _training(x, context, *tensors, orders, activations, wiring, stages, packed)
+            training = _training_on_gpu if x.is_cuda and _trains_on(x.device) else _training
+            y, total, kept = training(x, context, *tensors, orders, activations, wiring, stages, packed)
         ctx.save_for_backward(x, context, *kept, *orders, *lists.visible, *parameters)
         learned = [int(isinstance(m.scale, PoweredMap)) for m in maps]
         bases = [m.scale.scale if powered else m.scale for m, powered in zip(maps, learned, strict=True)]
         ctx.numbers = _Numbers(activations, wiring, stages, packed, bases, learned)
         ctx.contexts, ctx.kept = (len(lists.context_weights), len(lists.context_biases)), len(kept)
+        ctx.by_library = not maps[0].inverse and training is _training_on_gpu
         return y, total
 
     @staticmethod
@@ -225,7 +233,8 @@ class _Maps(torch.autograd.Function):
             return _differentiable_gradient(ctx, x, context, maps, (*_parameters(lists), *numbers), dy, dlogabsdet)
         need_dx = ctx.needs_input_grad[0]
         networks = *parameters, visible, orders, activations, wiring, stages, packed
-        dx, dcontext, *parameters = each_cotangent(_backward, dy, dlogabsdet, kept, context, *networks, learned, need_dx)
+        backward = _backward_on_gpu if ctx.by_library else _backward
+        dx, dcontext, *parameters = each_cotangent(backward, dy, dlogabsdet, kept, context, *networks, learned, need_dx)
         if numbers:  # of which the op's are the gradients by bound * a
             bounds = [base.packed[0] for base, powered in zip(bases, learned, strict=True) if powered]
             for i, (bound, a) in enumerate(zip(bounds, numbers, strict=True), start=len(parameters) - len(numbers)):

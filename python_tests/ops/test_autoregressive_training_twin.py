@@ -1,0 +1,232 @@
+"""The CUDA training step without a GPU: its twin on the CPU runs the kernels' phases for all threads in turn, launch by launch, against the
+CPU's kernels in float64."""
+
+import itertools
+
+import pytest
+import torch
+
+from flowkernels import _extension, backend
+from flowkernels.flows import MAF
+from flowkernels.ops import Activation
+from flowkernels.ops.autoregressive import training
+from flowkernels.ops.scale_map import ScaleMap
+from python_tests.battery import assert_same_bits
+from python_tests.ops.test_autoregressive import FORMS, GATED, RESIDUAL, SCALES, WIRED, Part, TestAutoregressive, example, widened
+
+CASES = {name: case for name, case in TestAutoregressive.cases.items() if not name.endswith("inverse")}
+del TestAutoregressive  # or it would be collected here once more
+pytestmark = pytest.mark.skipif(not _extension.status().cpu_library, reason="the CPU library was not built")
+
+# multiprocessors, whether threads run backwards, bytes of deltas held together
+LAYOUTS = [(132, 0, 1 << 20), (1, 1, 0), (4, 0, 1 << 20)]
+
+
+def map_of(made):
+    x, context, *tensors, order, activations, wiring, kind, p0, p1, form, inverse = made.schema(made.rows, made.parameters)
+    weights, biases, context_weights, context_biases, visible = tensors
+    order = torch.arange(x.shape[1]) if order is None else order
+    stages = [len(activations), len(context_weights), int(bool(context_biases)), int(bool(wiring)), kind, form, int(inverse)]
+    return x, context, (weights, biases, context_weights, context_biases, visible, [order], activations, wiring, stages, [p0, p1])
+
+
+def stacked(n, lists):
+    return tuple(part * n for part in lists)
+
+
+def cotangents(x):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=g, dtype=torch.float64).to(x.dtype) for shape in (x.shape, x.shape[:1])]
+
+
+def step(x, context, lists, need_dx=True, twin=None):
+    """Outputs and gradients, by the CPU's kernels or by the twin in a layout."""
+    ops, more = torch.ops.flowkernels, () if twin is None else (list(twin),)
+    name = "_autoregressive_{}_twin" if twin else "autoregressive_{}"
+    with torch.no_grad():
+        y, logabsdet, kept = getattr(ops, name.format("training"))(x, context, *lists, *more)
+        rest = context, *lists, [0] * len(lists[5]), need_dx, *more
+        return y, logabsdet, *getattr(ops, name.format("backward"))(*cotangents(x), kept, *rest)
+
+
+def doubled(value):
+    if isinstance(value, (list, tuple)):
+        return type(value)(doubled(v) for v in value)
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def assert_is_the_cpus(x, context, lists, layouts=LAYOUTS, **options):
+    exact = step(*doubled((x, context, lists)), **options)
+    tolerance = 1e-10 if x.dtype == torch.float64 else 2e-3
+    for layout in layouts:
+        got = step(x, context, lists, twin=layout, **options)
+        torch.testing.assert_close(got, tuple(t.to(x.dtype) for t in exact), rtol=tolerance, atol=tolerance)
+
+
+# values that several products read, and others add before and after
+SHARED = [
+    Part(5, "elu"),
+    Part(5, "silu", residual=1),
+    Part(5, "tanh", source=1),
+    Part(7, "gelu", source=2, context="tanh"),
+    Part(5, "sigmoid", source=4, residual=2),
+    Part(5, "relu", source=3, residual=2, context="gate+"),
+    Part(5, "tanh", source=0, residual=6),
+    Part(0, source=7),
+]
+CASES["values shared"] = example(6, SHARED, context=2)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_network_of_the_battery(case, dtype):
+    for batch in (0, 1, 19):
+        x, context, lists = map_of(CASES[case](batch, dtype))
+        for maps, need_dx in ((1, True), (1, False), (2, True), (2, False)):
+            assert_is_the_cpus(x, context, stacked(maps, lists), need_dx=need_dx)
+
+
+def test_small_sizes_exhaustively():
+    for features, width, layers, rule in itertools.product(range(1, 7), (1, 2, 9), (0, 1, 2), ("even", "random")):
+        made = example(features, (width,) * layers, rule=rule, context=features % 3, activation="tanh")(3, torch.float64)
+        assert_is_the_cpus(*map_of(made), layouts=LAYOUTS[:2])
+
+
+@pytest.mark.parametrize(
+    ("features", "parts", "context", "batch"),
+    [
+        (70, (150, 300), 0, 600),  # several tiles on every side, and several shares of the batch
+        (20, (140,), 33, 300),
+        (90, (), 0, 130),
+        (20, widened(RESIDUAL, 70), 3, 140),
+        (9, widened(GATED, 66), 70, 140),
+        (30, widened(WIRED, 65), 0, 140),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sizes_beyond_a_tile(features, parts, context, batch, dtype):
+    made = example(features, parts, context=context, activation="tanh", rule="random")(batch, dtype)
+    assert_is_the_cpus(*map_of(made))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scale", [*SCALES, ScaleMap.exp_half(0.1)], ids=repr)
+def test_maps_and_forms(scale, form):
+    for dtype in (torch.float64, torch.float32):
+        x, context, lists = map_of(example(5, (11, 8), scale=scale, form=form, order=[3, 1, 4, 0, 2])(9, dtype))
+        assert_is_the_cpus(x, context, stacked(2, lists))
+
+
+@pytest.mark.parametrize("activation", Activation, ids=lambda a: a.name)
+def test_activations(activation):
+    x, context, lists = map_of(example(4, (11, 8), activation=activation.name.lower(), context=2)(9, torch.float64))
+    assert_is_the_cpus(x, context, stacked(2, lists))
+
+
+@pytest.mark.parametrize("parts", [(150, 70), RESIDUAL, GATED, WIRED])
+def test_tiles_threads_and_the_batch_change_no_bit_of_a_row(parts):
+    context = 3 if parts in (RESIDUAL, GATED) else 0
+    x, given, lists = map_of(example(40, parts, context=context, order=list(range(39, -1, -1)))(300, torch.float32))
+    rows = lambda begin, end: (x[begin:end], None if given is None else given[begin:end], stacked(2, lists))
+    whole = step(*rows(0, 300), twin=LAYOUTS[0])
+    for layout in LAYOUTS[1:]:
+        assert_same_bits(step(*rows(0, 300), twin=layout)[:4], whole[:4])
+    for begin, end in [(0, 1), (127, 131), (299, 300)]:
+        y, logabsdet, kept = torch.ops.flowkernels._autoregressive_training_twin(
+            *rows(begin, end)[:2], *stacked(2, lists), list(LAYOUTS[1])
+        )
+        assert_same_bits((y, logabsdet), tuple(t[begin:end] for t in whole[:2]))
+        part = [t[begin:end] for t in cotangents(x)]
+        dx = torch.ops.flowkernels._autoregressive_backward_twin(
+            *part, kept, rows(begin, end)[1], *stacked(2, lists), [0, 0], True, list(LAYOUTS[1])
+        )[0]
+        assert_same_bits((dx,), (whole[2][begin:end],))
+
+
+def test_strides():
+    x, context, lists = map_of(example(6, (9, 7), context=2)(21, torch.float32))
+    want = step(x, context, lists, twin=LAYOUTS[0])
+    wide = tuple([torch.cat([w, w], 1)[:, : w.shape[1]] for w in part] if i in (0, 2) else part for i, part in enumerate(lists))
+    turned = tuple([w.mT.contiguous().mT for w in part] if i in (0, 2) else part for i, part in enumerate(lists))
+    strided = [torch.stack([t, t], -1)[..., 0] for t in (x, context)]
+    assert_same_bits(step(*strided, wide, twin=LAYOUTS[0]), want)
+    assert_same_bits(step(x.mT.contiguous().mT, context.mT.contiguous().mT, turned, twin=LAYOUTS[1]), want)
+
+
+def test_an_infinity_reaches_only_what_sees_it():
+    """Of a feature that few units see: products with 0 would spread it over a tile."""
+    x, context, lists = map_of(example(80, (90,), scale=SCALES[0])(7, torch.float32))
+    clean = step(x, context, lists, twin=LAYOUTS[0])
+    bad = x.clone()
+    bad[3, 60] = torch.inf
+    got = step(bad, context, lists, twin=LAYOUTS[0])
+    keep = [0, 1, 2, 4, 5, 6]
+    for g, c in zip(got[:3], clean[:3], strict=True):
+        assert_same_bits((g[keep],), (c[keep],))
+    assert_same_bits((got[0][3, :60],), (clean[0][3, :60],))
+    assert not got[0][3, 60:].isfinite().all()
+    gradient = step(x, context, lists, twin=LAYOUTS[0])[2]
+    assert gradient.isfinite().all()
+
+
+def test_gradients_stay_inside_the_staircase():
+    x, context, lists = map_of(example(70, (90,), rule="random")(300, torch.float32))
+    gradients = step(x, context, lists, twin=LAYOUTS[0])[4:]
+    for dweight, visible in zip(gradients, lists[4], strict=False):
+        outside = torch.arange(dweight.shape[0])[:, None] >= visible
+        assert outside.any() and (dweight[outside] == 0).all() and (dweight[~outside] != 0).any()
+
+
+def test_visible_that_does_not_ascend_reads_nothing_outside():
+    """No answer is right; memory is not touched where it should not be (`make sanitize`)."""
+    x, context, lists = map_of(example(70, (90,))(30, torch.float32))
+    visible = [torch.full_like(v, 1 << 30) * torch.arange(len(v)).remainder(3).sub(1).int() for v in lists[4]]
+    y, *_ = step(x, context, (*lists[:4], visible, *lists[5:]), twin=LAYOUTS[0])
+    assert y.shape == x.shape
+
+
+def test_refusals():
+    x, context, lists = map_of(example(4, (9,))(3, torch.float32))
+    training, backward = torch.ops.flowkernels._autoregressive_training_twin, torch.ops.flowkernels._autoregressive_backward_twin
+    with pytest.raises(RuntimeError, match="float32 or float64"):
+        training(x.half(), context, *lists, list(LAYOUTS[0]))
+    kept = training(x, context, *lists, list(LAYOUTS[0]))[2]
+    dy, dlogabsdet = cotangents(x)
+    rest = context, *lists, [0], True, list(LAYOUTS[0])
+    with pytest.raises(RuntimeError, match="values are not those of the forward pass"):
+        backward(dy, dlogabsdet, [kept[0][:2]], *rest)
+    with pytest.raises(RuntimeError, match="one entry per row"):
+        backward(dy, dlogabsdet[:2], kept, *rest)
+    with pytest.raises(RuntimeError, match="learned"):
+        backward(dy, dlogabsdet, kept, context, *lists, [1], True, list(LAYOUTS[0]))
+    inverse = (*lists[:8], [*lists[8][:-1], 1], lists[9])
+    with pytest.raises(RuntimeError, match="forward ones"):
+        training(x, context, *inverse, list(LAYOUTS[0]))
+
+
+@pytest.fixture
+def by_twin(monkeypatch):
+    """Flows that train as on a GPU."""
+    ops = torch.ops.flowkernels
+    monkeypatch.setattr(training, "_training", lambda *a: ops._autoregressive_training_twin(*a, list(LAYOUTS[0])))
+    monkeypatch.setattr(training, "_backward", lambda *a: ops._autoregressive_backward_twin(*a, list(LAYOUTS[0])))
+
+
+@pytest.mark.parametrize(("residual", "contexts", "with_x"), [(False, 0, False), (False, 3, True), (True, 3, True), (True, 0, False)])
+def test_gradients_of_a_flow(residual, contexts, with_x, by_twin):
+    g = torch.Generator().manual_seed(0)
+    flow = MAF(6, transforms=3, hidden_features=(16, 16), context_features=contexts, residual=residual).double()
+    for p in flow.parameters():
+        p.data.add_(torch.randn(p.shape, dtype=p.dtype, generator=g), alpha=0.1)
+    x = torch.randn(9, 6, dtype=torch.float64, generator=g, requires_grad=with_x)
+    context = torch.randn(9, contexts, dtype=torch.float64, generator=g, requires_grad=True) if contexts else None
+    inputs = [t for t in (x, context, *flow.parameters()) if t is not None and t.requires_grad]
+
+    def gradients():
+        loss = (flow.log_prob(x, context) if contexts else flow.log_prob(x)).square().sum()
+        return torch.autograd.grad(loss, inputs)
+
+    got = gradients()
+    with backend("reference"):
+        want = gradients()
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
