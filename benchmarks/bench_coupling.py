@@ -17,6 +17,7 @@ from .case import Call, Case, Competitor, Target
 
 OURS, EAGER, COMPILED, REFERENCE = "flowkernels", "eager", "torch.compile", "reference"
 NFLOWS, COPY = "nflows' arithmetic", "copy of the same bytes"
+NODE = "a node that does nothing"  # the floor of one op with a gradient: autograd, and the memory of what it returns
 GLOW = {"scale": ScaleMap.sigmoid(bias=2.0), "form": "shift_scale"}
 LIKE_NFLOWS = {"scale": ScaleMap.sigmoid(bias=2.0, floor=1e-3)}
 CHECKED = 16  # samples that are compared with float64
@@ -32,7 +33,7 @@ def _images(quick: bool, device: torch.device) -> Iterator[Case]:
     targets = [Target("speedup", 1.0, 1.4, COMPILED), Target("speedup", 1.4, 2.2, EAGER)]
     yield problem.case("forward", [EAGER, COMPILED, REFERENCE, COPY], targets, seconds)
     targets = [Target("speedup", 1.0, 1.3, COMPILED), Target("speedup", 1.3, 1.8, EAGER)]
-    yield problem.case("forward + backward", [EAGER, COMPILED], targets, seconds)
+    yield problem.case("forward + backward", [EAGER, COMPILED, NODE], targets, seconds)
     if quick:
         return
     yield problem.case("inverse", [REFERENCE, COPY], [], seconds)
@@ -51,7 +52,7 @@ def _calls(quick: bool, device: torch.device) -> Iterator[Case]:
     problem, seconds = Problem((1, 8), device, **GLOW), 0.3 if quick else 1.0
     yield problem.case("forward", [EAGER, REFERENCE], [Target("share", 0.6, 0.4, EAGER)], seconds)
     yield problem.case("forward, recorded", [EAGER], [Target("share", 1.6, 1.0, EAGER)], seconds)
-    yield problem.case("forward + backward", [EAGER], [], seconds)
+    yield problem.case("forward + backward", [EAGER, NODE], [], seconds)
 
 
 def _sizes(quick: bool, device: torch.device) -> Iterator[Case]:
@@ -156,7 +157,18 @@ def nflows_arithmetic(x: Tensor, shift: Tensor, s: Tensor) -> tuple[Tensor, Tens
     return y, torch.log(scale).sum(-1)
 
 
-FUNCTIONS = {EAGER: glow, NFLOWS: nflows_arithmetic}
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, shift: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, shift, s)
+        return torch.empty_like(x), x.new_empty(len(x))
+
+    @staticmethod
+    def backward(ctx, dy: Tensor, dlogabsdet: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.empty_like, ctx.saved_tensors))
+
+
+FUNCTIONS = {EAGER: glow, NFLOWS: nflows_arithmetic, NODE: _Node.apply}
 
 
 def _reference(x: Tensor, shift: Tensor, s: Tensor, **options: Any) -> tuple[Tensor, Tensor]:

@@ -43,8 +43,10 @@ struct LoopLayer {
   int activation, context_activation;
   int source, residual;  // residual -1 for none
   int first, gates;      // first unit of its values, and of its gates, in the state of a tile; gates -1 for none
-  int column, known;     // mirrored: first column of its deltas, and of its values in args.made
-  bool unitwise, gate, takes_context;  // takes_context: also where there are no units, whose weights have no data
+  int column, known;     // mirrored: first column of its deltas, -1 for none, and in args.made of what its gate is made of, likewise
+  bool unitwise, gate;
+  bool takes_context;  // also where there are no units, whose weights have no data
+  bool gate_as_is;     // mirrored: otherwise it is the derivative of context_activation; times `bias`, where there is one
 
   // whether the context term is finished before it meets the sum
   FK_INLINE bool own_context_term() const { return gate || context_bias || context_activation != static_cast<int>(Activation::identity); }
@@ -77,9 +79,9 @@ struct LoopArgs {
   const T* made;  // row stride made_row: what the layers of the network itself gave
   int64_t made_row, dlogabsdet_step;
   const T* dlogabsdet;
-  T* deltas;  // [batch, columns], row stride deltas_row: first layer first
+  T* deltas;  // row stride deltas_row: the gradients by the sums of its layers
   int64_t deltas_row;
-  int columns, known_outputs;  // known_outputs: first column of the outputs in made
+  int known_outputs, column_outputs;  // first columns of the outputs, in made and in deltas
   const int32_t* visible_above[kMaxLayers];  // the staircase that layer l is the mirror of
 
   int32_t* schedule;      // ScheduleSpace
@@ -98,8 +100,7 @@ struct LoopArgs {
   FK_INLINE int units_in_workspace(bool state_in_shared) const { return !state_in_shared ? units : apart ? layer(n_layers).outputs : 0; }
   // steps of the inverse, at most; after the last feature, a mirrored network has units that only its deltas reach
   FK_INLINE int most_steps() const { return inverse ? features + (mirrored ? 1 : 0) : 1; }
-  FK_INLINE int column(int l) const { return l == 0 ? columns - 2 * features : layer(l).column; }
-  FK_INLINE int known(int l) const { return l == 0 ? known_outputs : layer(l).known; }
+  FK_INLINE int column(int l) const { return l == 0 ? column_outputs : layer(l).column; }
 };
 
 }  // namespace flowkernels

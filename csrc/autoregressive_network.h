@@ -26,18 +26,6 @@ struct LoopTensors {
   bool inverse;
 };
 
-// What the gradient of the inverse works on: made holds every layer's values, or what came before the activation where the derivative
-// needs that (activation.h), and the outputs, from the columns `known` on.
-struct SolveTensors {
-  torch::stable::Tensor dx, dlogabsdet, x, made;
-  std::vector<int64_t> known;
-  std::vector<torch::stable::Tensor> weights, visible;
-  std::optional<torch::stable::Tensor> order;
-  std::vector<int64_t> activations;
-  ScaleMapParams scale;
-  int form;
-};
-
 // The tensors of a stack's networks, one network after the other, in the order of its schema (stack_lists.h).
 struct StackTensors {
   torch::stable::Tensor x;
@@ -101,64 +89,6 @@ class LoopNetwork {
     args.affine = static_cast<const T*>(kept_.back().const_data_ptr());
   }
 
-  // The mirrored network, layer by layer from the last; whoever launches it calls place_visible.
-  explicit LoopNetwork(const SolveTensors& t) : like_(t.x) {
-    const int n = static_cast<int>(t.weights.size());
-    check(n >= 1 && n <= kMaxLayers, "a conditioner has 1 to 32 layers");
-    check(t.visible.size() == t.weights.size() && t.activations.size() == t.weights.size(), "visible and activations must have one entry per layer");
-    check(t.x.dim() == 2, "x must have two dimensions");
-    kept_.reserve(2 * n + 2);
-    args.batch = t.x.size(0);
-    args.features = number(t.x.size(1));
-    args.mirrored = args.inverse = true;
-    args.units = number(2 * t.x.size(1));
-    set_rows(t.dx, args.features, args.x, args.x_row, args.x_column, "dx");
-    set_rows(t.x, args.features, args.context_rows, args.context_row, args.context_column, "x");
-    args.context_features = args.features;
-    args.context = take(args.features + 1);
-    check(t.dlogabsdet.dim() == 1 && t.dlogabsdet.size(0) == args.batch && fits(t.dlogabsdet, like_.scalar_type()), "dlogabsdet does not fit x");
-    args.dlogabsdet = static_cast<const T*>(t.dlogabsdet.const_data_ptr());
-    args.dlogabsdet_step = t.dlogabsdet.stride(0);
-    for (const Tensor& weight : t.weights) {
-      check(weight.dim() == 2, "a weight must be a matrix");
-      args.columns = number(args.columns + weight.size(1));
-    }
-    check(t.made.dim() == 2 && t.known.size() == t.weights.size(), "every layer has its column in made");
-    const int made_columns = number(t.made.size(1));
-    args.made = matrix(t.made, args.batch, made_columns, args.made_row, "made");
-    const auto known = [&](int i) {
-      check(t.known[i] >= 0 && t.known[i] + t.weights[i].size(1) <= made_columns, "made does not fit its layers");
-      return static_cast<int>(t.known[i]);
-    };
-    args.known_outputs = known(n - 1);
-    int column = args.columns;
-    for (int i = n - 1; i >= 0; --i) {
-      LoopLayer<T>& layer = args.layers[n - 1 - i];
-      layer.source = n - 1 - i;
-      layer.residual = layer.gates = -1;
-      layer.inputs = number(t.weights[i].size(1));
-      layer.outputs = i == 0 ? args.features : number(t.weights[i - 1].size(1));
-      layer.weight = matrix(t.weights[i], layer.outputs, layer.inputs, layer.ld, "weight");
-      if (layer.inputs > 0 && layer.outputs > 0) layer.weight += (layer.outputs - 1) * layer.ld + layer.inputs - 1;
-      args.visible_above[n - 1 - i] = static_cast<const int32_t*>(vector(t.visible[i], layer.inputs, ScalarType::Int, "visible"));
-      layer.first = take(layer.outputs);
-      column -= layer.inputs;
-      layer.column = column - layer.outputs;
-      if (i == 0) continue;
-      layer.known = known(i - 1);
-      layer.gate = true;
-      layer.gates = take(layer.outputs);
-      layer.context_activation = activation(t.activations[i - 1]);
-    }
-    args.n_layers = n;
-    check(args.layers[0].inputs == 2 * args.features && t.activations[n - 1] == static_cast<int>(Activation::identity),
-          "the last layer must give shift and raw scale of each feature");
-    if (t.order) args.order = static_cast<const int64_t*>(vector(*t.order, args.features, ScalarType::Long, "order"));
-    args.scale = t.scale;
-    args.form = t.form;
-    choose_panels(args);
-  }
-
  private:
   Tensor like_;
   std::vector<Tensor> kept_;  // contiguous copies must outlive the launch
@@ -168,13 +98,6 @@ class LoopNetwork {
   static int number(int64_t n) {
     check(n <= INT_MAX / 64, "too many units");
     return static_cast<int>(n);
-  }
-
-  void set_rows(const Tensor& t, int columns, const T*& data, int64_t& row, int64_t& column, const char* name) {
-    check(t.dim() == 2 && t.size(0) == args.batch && t.size(1) == columns && fits(t, like_.scalar_type()), name, " does not fit x");
-    data = static_cast<const T*>(t.const_data_ptr());
-    row = t.stride(0);
-    column = t.stride(1);
   }
 
   // the first of so many units of the state

@@ -41,7 +41,8 @@ inline void choose_panels(LoopArgs<T>& args) {
   for (int l = 1; l <= args.n_layers; ++l) {
     const LoopLayer<T>& layer = args.layer(l);
     const bool quick = l == args.n_layers || layer.activation == static_cast<int>(Activation::relu);
-    args.in_registers = args.in_registers && layer.outputs > 0 && (args.mirrored || (quick && !layer.unitwise && !layer.gate && layer.residual < 0));
+    const bool chain = layer.source == l - 1 && !layer.unitwise && layer.residual < 0;
+    args.in_registers = args.in_registers && layer.outputs > 0 && chain && (args.mirrored ? layer.gate || l == args.n_layers : quick && !layer.gate);
     if (layer.unitwise) continue;
     padded += int64_t(layer.inputs) * block_ld(layer.outputs);
     weights += double(layer.inputs) * layer.outputs;

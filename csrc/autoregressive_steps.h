@@ -54,7 +54,7 @@ FK_INLINE void mirror_visible(const LoopArgs<T>& args, int32_t* visible, int thr
   for (int l = 1; l <= args.n_layers; ++l) {
     const LoopLayer<T>& layer = args.layer(l);
     const int32_t* above = args.visible_above[l - 1];
-    for (int i = thread; i < layer.outputs; i += threads) {
+    for (int i = layer.unitwise ? layer.outputs : thread; i < layer.outputs; i += threads) {
       const int k = layer.outputs - 1 - i;
       int low = 0, high = layer.inputs;  // how many of the layer above see no more than k units
       while (low < high) {

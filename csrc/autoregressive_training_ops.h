@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "autoregressive_mirror.h"
 #include "autoregressive_training_steps.h"
 
 namespace flowkernels {
@@ -13,6 +14,12 @@ inline void check_training_dtype(const torch::stable::Tensor& t) {
   using torch::headeronly::ScalarType;
   check_training(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, "tensors must be float32 or float64");
   check_training(t.dim() == 2, "x must be a matrix");
+}
+
+inline void check_cotangent(const torch::stable::Tensor& dlogabsdet, const torch::stable::Tensor& x) {
+  check_training(dlogabsdet.dim() == 1 && dlogabsdet.size(0) == x.size(0) && dlogabsdet.scalar_type() == x.scalar_type() &&
+                     dlogabsdet.is_cuda() == x.is_cuda(),
+                 "dlogabsdet must have one entry per row");
 }
 
 // run(shape) with the largest tile of which a product of batch x columns has two for each multiprocessor, or with the smallest: larger tiles read
@@ -98,9 +105,7 @@ template <class T, class Launch>
 Tensors training_backward(const StackTensors& t, const torch::stable::Tensor& dlogabsdet, const Tensors& kept, const std::vector<int64_t>& learned,
                           bool need_dx, int64_t together, Launch& launch) {
   const int64_t batch = t.x.size(0), features = t.x.size(1), contexts = t.context ? t.context->size(1) : 0;
-  check_training(dlogabsdet.dim() == 1 && dlogabsdet.size(0) == batch && dlogabsdet.scalar_type() == t.x.scalar_type() &&
-                     dlogabsdet.is_cuda() == t.x.is_cuda(),
-                 "dlogabsdet must have one entry per row");
+  check_cotangent(dlogabsdet, t.x);
   check_training(kept.size() == t.orders.size(), "every map needs its entries in each list");
   for (int64_t own : learned) check_training(own == 0, "a learned scale has no kernel here");
   const TrainingStack<T> stack(t, kept, nullptr, nullptr, launch);
@@ -132,20 +137,17 @@ Tensors training_backward(const StackTensors& t, const torch::stable::Tensor& dl
   return out;
 }
 
-// The gradient of (x, logabsdet) = f^-1(z) for a plain chain: dz, dcontext (empty without context), then as above. Every layer's values are
-// made again from x; then solve(args) runs the mirrored loop, which gives dz and the deltas; then all is as in training. t: of f
+// The gradient of (x, logabsdet) = f^-1(z): dz, dcontext (empty without context), then as above. Every layer's values are made again from x;
+// then solve(args) runs the mirrored loop, which gives dz and the gradients by the layers' sums; then all is as in training. t: of f
 template <class T, class Launch, class Solve>
 Tensors inverse_backward(const LoopTensors& t, const torch::stable::Tensor& dx, const torch::stable::Tensor& dlogabsdet, Launch& launch, const Solve& solve) {
-  LoopNetwork<T> network(t);
+  const LoopNetwork<T> network(t);
   const LoopArgs<T>& args = network.args;
+  check_training(dx.dim() == 2 && dx.size(0) == args.batch && dx.size(1) == args.features && dx.scalar_type() == t.x.scalar_type() &&
+                     dx.is_cuda() == t.x.is_cuda(),
+                 "dx does not fit x");
+  check_cotangent(dlogabsdet, t.x);
   const TrainingColumns<T> columns = TrainingMap<T>::columns_of(args);
-  bool plain = !columns.wired;
-  std::vector<int64_t> known;
-  for (const LayerColumns<T>& layer : columns.layers) {
-    plain = plain && layer.term < 0;
-    known.push_back(layer.pre >= 0 ? layer.pre : layer.value);
-  }
-  check_training(plain && t.context_biases.empty(), "the gradient of the inverse is that of a plain chain here");
   std::optional<torch::stable::Tensor> context;
   const Matrix<T> given = context_matrix<T>(t.context, context);
   const TrainingMap<T> map(args, columns, launch.empty({args.batch, columns.values}));
@@ -153,14 +155,14 @@ Tensors inverse_backward(const LoopTensors& t, const torch::stable::Tensor& dx, 
   rise_through(map, given, launch);
 
   torch::stable::Tensor dz = launch.empty({args.batch, args.features}), deltas = launch.empty({args.batch, columns.deltas});
-  LoopNetwork<T> mirrored(SolveTensors{dx, dlogabsdet, t.x, map.kept, known, t.weights, t.visible, t.order, t.activations, t.scale, t.form});
+  MirroredNetwork<T> mirrored(args, columns, {dx, dlogabsdet, map.values});
   mirrored.args.y = static_cast<T*>(dz.mutable_data_ptr());
-  T* by = static_cast<T*>(deltas.mutable_data_ptr());
-  mirrored.args.deltas = by + args.features;
+  mirrored.args.deltas = static_cast<T*>(deltas.mutable_data_ptr());
   mirrored.args.deltas_row = columns.deltas;
   if (args.batch > 0) solve(mirrored.args);
 
-  Descent<T, Launch> descent(map, by, given, launch);
+  Descent<T, Launch> descent(map, mirrored.args.deltas, given, launch);
+  descent.settle_terms();
   torch::stable::Tensor dcontext = launch.empty({t.context ? args.batch : 0, args.context_features});
   if (t.context) descent.find_context(static_cast<T*>(dcontext.mutable_data_ptr()), false);
   Tensors out{dz, dcontext};
@@ -172,6 +174,7 @@ Tensors inverse_backward(const LoopTensors& t, const torch::stable::Tensor& dx, 
   make(t.weights, gradients.weights);
   make(t.biases, gradients.biases);
   make(t.context_weights, gradients.context_weights);
+  make(t.context_biases, gradients.context_biases);
   AcrossQueue<T, Launch> queue(args.batch, launch);
   descent.find_parameters(gradients, queue);
   queue.flush();

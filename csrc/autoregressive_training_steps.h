@@ -151,6 +151,20 @@ class Descent {
     }
   }
 
+  // Where the gradients by all totals are known: those by context terms that are more than an addend, and by sums that a gate multiplies
+  void settle_terms() {
+    for (int l = 1; l <= args_.n_layers; ++l) {
+      if (columns(l).term < 0) continue;
+      SettleArgs<T> settle{};
+      settle.batch = args_.batch;
+      settle.settles = true;
+      settle.own = {map_.values, deltas_, map_.columns.values, map_.columns.deltas, columns(l), false, true, false};
+      settle.own.to.activation = Activation::identity;
+      settle.own.to.residual = -1;
+      launch_.settle(settle);
+    }
+  }
+
   // The gradient by the context, [batch, contexts]; adds: to what dcontext holds
   void find_context(T* dcontext, bool adds) {
     Fall<T> to{nullptr, dcontext, 0, args_.context_features, {}, adds, false, false};

@@ -6,8 +6,6 @@
 //   flowkernels::_autoregressive_plan(<arguments of autoregressive>, int[] device) -> int[]
 //     device: multiprocessors, shared memory of a block and of a multiprocessor, batch. The plan's members, panel_steps, units
 //   flowkernels::_autoregressive_stack_twin(<arguments of autoregressive_stack>, int[] layout) -> (Tensor, Tensor, Tensor)
-//   flowkernels::_autoregressive_solve_twin(Tensor dx, Tensor dlogabsdet, Tensor x, Tensor made, <a plain chain and its map>, int[] layout)
-//     -> (Tensor, Tensor)                                 dz, and the gradients by every layer's sums from what the layers made
 //   flowkernels::_autoregressive_inverse_backward_twin(<arguments of autoregressive_inverse_backward>, int[] layout, int[] training) -> Tensor[]
 //     training: the layout of autoregressive_training_twin.cpp
 // Each phase runs for all threads of a block in turn, forwards or backwards; a copy into a slot lands at the last moment that the kernel's
@@ -174,18 +172,6 @@ std::tuple<Tensor, Tensor> run(const LoopTensors& tensors, const std::vector<int
 }
 
 template <class T>
-std::tuple<Tensor, Tensor> run(const SolveTensors& tensors, const std::vector<int64_t>& layout) {
-  LoopNetwork<T> network(tensors);
-  LoopArgs<T>& args = network.args;
-  Tensor dz = empty(tensors.x, {args.batch, args.features}), deltas = empty(tensors.x, {args.batch, args.columns});
-  args.y = static_cast<T*>(dz.mutable_data_ptr());
-  args.deltas = static_cast<T*>(deltas.mutable_data_ptr());
-  args.deltas_row = args.columns;
-  run_loop<T, true>(args, layout);
-  return {dz, deltas};
-}
-
-template <class T>
 Tensor steps(const LoopTensors& tensors) {
   LoopNetwork<T> network(tensors);
   set_launch(network.args, 4, 1, network.args.panel_capacity, false);
@@ -239,19 +225,6 @@ std::tuple<Tensor, Tensor, Tensor> stack_twin(Tensor x, std::optional<Tensor> co
 std::tuple<Tensor, Tensor> twin(FK_ARGUMENTS, std::vector<int64_t> layout) {
   return x.scalar_type() == ScalarType::Float ? run<float>(FK_TENSORS, layout) : run<double>(FK_TENSORS, layout);
 }
-std::tuple<Tensor, Tensor> solve_twin(Tensor dx, Tensor dlogabsdet, Tensor x, Tensor made, std::vector<Tensor> weights,
-                                      std::vector<Tensor> visible, std::optional<Tensor> order, std::vector<int64_t> activations,
-                                      int64_t scale_kind, double scale_p0, double scale_p1, int64_t form, std::vector<int64_t> layout) {
-  std::vector<int64_t> known;  // one layer after another
-  int64_t columns = 0;
-  for (const Tensor& weight : weights) {
-    known.push_back(columns);
-    columns += weight.size(1);
-  }
-  const SolveTensors tensors{dx,          dlogabsdet,   x, made, known, weights, visible, order,
-                             activations, {static_cast<int>(scale_kind), scale_p0, scale_p1}, static_cast<int>(form)};
-  return x.scalar_type() == ScalarType::Float ? run<float>(tensors, layout) : run<double>(tensors, layout);
-}
 Tensors inverse_backward_twin(Tensor dx, Tensor dlogabsdet, Tensor x, std::optional<Tensor> context, Tensors weights, Tensors biases,
                               Tensors context_weights, Tensors context_biases, Tensors visible, std::optional<Tensor> order,
                               std::vector<int64_t> activations, std::vector<int64_t> wiring, int64_t scale_kind, double scale_p0, double scale_p1,
@@ -283,9 +256,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels, m) {
       "Tensor[] visible, Tensor[] orders, Tensor[] affines, int[] activations, int[] wiring, int[] stages, float[] scales, bool keep, int[] layout) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "_autoregressive_solve_twin(Tensor dx, Tensor dlogabsdet, Tensor x, Tensor made, Tensor[] weights, Tensor[] visible, Tensor? order, "
-      "int[] activations, int scale_kind, float scale_p0, float scale_p1, int form, int[] layout) -> (Tensor, Tensor)");
-  m.def(
       "_autoregressive_inverse_backward_twin(Tensor dx, Tensor dlogabsdet, Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, "
       "Tensor[] context_weights, Tensor[] context_biases, Tensor[] visible, Tensor? order, int[] activations, int[] wiring, int scale_kind, "
       "float scale_p0, float scale_p1, int form, int[] layout, int[] training) -> Tensor[]");
@@ -296,7 +266,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
   m.impl("_autoregressive_twin", TORCH_BOX(&flowkernels::twin));
   m.impl("_autoregressive_stack_twin", TORCH_BOX(&flowkernels::stack_twin));
-  m.impl("_autoregressive_solve_twin", TORCH_BOX(&flowkernels::solve_twin));
   m.impl("_autoregressive_inverse_backward_twin", TORCH_BOX(&flowkernels::inverse_backward_twin));
   m.impl("_autoregressive_steps", TORCH_BOX(&flowkernels::twin_steps));
   m.impl("_autoregressive_plan", TORCH_BOX(&flowkernels::twin_plan));

@@ -98,18 +98,19 @@ struct Tile {
     read(args.features, args.context, thread, threads,
          [&](int64_t row, int p) { return args.context_rows[row * args.context_row + place(p) * args.context_column]; });
     read(1, args.context + args.features, thread, threads, [&](int64_t row, int) { return args.dlogabsdet[row * args.dlogabsdet_step]; });
-    for (int l = 0; l < args.n_layers; ++l) {
-      const T* last = args.made + args.known(l) + args.width(l) - 1;
-      auto made = [&](int64_t row, int j) { return last[row * args.made_row - j]; };
-      if (l == 0) {
-        read(args.width(0), 0, thread, threads, made);
-        continue;
-      }
+    auto made = [&](int64_t row, int column, int units, int j) { return args.made[row * args.made_row + column + units - 1 - j]; };
+    read(args.width(0), 0, thread, threads, [&](int64_t row, int j) { return made(row, args.known_outputs, args.width(0), j); });
+    for (int l = 1; l < args.n_layers; ++l) {
       const LoopLayer<T>& layer = args.layer(l);
+      if (!layer.unitwise) read(layer.outputs, layer.first, thread, threads, [](int64_t, int) { return T(0); });
+      if (!layer.gate) continue;
       const Activation activation = static_cast<Activation>(layer.context_activation);
-      read(layer.outputs, layer.first, thread, threads, [](int64_t, int) { return T(0); });
-      read(layer.outputs, layer.gates, thread, threads,
-           [&](int64_t row, int j) { return scalar::derivative_at(activation, made(row, j)); });
+      read(layer.outputs, layer.gates, thread, threads, [&](int64_t row, int j) {
+        T gate = T(1);
+        if (layer.known >= 0) gate = made(row, layer.known, layer.outputs, j);
+        if (layer.known >= 0 && !layer.gate_as_is) gate = scalar::derivative_at(activation, gate);
+        return layer.bias ? gate * layer.bias[layer.outputs - 1 - j] : gate;
+      });
     }
   }
 
@@ -335,6 +336,7 @@ struct Tile {
     }
     for (int l = 0; l < args.n_layers; ++l) {
       const int width = args.width(l);
+      if (args.column(l) < 0) continue;
       T* first = args.deltas + first_row * args.deltas_row + args.column(l);
       for (int i = thread; i < rows() * width; i += threads) {
         const int r = i / width, j = i % width;

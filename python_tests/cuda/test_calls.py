@@ -83,6 +83,13 @@ CALLS: dict[str, tuple[str | Callable, Callable[[int], tuple]]] = {
             example(6, (9, 7), order=[3, 1, 4, 0, 5, 2], activation="silu", inverse=True)(batch, torch.float32)
         ),
     ),
+    **{
+        f"autoregressive_inverse_backward, {name}": (
+            "autoregressive_inverse_backward",
+            lambda batch, parts=parts: gradient_arguments(example(6, parts, context=2, inverse=True)(batch, torch.float32)),
+        )
+        for name, parts in (("residual", RESIDUAL), ("gated", GATED))
+    },
     "training": (BY_LIBRARY, training_arguments((9, 7), context=2, activation="silu")),
     "training, residual": (BY_LIBRARY, training_arguments(RESIDUAL, context=2)),
     "training, gated": (BY_LIBRARY, training_arguments(GATED, context=2)),

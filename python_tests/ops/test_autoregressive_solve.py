@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from flowkernels import _extension
-from flowkernels.ops import Activation, Form, ScaleMap
+from flowkernels.ops import Activation, Conditioner, Form, ScaleMap
+from flowkernels.ops.autoregressive.mirror import mirrored_layers
+from flowkernels.ops.autoregressive.training import CUDA_LAYERS
 from python_tests.battery import assert_same_bits
-from python_tests.ops.test_autoregressive import FORMS, SCALES, TestAutoregressive, example
+from python_tests.ops.test_autoregressive import FORMS, GATED, RESIDUAL, SCALES, Part, TestAutoregressive, example, widened
 from python_tests.ops.test_autoregressive_schedule import LAYOUTS
 
-PLAIN = {name: case for name, case in TestAutoregressive.cases.items() if name.endswith("inverse")}
-for other in ("residual", "gated", "wired"):
-    del PLAIN[f"{other} inverse"]
+# the loop adds nothing to the gradients by features that several layers read
+CASES = {name: case for name, case in TestAutoregressive.cases.items() if name.endswith("inverse") and name != "wired inverse"}
 del TestAutoregressive  # or it would be collected here once more
 
 pytestmark = pytest.mark.skipif(not _extension.status().cpu_library, reason="the CPU library was not built")
@@ -50,11 +51,11 @@ def _doubled(value):
     return [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("case", PLAIN)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_every_plain_network_of_the_battery(case, dtype):
+def test_every_network_of_the_battery(case, dtype):
     for batch in (1, 19):
-        made = PLAIN[case](batch, dtype)
+        made = CASES[case](batch, dtype)
         for panel, elements in ((0, 0), (1, 2048), (2, 60), (2, 2048), (16, 4096)):
             first, *others = (
                 assert_is_the_cpus(made, (*layout[:4], panel, layout[5], elements, 0, layout[8]), dtype) for layout in LAYOUTS
@@ -104,20 +105,17 @@ def test_against_autograd_through_the_d_passes():
 
 
 def test_row_alone_and_strides():
-    made = example(6, (9, 7), order=[3, 1, 4, 0, 5, 2], inverse=True)(21, torch.float32)
-    a = arguments(made)
-    twin = lambda a, layout: torch.ops.flowkernels._autoregressive_solve_twin(*a, list(layout))
-    dx, dlogabsdet, x, _, weights, _, _, _, visible, order, activations, _, *scale_and_form = a
-    columns = sum(len(v) for v in visible)
-    values = torch.randn(21, columns, generator=torch.Generator().manual_seed(0))
-    rows, rest = (dx, dlogabsdet, x, values), (weights, visible, order, activations, *scale_and_form)
-    whole = twin((*rows, *rest), LAYOUTS[2])
-    assert whole[1].shape == (21, columns)
-    strided = [torch.stack([t, t], -1)[..., 0] for t in rows]
-    wide = [torch.cat([w, w], 1)[:, : w.shape[1]] for w in weights]
-    assert_same_bits(twin((*strided, wide, *rest[1:]), LAYOUTS[1]), whole)
-    for begin, end in [(0, 1), (3, 5), (7, 10), (10, 21)]:
-        assert_same_bits(twin((*(t[begin:end] for t in rows), *rest), LAYOUTS[0]), tuple(t[begin:end] for t in whole))
+    for parts in ((9, 7), RESIDUAL, GATED):
+        made = example(6, parts, context=2, order=[3, 1, 4, 0, 5, 2], inverse=True)(21, torch.float32)
+        dx, dlogabsdet, x, context, weights, *rest = arguments(made)
+        rows = (dx, dlogabsdet, x, context)
+        whole = by_twin((*rows, weights, *rest), LAYOUTS[2])
+        strided = [torch.stack([t, t], -1)[..., 0] for t in rows]
+        wide = [torch.cat([w, w], 1)[:, : w.shape[1]] if w.dim() == 2 else w for w in weights]
+        assert_same_bits(by_twin((*strided, wide, *rest), LAYOUTS[1]), whole)
+        for begin, end in [(0, 1), (3, 5), (7, 10), (10, 21)]:
+            part = by_twin((*(t[begin:end] for t in rows), weights, *rest), LAYOUTS[0])
+            assert_same_bits(part[:2], tuple(t[begin:end] for t in whole[:2]))
 
 
 def test_a_bad_row_stays_alone():
@@ -133,23 +131,84 @@ def test_a_bad_row_stays_alone():
 
 def test_a_network_that_is_not_autoregressive_gives_nan():
     visible = [torch.tensor([0, 0, 2, 2, 2, 2], dtype=torch.int32)]
-    a = (
-        torch.ones(2, 3),
-        torch.ones(2),
-        torch.ones(2, 3),
-        torch.ones(2, 6),
-        [torch.ones(3, 6)],
-        visible,
-        None,
-        [0],
-        0,
-        0.0,
-        0.0,
-        int(Form.GATE),
-    )
+    rows = (torch.ones(2, 3), torch.ones(2), torch.ones(2, 3), None)
+    network = ([torch.ones(3, 6)], [torch.ones(6)], [], [], visible, None, [0], [])
     for layout in LAYOUTS:
-        dz, deltas = torch.ops.flowkernels._autoregressive_solve_twin(*a, list(layout))
-        assert dz[:, 2].isfinite().all() and dz[:, :2].isnan().all() and deltas.isnan().all()
+        dz, _, dweight, _ = by_twin((*rows, *network, 0, 0.0, 0.0, int(Form.GATE)), layout)
+        assert dz[:, 2].isfinite().all() and dz[:, :2].isnan().all() and dweight[:2, 2:].isnan().all()
+
+
+# what the mirrored loop makes of values that several layers read or add, before and behind activations, gates and factors
+SHARED = [
+    Part(5, "elu"),
+    Part(5, "silu", residual=1),
+    Part(5, "tanh", source=1),
+    Part(7, "gelu", source=2, context="tanh"),
+    Part(5, "sigmoid", source=4, residual=2),
+    Part(5, "relu", source=3, residual=2, context="gate+"),
+    Part(5, "tanh", source=5, residual=6, unitwise="affine"),
+    Part(5, "silu", source=7, unitwise="read"),
+    Part(5, source=8, residual=7),
+    Part(5, "softplus", source=9, unitwise="read", residual=9),
+    Part(0, source=10),
+]
+DEEP = [Part(7, context="add")]
+for block in range(3):
+    h = 3 * block + 1
+    DEEP += [
+        Part(7, "silu", source=h, unitwise="affine" if block == 1 else "read"),
+        Part(7, "elu", source=h + 1),
+        Part(7, source=h + 2, residual=h),
+    ]
+DEEP.append(Part(0))
+
+
+@pytest.mark.parametrize("parts", [SHARED, DEEP, widened(DEEP, 40)], ids=["shared", "deep", "deep and wide"])
+def test_wired_networks(parts):
+    made = example(6, parts, context=2, order=[3, 1, 4, 0, 5, 2], inverse=True)
+    for panel, elements in ((0, 0), (1, 2048), (2, 60), (16, 4096)):
+        for layout in LAYOUTS:
+            assert_is_the_cpus(made(9, torch.float64), (*layout[:4], panel, layout[5], elements, 0, layout[8]))
+    wider = example(30, widened(parts, 50), context=2, inverse=True)(9, torch.float64)
+    assert_is_the_cpus(wider, LAYOUTS[0])
+
+
+def network_of(a):
+    return Conditioner(a[4], a[5], a[8], a[10], a[6], a[9], a[11], a[7])
+
+
+@pytest.mark.parametrize(
+    ("parts", "refusal"),
+    [
+        ([Part(5, "tanh"), Part(5, "tanh", source=0, residual=1), Part(0)], "the features must be read by one layer"),
+        ([Part(5, "tanh"), Part(5, "tanh"), Part(0, source=1)], "every layer must be read"),
+    ],
+)
+def test_networks_that_are_not_mirrored(parts, refusal):
+    a = arguments(example(4, parts, inverse=True)(2, torch.float64))
+    assert mirrored_layers(network_of(a)) is None
+    with pytest.raises(RuntimeError, match=refusal):
+        by_twin(a, LAYOUTS[0])
+
+
+def test_layers_are_counted_as_the_kernel_has_them():
+    """On both sides of what it takes: networks that end in more and more plain layers."""
+    met = set()
+    for parts, context in ((SHARED, 2), (DEEP, 2), (RESIDUAL, 2), (GATED, 2), ([Part(5, "tanh"), Part(0)], 0)):
+        for more in range(32):
+            tail = [Part(5, "tanh")] * more
+            a = arguments(example(3, [*parts[:-1], *tail, Part(0)], context=context, inverse=True)(1, torch.float64))
+            layers = mirrored_layers(network_of(a))
+            if len(a[4]) > CUDA_LAYERS or not CUDA_LAYERS - 1 <= layers <= CUDA_LAYERS + 2:
+                continue
+            met.add(layers)
+            try:
+                by_twin(a, LAYOUTS[0])
+            except RuntimeError as error:
+                assert layers > CUDA_LAYERS and "more layers" in str(error)
+            else:
+                assert layers <= CUDA_LAYERS
+    assert {CUDA_LAYERS, CUDA_LAYERS + 1} <= met
 
 
 def _on_gpu(value):
@@ -157,10 +216,10 @@ def _on_gpu(value):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", PLAIN)
+@pytest.mark.parametrize("case", CASES)
 def test_gpu_has_the_cpus_gradient(case):
     for batch, dtype in itertools.product((0, 1, 37, 3000), (torch.float64, torch.float32)):
-        made = PLAIN[case](batch, dtype)
+        made = CASES[case](batch, dtype)
         a = arguments(made)
         got = torch.ops.flowkernels.autoregressive_inverse_backward(*map(_on_gpu, a))
         tolerance = 1e-9 if dtype is torch.float64 else 2e-3

@@ -8,9 +8,10 @@ With g and c the loss's gradients by y and by logabsdet, and sums s_l = bias_l +
 
 all of them under the staircase. In a wired network what reaches h_l on each of its ways is added up before the derivative, and a gate
 turns delta_l into that of the sum and that of the context term. On a CPU both ops are one kernel each, on a GPU a list of launches
-(csrc/autoregressive_training_steps.h), for the inverse with one loop a map among them. Plain chains are trained by Triton's products
-(products.py) where the CUDA library was not built or tf32 is asked for. Where no kernel serves, or torch.func looks on, or a gradient of
-the gradient is asked for, the map is composed of `masked_linear` instead: the same mathematics in pieces that know their own derivatives.
+(csrc/autoregressive_training_steps.h), for the inverse with one loop a map among them (csrc/autoregressive_mirror.h). Plain chains are
+trained by Triton's products (products.py) where the CUDA library was not built or tf32 is asked for. Where no kernel serves, or
+torch.func looks on, or a gradient of the gradient is asked for, the map is composed of `masked_linear` instead: the same mathematics in
+pieces that know their own derivatives.
 An inverse that no kernel takes is differentiated implicitly (implicit.py).
 """
 
@@ -30,6 +31,7 @@ from ..masked_linear import masked_linear
 from ..scale_map import PoweredMap, ScaleKind, ScaleMap
 from .conditioner import Conditioner, MaskedLayer
 from .loop import NUMBERS, Lists, Map, autoregressive_op, stack_op
+from .mirror import mirrored_layers
 from .products import backward_by_products, training_by_products
 from .reference import autoregressive_reference
 
@@ -54,6 +56,7 @@ _inverse_backward = torch.ops.flowkernels.autoregressive_inverse_backward.defaul
 _COMPILED = _extension.has_kernel("autoregressive_training", "CPU")
 _COMPILED_FOR_CUDA = _extension.has_kernel("_autoregressive_training", "CUDA")
 CUDA_LAYERS = 32  # kMaxLayers of the CUDA kernels, which take all layers as one argument
+_MOST_WEIGHTS = 1 << 31  # of a network, as the GPU's loop packs them: it counts 34 GB, their staircases' paddings among them
 
 
 @torch.library.register_fake("flowkernels::_autoregressive_training", lib=library)
@@ -118,11 +121,14 @@ library.impl("autoregressive_backward", _backward_on_cuda, "CUDA")
 
 
 def loop_serves(conditioner: Conditioner, scale: ScaleMap | PoweredMap, device: torch.device) -> bool:
-    """Whether the loop's kernel for this device takes such networks: that for GPUs has outputs for every feature, and a learned scale is
-    a number that no compiled graph can read."""
+    """Whether the loop's kernel for this device takes such networks: that for GPUs has outputs for every feature and takes no more weights
+    than it can count, and a learned scale is a number that no compiled graph can read."""
     if isinstance(scale, PoweredMap) and torch.compiler.is_compiling():
         return False
-    return device.type != "cuda" or (len(conditioner.weights) <= CUDA_LAYERS and _is_whole(conditioner, scale))
+    if device.type != "cuda":
+        return True
+    fits = len(conditioner.weights) <= CUDA_LAYERS and sum(w.numel() for w in conditioner.weights) <= _MOST_WEIGHTS
+    return fits and _is_whole(conditioner, scale)
 
 
 def _is_whole(conditioner: Conditioner, scale: ScaleMap | PoweredMap) -> bool:
@@ -143,14 +149,19 @@ def serves(maps: Sequence[Map], x: Tensor) -> bool:
             return False
         if inverse and (isinstance(scale, PoweredMap) or not _is_whole(network, scale)):
             return False
-        plain = not network.wiring and not network.context_biases and len(network.context_weights) in (0, len(network.weights))
-        if cuda and isinstance(scale, PoweredMap):
-            return False
-        if cuda and not (
-            plain and _has_library(device) if inverse else _trains_on(device) or (plain and not torch.compiler.is_compiling())
-        ):
+        if cuda and not (_inverts(network, device) if inverse else _trains(network, scale, device)):
             return False
     return True
+
+
+def _inverts(network: Conditioner, device: torch.device) -> bool:
+    layers = mirrored_layers(network)
+    return layers is not None and layers <= CUDA_LAYERS and _has_library(device)
+
+
+def _trains(network: Conditioner, scale: ScaleMap | PoweredMap, device: torch.device) -> bool:
+    plain = not network.wiring and not network.context_biases and len(network.context_weights) in (0, len(network.weights))
+    return not isinstance(scale, PoweredMap) and (_trains_on(device) or (plain and not torch.compiler.is_compiling()))
 
 
 def _has_library(device: torch.device) -> bool:
