@@ -2,14 +2,16 @@
 CPU's kernels in float64."""
 
 import itertools
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from flowkernels import _extension, backend
 from flowkernels.flows import MAF
-from flowkernels.ops import Activation
+from flowkernels.ops import Activation, Conditioner, Form
 from flowkernels.ops.autoregressive import training
+from flowkernels.ops.autoregressive.loop import Map
 from flowkernels.ops.scale_map import ScaleMap
 from python_tests.battery import assert_same_bits
 from python_tests.ops.test_autoregressive import FORMS, GATED, RESIDUAL, SCALES, WIRED, Part, TestAutoregressive, example, widened
@@ -230,3 +232,57 @@ def test_gradients_of_a_flow(residual, contexts, with_x, by_twin):
     with backend("reference"):
         want = gradients()
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+class OnAGpu(NamedTuple):
+    """All that the choice of an implementation asks of a tensor."""
+
+    device: torch.device = torch.device("cuda", 0)
+
+
+@pytest.fixture(params=["ieee", "tf32"])
+def precision(request):
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, request.param
+    yield request.param
+    matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_what_a_gpu_is_given(library, precision, monkeypatch):
+    """Its library's kernels, or without it, or where tf32 is asked for, products of plain chains."""
+    monkeypatch.setattr(training, "_COMPILED_FOR_CUDA", library)
+    monkeypatch.setattr(training, "wants_reference", lambda *_: False)
+    exact = library and precision == "ieee"
+
+    def served(parts, inverse, scale=SCALES[0], **options):
+        made = example(4, parts, scale=scale, inverse=inverse, **options)(2, torch.float32)
+        *tensors, order, activations, wiring = made.schema(made.rows, made.parameters)[2:10]
+        weights, biases, context_weights, context_biases, visible = tensors
+        network = Conditioner(weights, biases, visible, activations, context_weights, order, wiring, context_biases)
+        return training.serves([Map(network, scale, Form.SCALE_SHIFT, inverse)], OnAGpu())
+
+    assert served((9, 7), False) and served((9, 7), False, context=2)
+    assert served(RESIDUAL, False, context=2) == served(GATED, False, context=2) == served(WIRED, False) == exact
+    for parts in ((9, 7), RESIDUAL, GATED):
+        assert served(parts, True, context=2) == library
+    assert not served(WIRED, True)  # whose features several layers read
+    assert training._trains_on(OnAGpu().device) == exact
+    monkeypatch.setattr(training._extension, "unserved_gpus", {0: "another architecture"})
+    assert not training._trains_on(OnAGpu().device) and not served((9, 7), True) and served((9, 7), False)
+
+
+def test_what_the_loop_on_a_gpu_is_given():
+    def network(features, hidden, layers=2):
+        widths = [features, *[hidden] * (layers - 1), 2 * features]
+        weights = [torch.empty(k, n, device="meta") for k, n in itertools.pairwise(widths)]
+        visible = [torch.empty(n, dtype=torch.int32, device="meta") for n in widths[1:]]
+        return Conditioner(weights, visible, visible, [0] * layers, [])
+
+    served = lambda network, scale=SCALES[0], gpu=True: training.loop_serves(
+        network, scale, OnAGpu().device if gpu else torch.device("cpu")
+    )
+    assert served(network(6, 100)) and served(network(784, 32768, 3))
+    assert not served(network(6, 100, 33)) and served(network(6, 100, 33), gpu=False)
+    assert not served(network(8192, 200_000)) and served(network(8192, 200_000), gpu=False)  # more than its images count
+    assert not served(network(6, 100), ScaleMap.unit())
