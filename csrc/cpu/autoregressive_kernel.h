@@ -9,7 +9,6 @@ namespace flowkernels {
 namespace FK_TARGET {
 
 constexpr int64_t kLogChunk = 16;  // log-derivatives are summed in chunks, as inputs are
-constexpr int64_t kFewSteps = 8;   // so many are run one after the other
 
 template <class T>
 FK_INLINE ValueAndLog<Vec<T>> transform(const AutoregressiveArgs<T>& args, Vec<T> x, Vec<T> shift, Vec<T> raw) {
@@ -63,10 +62,31 @@ void run_step(State& state, const AutoregressiveArgs<T>& args, int64_t s, int64_
   }
 }
 
+// The same where lanes are units: what has become known is pushed at once into all units up to the end of the last step, so that the units
+// of the next step wait for the newest values alone.
+template <class State, class T>
+void run_step_ahead(State& state, const AutoregressiveArgs<T>& args, int64_t s, int64_t last) {
+  for (int l = 1; l <= args.n_layers; ++l) {
+    const int64_t j0 = step_begin(args, s, l), j1 = step_end(args, s, l);
+    const int source = args.layers[l - 1].source;
+    state.push_layer(l, step_begin(args, s, source), step_end(args, s, source), j0, step_end(args, last, l));
+    if (j0 == j1) continue;
+    if (l < args.n_layers)
+      state.finish_hidden(l, j0, j1);
+    else
+      state.finish_features(args.output_columns.features_in(j0), args.output_columns.features_in(j1));
+  }
+}
+
 template <class State, class T>
 void run_steps(State& state, const AutoregressiveArgs<T>& args, int64_t a, int64_t b) {
-  if (b - a <= kFewSteps) {
-    for (int64_t s = a; s < b; ++s) run_step(state, args, s, a);
+  if (b - a <= State::kFewSteps) {
+    for (int64_t s = a; s < b; ++s) {
+      if constexpr (State::kPushesAhead)
+        run_step_ahead(state, args, s, b - 1);
+      else
+        run_step(state, args, s, a);
+    }
     return;
   }
   const int64_t middle = a + (b - a) / 2;

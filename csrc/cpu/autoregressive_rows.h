@@ -6,6 +6,9 @@ namespace FK_TARGET {
 
 template <class T>
 struct RowLanes {
+  static constexpr int64_t kFewSteps = 8;  // so many are run one after the other
+  static constexpr bool kPushesAhead = false;
+
   const AutoregressiveArgs<T>& args;
   int64_t first_row, n_rows, rows;  // rows: padded to whole vectors
   T* values;                        // [layer][unit][row]: pending sums, then the values themselves; layer 0 is the features

@@ -15,6 +15,9 @@ template <class T, int B>
 struct UnitLanes {
   static constexpr int kGroup = B == 1 ? 8 : B == 2 ? 4 : 2;  // values pushed together: B * kGroup broadcasts stay in registers
 
+  static constexpr int64_t kFewSteps = 16;  // so many are run one after the other
+  static constexpr bool kPushesAhead = true;
+
   const AutoregressiveArgs<T>& args;
   int64_t first_row;
   int64_t units;  // of all layers, padded
