@@ -101,9 +101,10 @@ class MirroredNetwork {
 
   Gate derivative(int l) const { return {static_cast<int>(own(l).pre >= 0 ? own(l).pre : own(l).value), false, own(l).activation, nullptr}; }
 
-  // a layer of the loop; its values
-  int add(LoopLayer<T> next, int source, int residual, const Gate& gate) {
+  // a layer of the loop, and the staircase that it mirrors; its values
+  int add(LoopLayer<T> next, const int32_t* mirror_of, int source, int residual, const Gate& gate) {
     check(args.n_layers < kMaxLayers, "the gradient of this network's inverse takes more layers than the kernel has");
+    args.visible_above[args.n_layers] = mirror_of;
     next.source = source;
     next.residual = residual;
     next.gates = next.column = -1;
@@ -125,15 +126,14 @@ class MirroredNetwork {
     next.ld = layer(l).ld;
     next.weight = layer(l).weight;
     if (next.inputs > 0 && next.outputs > 0) next.weight += (next.outputs - 1) * next.ld + next.inputs - 1;  // the last first
-    args.visible_above[args.n_layers] = layer(l).visible;
-    return add(next, by_sums_[l], residual, gate);
+    return add(next, layer(l).visible, by_sums_[l], residual, gate);
   }
 
   int add_copy(int units, int source, int residual, const Gate& gate) {
     LoopLayer<T> next{};
     next.inputs = next.outputs = units;
     next.unitwise = true;
-    return add(next, source, residual, gate);
+    return add(next, nullptr, source, residual, gate);
   }
 
   void mirror() {
@@ -146,7 +146,7 @@ class MirroredNetwork {
     for (int l = n - 1; l >= 1; --l)
       if (!passed_on_to(l)) mirror_layer(l);
     const std::vector<int> first = readers(0);
-    check(first.size() == 1 && adders(0).empty() && !layer(first[0]).unitwise, "the features must be read by one layer, and added by none");
+    check(first.size() == 1 && adders(0).empty() && !layer(first[0]).unitwise, "the features must be read by one masked layer, and added by none");
     add_product(first[0], -1, {});
   }
 

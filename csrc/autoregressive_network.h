@@ -119,7 +119,7 @@ class LoopNetwork {
     layer.outputs = layer.unitwise ? layer.inputs : weight.dim() == 2 ? number(weight.size(1)) : -1;
     if (!layer.unitwise) layer.weight = matrix(weight, layer.inputs, layer.outputs, layer.ld, "weight");
     if (layer.unitwise && weight.numel() > 0) layer.weight = vector(weight, layer.outputs, "weight");
-    if (layer.weight) layer.bias = vector(t.biases[i], layer.outputs, "bias");
+    if (!layer.unitwise || layer.weight) layer.bias = vector(t.biases[i], layer.outputs, "bias");  // also of a layer without inputs
     check(wired.residual < 0 || args.width(layer.residual) == layer.outputs, "residual must be as wide as its layer");
     layer.visible = static_cast<const int32_t*>(vector(t.visible[i], layer.outputs, ScalarType::Int, "visible"));
     layer.first = take(layer.outputs);

@@ -18,8 +18,8 @@
 // chain of multiply-adds that begins at zero. What a panel itself has made comes last, product by product. Steps and panels depend on
 // the network alone, so neither the batch nor the layout of a launch changes the order.
 //
-// The gradient of the inverse is the loop of a mirrored network (args.mirrored): the same layers from the last to the first, weights
-// transposed, units and features from the last to the first. Its features are pairs, the deltas of a raw scale and a shift, and its
+// The gradient of the inverse is the loop of a mirrored network (args.mirrored, autoregressive_mirror.h): the layers from the last to the
+// first, weights transposed, units and features from the last to the first, and copies where what arrives on several ways is added up. Its features are pairs, the deltas of a raw scale and a shift, and its
 // last layer gives one sum for each feature, what is pushed back onto x (cuda/autoregressive_phases.h has the mathematics).
 #pragma once
 

@@ -16,10 +16,13 @@ inline void check_training_dtype(const torch::stable::Tensor& t) {
   check_training(t.dim() == 2, "x must be a matrix");
 }
 
+// whether it has the dtype of x, where x is
+inline bool is_like(const torch::stable::Tensor& t, const torch::stable::Tensor& x) {
+  return t.scalar_type() == x.scalar_type() && t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index();
+}
+
 inline void check_cotangent(const torch::stable::Tensor& dlogabsdet, const torch::stable::Tensor& x) {
-  check_training(dlogabsdet.dim() == 1 && dlogabsdet.size(0) == x.size(0) && dlogabsdet.scalar_type() == x.scalar_type() &&
-                     dlogabsdet.is_cuda() == x.is_cuda(),
-                 "dlogabsdet must have one entry per row");
+  check_training(dlogabsdet.dim() == 1 && dlogabsdet.size(0) == x.size(0) && is_like(dlogabsdet, x), "dlogabsdet must have one entry per row");
 }
 
 // run(shape) with the largest tile of which a product of batch x columns has two for each multiprocessor, or with the smallest: larger tiles read
@@ -52,7 +55,7 @@ int64_t shares_of(AcrossArgs<T>& args, int64_t blocks, int processors) {
   const int64_t wanted = blocks > 0 ? (4 * int64_t(processors) + blocks - 1) / blocks : 1;
   const int64_t shares = std::max<int64_t>(1, std::min({wanted, int64_t(16), args.batch / kLeastRows}));
   args.share = (args.batch + shares - 1) / shares;
-  return args.share > 0 ? tiles_of(args.batch, static_cast<int>(args.share)) : 1;
+  return args.share > 0 ? (args.batch + args.share - 1) / args.share : 1;
 }
 
 // The maps of a stack with what a forward pass keeps of each. `kept`: from that pass, or empty for new ones
@@ -71,7 +74,7 @@ class TrainingStack {
       maps.emplace_back(args, columns, kept.empty() ? launch.empty({args.batch, columns.values}) : kept[i]);
       const torch::stable::Tensor& values = maps.back().kept;
       check_training(values.dim() == 2 && values.size(0) == args.batch && values.size(1) == columns.values && values.is_contiguous() &&
-                         values.scalar_type() == t.x.scalar_type() && values.is_cuda() == t.x.is_cuda(),
+                         is_like(values, t.x),
                      "values are not those of the forward pass");
     }
   }
@@ -99,18 +102,19 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, Tensors> training_forwa
   return {y, logabsdet, kept};
 }
 
-// dx (empty where nobody asks for it), dcontext (empty without context), then the gradients of all weights, biases, context weights and
-// context biases. t.x: dy
+// dx and dcontext (empty where nobody asks for them), then the gradients of all weights, biases, context weights and context biases. t.x: dy
 template <class T, class Launch>
 Tensors training_backward(const StackTensors& t, const torch::stable::Tensor& dlogabsdet, const Tensors& kept, const std::vector<int64_t>& learned,
-                          bool need_dx, int64_t together, Launch& launch) {
+                          bool need_dx, bool need_dcontext, int64_t together, Launch& launch) {
   const int64_t batch = t.x.size(0), features = t.x.size(1), contexts = t.context ? t.context->size(1) : 0;
   check_cotangent(dlogabsdet, t.x);
   check_training(kept.size() == t.orders.size(), "every map needs its entries in each list");
   for (int64_t own : learned) check_training(own == 0, "a learned scale has no kernel here");
   const TrainingStack<T> stack(t, kept, nullptr, nullptr, launch);
   torch::stable::Tensor dx = launch.empty({need_dx || stack.maps.size() > 1 ? batch : 0, features});
-  torch::stable::Tensor dcontext = launch.empty({t.context ? batch : 0, contexts});
+  check_training(t.context.has_value() == !t.context_weights.empty(), "context and context_weights go together");
+  need_dcontext = need_dcontext && t.context;
+  torch::stable::Tensor dcontext = launch.empty({need_dcontext ? batch : 0, contexts});
   Tensors out{need_dx ? dx : launch.empty({0, features}), dcontext};
   const auto like = [&](const Tensors& tensors) {
     Tensors gradients;
@@ -133,7 +137,7 @@ Tensors training_backward(const StackTensors& t, const torch::stable::Tensor& dl
                                  static_cast<const T*>(dlogabsdet.const_data_ptr()),
                                  dlogabsdet.stride(0)};
   train_backward<T>(stack.maps, cotangents, given, need_dx, static_cast<T*>(dx.mutable_data_ptr()),
-                    t.context ? static_cast<T*>(dcontext.mutable_data_ptr()) : nullptr, parameters, together, launch);
+                    need_dcontext ? static_cast<T*>(dcontext.mutable_data_ptr()) : nullptr, parameters, together, launch);
   return out;
 }
 
@@ -143,9 +147,7 @@ template <class T, class Launch, class Solve>
 Tensors inverse_backward(const LoopTensors& t, const torch::stable::Tensor& dx, const torch::stable::Tensor& dlogabsdet, Launch& launch, const Solve& solve) {
   const LoopNetwork<T> network(t);
   const LoopArgs<T>& args = network.args;
-  check_training(dx.dim() == 2 && dx.size(0) == args.batch && dx.size(1) == args.features && dx.scalar_type() == t.x.scalar_type() &&
-                     dx.is_cuda() == t.x.is_cuda(),
-                 "dx does not fit x");
+  check_training(dx.dim() == 2 && dx.size(0) == args.batch && dx.size(1) == args.features && is_like(dx, t.x), "dx does not fit x");
   check_cotangent(dlogabsdet, t.x);
   const TrainingColumns<T> columns = TrainingMap<T>::columns_of(args);
   std::optional<torch::stable::Tensor> context;

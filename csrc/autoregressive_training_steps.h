@@ -184,9 +184,7 @@ class Descent {
       const LayerColumns<T>& own = columns(l);
       T *weight = data(to.weights[l - 1]), *bias = data(to.biases[l - 1]);
       if (layer.unitwise) {
-        if (!layer.weight) continue;
-        launch_.column_sum(ColumnSumArgs<T>{map_.at(own.input), delta(own.value), args_.batch, layer.outputs, weight});
-        launch_.column_sum(ColumnSumArgs<T>{{}, delta(own.value), args_.batch, layer.outputs, bias});
+        if (layer.weight) launch_.column_sum(ColumnSumArgs<T>{map_.at(own.input), delta(own.value), args_.batch, layer.outputs, weight, bias});
         continue;
       }
       queue.add(map_.at(own.input), delta(own.value), layer.visible, layer.inputs, layer.outputs, weight, bias);
@@ -271,10 +269,11 @@ void train_backward(const std::vector<TrainingMap<T>>& maps, Cotangents<T> of, M
     step.deltas = static_cast<T*>(deltas.mutable_data_ptr()), step.deltas_ld = map.columns.deltas;
     launch.map_backward(step);
     Descent<T, Launch> descent(map, step.deltas, context, launch);
-    const bool with_context = args.context_features > 0;
     descent.run(need_dx || i > 0);
-    if (with_context) descent.find_context(dcontext, adds_dcontext);
-    adds_dcontext |= with_context;
+    if (dcontext && args.context_features > 0) {
+      descent.find_context(dcontext, adds_dcontext);
+      adds_dcontext = true;
+    }
     descent.find_parameters(parameters[i], queue);
     step.above = step.deltas, step.above_ld = step.deltas_ld, step.above_order = args.order;
     step.dy = {dx, any.features, 1};

@@ -35,13 +35,13 @@ std::tuple<Tensor, Tensor, Tensors> training_twin(Tensor x, std::optional<Tensor
 Tensors backward_twin(Tensor dy, Tensor dlogabsdet, Tensors kept, std::optional<Tensor> context, Tensors weights, Tensors biases,
                       Tensors context_weights, Tensors context_biases, Tensors visible, Tensors orders, std::vector<int64_t> activations,
                       std::vector<int64_t> wiring, std::vector<int64_t> stages, std::vector<double> scales, std::vector<int64_t> learned, bool need_dx,
-                      std::vector<int64_t> layout) {
+                      bool need_dcontext, std::vector<int64_t> layout) {
   check_training_dtype(dy);
   const StackTensors tensors{dy, context, weights, biases, context_weights, context_biases, visible, orders, {}, activations, wiring, stages, scales};
   const auto run = [&]<class T>(T) {
     const TrainingLayout of(layout);
     TwinLaunch<T> launch(tensors.x, of);
-    return training_backward<T>(tensors, dlogabsdet, kept, learned, need_dx, of.together, launch);
+    return training_backward<T>(tensors, dlogabsdet, kept, learned, need_dx, need_dcontext, of.together, launch);
   };
   return dy.scalar_type() == ScalarType::Float ? run(float()) : run(double());
 }
@@ -55,7 +55,7 @@ Tensors backward_twin(Tensor dy, Tensor dlogabsdet, Tensors kept, std::optional<
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels, m) {
   m.def("_autoregressive_training_twin(Tensor x, " FK_STACK ", int[] layout) -> (Tensor, Tensor, Tensor[])");
-  m.def("_autoregressive_backward_twin(Tensor dy, Tensor dlogabsdet, Tensor[] kept, " FK_STACK ", int[] learned, bool need_dx, int[] layout) -> Tensor[]");
+  m.def("_autoregressive_backward_twin(Tensor dy, Tensor dlogabsdet, Tensor[] kept, " FK_STACK ", int[] learned, bool need_dx, bool need_dcontext, int[] layout) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {

@@ -123,7 +123,7 @@ class TwinLaunch {
     for (int64_t i = 0; i < args.count(); ++i) args.take(i);
   }
   void column_sum(const ColumnSumArgs<T>& args) const {
-    T sums[ColumnSumArgs<T>::kColumns * ColumnSumArgs<T>::kLanes];
+    typename ColumnSumArgs<T>::Sums sums;
     constexpr int kThreads = ColumnSumArgs<T>::kColumns * ColumnSumArgs<T>::kLanes;
     for (int block = 0; block < tiles_of(args.columns, args.kColumns); ++block) {
       all_threads(kThreads, layout_.backwards, [&](int t) { args.add(block, t, sums); });

@@ -6,10 +6,10 @@
 // its own. Every element is one chain of multiply-adds over c in ascending order, whatever the
 // shape of the tile: a row has the same bits in every batch.
 //
-// Floor: a multiprocessor does 128 multiply-adds a cycle. A warp's fragments are 2, 3 or 4 reads of 16 bytes for 16, 32 or 64 multiply-adds (narrow,
-// small and large tiles), and a chunk's copies take each thread some 3 instructions for each of 12 or 16 elements: by count of the compiled
-// code, multiply-adds are two thirds, three quarters and five sixths of what a warp does. What a tile cannot show is whether the few warps of a small batch hide
-// each other's waits.
+// Floor, in float32: a multiprocessor of an H100 does 128 multiply-adds a cycle, one of an A100 64. A warp's fragments are 2, 3 or 4 reads of 16
+// bytes for 16, 32 or 64 multiply-adds (narrow, small and large tiles), and a chunk's copies take each thread some 3 instructions for each of
+// 12, 16 or 8 elements: by count of the compiled code, multiply-adds are two thirds, three quarters and five sixths of what a warp does. Whether
+// the few warps of a small batch hide each other's waits, no count tells.
 #pragma once
 
 #include "cuda/device_math.h"

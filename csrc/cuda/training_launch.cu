@@ -152,8 +152,8 @@ __global__ void training_each_unit(const __grid_constant__ Args args) {
 }
 
 template <class T>
-__global__ void training_column_sum(const __grid_constant__ ColumnSumArgs<T> args) {
-  __shared__ T sums[ColumnSumArgs<T>::kColumns * ColumnSumArgs<T>::kLanes];
+__global__ void __launch_bounds__(ColumnSumArgs<T>::kColumns * ColumnSumArgs<T>::kLanes) training_column_sum(const __grid_constant__ ColumnSumArgs<T> args) {
+  __shared__ typename ColumnSumArgs<T>::Sums sums;
   args.add(blockIdx.x, threadIdx.x, sums);
   __syncthreads();
   args.finish(blockIdx.x, threadIdx.x, sums);
@@ -229,6 +229,7 @@ void CudaLaunch<T>::across(AcrossArgs<T>& args) const {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (shares == 1) return;
   const int64_t adding = place_blocks(args, [](const WeightGradient<T>& of) { return of.size() / of.outputs * tiles_of(of.outputs, kThreads); });
+  if (adding == 0) return;
   training_add_parts<T><<<static_cast<unsigned>(adding), kThreads, 0, stream_>>>(args, static_cast<int>(shares));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -139,30 +139,37 @@ struct SettleArgs {
   }
 };
 
-// out[j] = sum_m delta[m, j], times value[m, j] where there are values: the gradients of a unitwise layer
+// The gradients of a unitwise layer: factor[j] = sum_m delta[m, j] value[m, j], bias[j] = sum_m delta[m, j]
 template <class T>
 struct ColumnSumArgs {
-  static constexpr int kColumns = 32, kLanes = 8;  // of a block
+  static constexpr int kColumns = 32, kLanes = 32;  // of a block
   Matrix<T> value, delta;
   int64_t batch;
   int columns;
-  T* out;
+  T *factor, *bias;
 
-  FK_INLINE void add(int block, int thread, T* sums) const {
-    const int j = block * kColumns + thread % kColumns;
-    T sum = T(0);
+  struct Sums {
+    T factor[kLanes][kColumns], bias[kLanes][kColumns];
+  };
+
+  FK_INLINE void add(int block, int thread, Sums& sums) const {
+    const int lane = thread / kColumns, j = block * kColumns + thread % kColumns;
+    T of_factor = T(0), of_bias = T(0);
     if (j < columns)
-      for (int64_t m = thread / kColumns; m < batch; m += kLanes) {
+      for (int64_t m = lane; m < batch; m += kLanes) {
         const T d = delta.data[m * delta.ld + j];
-        sum = value.data ? scalar::fma(d, value.data[m * value.ld + j], sum) : sum + d;
+        of_factor = scalar::fma(d, value.data[m * value.ld + j], of_factor);
+        of_bias += d;
       }
-    sums[thread] = sum;
+    sums.factor[lane][thread % kColumns] = of_factor;
+    sums.bias[lane][thread % kColumns] = of_bias;
   }
-  FK_INLINE void finish(int block, int thread, const T* sums) const {
-    if (thread >= kColumns || block * kColumns + thread >= columns) return;
-    T sum = sums[thread];
-    for (int i = 1; i < kLanes; ++i) sum += sums[i * kColumns + thread];
-    out[block * kColumns + thread] = sum;
+  FK_INLINE void finish(int block, int thread, const Sums& sums) const {
+    const int j = block * kColumns + thread % kColumns, which = thread / kColumns;  // a warp adds up the factors, another the biases
+    if (which > 1 || j >= columns) return;
+    T sum = T(0);
+    for (int i = 0; i < kLanes; ++i) sum += (which ? sums.bias : sums.factor)[i][thread % kColumns];
+    (which ? bias : factor)[j] = sum;
   }
 };
 

@@ -50,7 +50,8 @@ def training(library: bool) -> Callable:
         ops, first = torch.ops.flowkernels, "_" if library and dy.is_cuda else ""
         y, logabsdet, kept = getattr(ops, f"{first}autoregressive_training")(*arguments)
         maps = len(arguments[7])
-        gradients = getattr(ops, f"{first}autoregressive_backward")(dy, dlogabsdet, kept, *arguments[1:], [0] * maps, True)
+        more = (True,) if first else ()
+        gradients = getattr(ops, f"{first}autoregressive_backward")(dy, dlogabsdet, kept, *arguments[1:], [0] * maps, True, *more)
         return y, logabsdet, *gradients
 
     return step

@@ -180,7 +180,8 @@ def network_of(a):
 @pytest.mark.parametrize(
     ("parts", "refusal"),
     [
-        ([Part(5, "tanh"), Part(5, "tanh", source=0, residual=1), Part(0)], "the features must be read by one layer"),
+        ([Part(5, "tanh"), Part(5, "tanh", source=0, residual=1), Part(0)], "the features must be read by one masked layer"),
+        ([Part(4, "tanh", unitwise="affine"), Part(5), Part(0)], "the features must be read by one masked layer"),
         ([Part(5, "tanh"), Part(5, "tanh"), Part(0, source=1)], "every layer must be read"),
     ],
 )
@@ -194,10 +195,14 @@ def test_networks_that_are_not_mirrored(parts, refusal):
 def test_layers_are_counted_as_the_kernel_has_them():
     """On both sides of what it takes: networks that end in more and more plain layers."""
     met = set()
-    for parts, context in ((SHARED, 2), (DEEP, 2), (RESIDUAL, 2), (GATED, 2), ([Part(5, "tanh"), Part(0)], 0)):
+    for parts, context in ((SHARED, 2), (DEEP, 2), (RESIDUAL, 2), (GATED, 2), ([Part(5, "tanh"), Part(0)], 0), ("by turns", 0)):
         for more in range(32):
             tail = [Part(5, "tanh")] * more
-            a = arguments(example(3, [*parts[:-1], *tail, Part(0)], context=context, inverse=True)(1, torch.float64))
+            if parts == "by turns":  # without a wiring
+                tail = ([Part(5, "tanh"), Part(5, "silu", unitwise="affine")] * more)[:more]
+            a = arguments(
+                example(3, [*(parts[:-1] if parts != "by turns" else []), *tail, Part(0)], context=context, inverse=True)(1, torch.float64)
+            )
             layers = mirrored_layers(network_of(a))
             if len(a[4]) > CUDA_LAYERS or not CUDA_LAYERS - 1 <= layers <= CUDA_LAYERS + 2:
                 continue

@@ -41,14 +41,17 @@ def cotangents(x):
     return [torch.randn(shape, generator=g, dtype=torch.float64).to(x.dtype) for shape in (x.shape, x.shape[:1])]
 
 
-def step(x, context, lists, need_dx=True, twin=None):
+def step(x, context, lists, need_dx=True, twin=None, need_dcontext=True):
     """Outputs and gradients, by the CPU's kernels or by the twin in a layout."""
-    ops, more = torch.ops.flowkernels, () if twin is None else (list(twin),)
-    name = "_autoregressive_{}_twin" if twin else "autoregressive_{}"
+    ops = torch.ops.flowkernels
+    arguments = context, *lists
+    rest = *arguments, [0] * len(lists[5]), need_dx
     with torch.no_grad():
-        y, logabsdet, kept = getattr(ops, name.format("training"))(x, context, *lists, *more)
-        rest = context, *lists, [0] * len(lists[5]), need_dx, *more
-        return y, logabsdet, *getattr(ops, name.format("backward"))(*cotangents(x), kept, *rest)
+        if twin is None:
+            y, logabsdet, kept = ops.autoregressive_training(x, *arguments)
+            return y, logabsdet, *ops.autoregressive_backward(*cotangents(x), kept, *rest)
+        y, logabsdet, kept = ops._autoregressive_training_twin(x, *arguments, list(twin))
+        return y, logabsdet, *ops._autoregressive_backward_twin(*cotangents(x), kept, *rest, need_dcontext, list(twin))
 
 
 def doubled(value):
@@ -140,9 +143,24 @@ def test_tiles_threads_and_the_batch_change_no_bit_of_a_row(parts):
         assert_same_bits((y, logabsdet), tuple(t[begin:end] for t in whole[:2]))
         part = [t[begin:end] for t in cotangents(x)]
         dx = torch.ops.flowkernels._autoregressive_backward_twin(
-            *part, kept, rows(begin, end)[1], *stacked(2, lists), [0, 0], True, list(LAYOUTS[1])
+            *part, kept, rows(begin, end)[1], *stacked(2, lists), [0, 0], True, True, list(LAYOUTS[1])
         )[0]
         assert_same_bits((dx,), (whole[2][begin:end],))
+
+
+def test_a_context_without_a_gradient():
+    x, context, lists = map_of(example(6, (9, 7), context=2)(21, torch.float32))
+    for parts in (lists, stacked(2, lists)):
+        whole, without = (step(x, context, parts, twin=LAYOUTS[0], need_dcontext=needed) for needed in (True, False))
+        assert without[3].shape == (0, 2)
+        assert_same_bits(without[:3] + without[4:], whole[:3] + whole[4:])
+
+
+def test_a_layer_without_inputs_has_its_bias():
+    visible = [torch.zeros(0, dtype=torch.int32), torch.zeros(6, dtype=torch.int32)]
+    weights, biases = [torch.zeros(3, 0), torch.zeros(0, 6)], [torch.zeros(0), torch.arange(6.0) / 4]
+    lists = weights, biases, [], [], visible, [torch.arange(3)], [0, 0], [], [2, 0, 0, 0, int(SCALES[0].kind), 0, 0], [*SCALES[0].packed]
+    assert_is_the_cpus(torch.randn(5, 3), None, lists)
 
 
 def test_strides():
@@ -194,13 +212,13 @@ def test_refusals():
         training(x.half(), context, *lists, list(LAYOUTS[0]))
     kept = training(x, context, *lists, list(LAYOUTS[0]))[2]
     dy, dlogabsdet = cotangents(x)
-    rest = context, *lists, [0], True, list(LAYOUTS[0])
+    rest = context, *lists, [0], True, True, list(LAYOUTS[0])
     with pytest.raises(RuntimeError, match="values are not those of the forward pass"):
         backward(dy, dlogabsdet, [kept[0][:2]], *rest)
     with pytest.raises(RuntimeError, match="one entry per row"):
         backward(dy, dlogabsdet[:2], kept, *rest)
     with pytest.raises(RuntimeError, match="learned"):
-        backward(dy, dlogabsdet, kept, context, *lists, [1], True, list(LAYOUTS[0]))
+        backward(dy, dlogabsdet, kept, context, *lists, [1], True, True, list(LAYOUTS[0]))
     inverse = (*lists[:8], [*lists[8][:-1], 1], lists[9])
     with pytest.raises(RuntimeError, match="forward ones"):
         training(x, context, *inverse, list(LAYOUTS[0]))
@@ -211,7 +229,7 @@ def by_twin(monkeypatch):
     """Flows that train as on a GPU."""
     ops = torch.ops.flowkernels
     monkeypatch.setattr(training, "_training", lambda *a: ops._autoregressive_training_twin(*a, list(LAYOUTS[0])))
-    monkeypatch.setattr(training, "_backward", lambda *a: ops._autoregressive_backward_twin(*a, list(LAYOUTS[0])))
+    monkeypatch.setattr(training, "_backward", lambda *a: ops._autoregressive_backward_twin(*a, True, list(LAYOUTS[0])))
 
 
 @pytest.mark.parametrize(("residual", "contexts", "with_x"), [(False, 0, False), (False, 3, True), (True, 3, True), (True, 0, False)])
@@ -253,7 +271,6 @@ def test_what_a_gpu_is_given(library, precision, monkeypatch):
     """Its library's kernels, or without it, or where tf32 is asked for, products of plain chains."""
     monkeypatch.setattr(training, "_COMPILED_FOR_CUDA", library)
     monkeypatch.setattr(training, "wants_reference", lambda *_: False)
-    exact = library and precision == "ieee"
 
     def served(parts, inverse, scale=SCALES[0], **options):
         made = example(4, parts, scale=scale, inverse=inverse, **options)(2, torch.float32)
@@ -263,13 +280,38 @@ def test_what_a_gpu_is_given(library, precision, monkeypatch):
         return training.serves([Map(network, scale, Form.SCALE_SHIFT, inverse)], OnAGpu())
 
     assert served((9, 7), False) and served((9, 7), False, context=2)
-    assert served(RESIDUAL, False, context=2) == served(GATED, False, context=2) == served(WIRED, False) == exact
+    assert served(RESIDUAL, False, context=2) == served(GATED, False, context=2) == served(WIRED, False) == library
     for parts in ((9, 7), RESIDUAL, GATED):
         assert served(parts, True, context=2) == library
     assert not served(WIRED, True)  # whose features several layers read
-    assert training._trains_on(OnAGpu().device) == exact
+    for parts in ([Part(4, "tanh", unitwise="affine"), Part(5), Part(0)], [Part(5), Part(5, "tanh", unitwise="read"), Part(0)]):
+        assert served(parts, False) == library  # no wiring says that a layer is read unit by unit
+    assert not served([Part(4, "tanh", unitwise="affine"), Part(5), Part(0)], True)  # the features unit by unit
+    assert not served((9, 7), False, narrow=True) and not served((9, 7), True, narrow=True)
     monkeypatch.setattr(training._extension, "unserved_gpus", {0: "another architecture"})
-    assert not training._trains_on(OnAGpu().device) and not served((9, 7), True) and served((9, 7), False)
+    assert not served((9, 7), True) and served((9, 7), False) and not served(RESIDUAL, False, context=2)
+
+
+def test_what_is_multiplied_in_tf32(precision, monkeypatch):
+    monkeypatch.setattr(training, "_COMPILED_FOR_CUDA", True)
+
+    class Rows(NamedTuple):
+        shape: tuple[int, int]
+        dtype: torch.dtype = torch.float32
+        device: torch.device = torch.device("cuda", 0)
+
+    def chain(hidden, wiring):
+        weights = [
+            torch.empty(6, hidden, device="meta"),
+            torch.empty(hidden, hidden, device="meta"),
+            torch.empty(hidden, 12, device="meta"),
+        ]
+        return [Map(Conditioner(weights, weights, weights, [0] * 3, [], None, wiring), SCALES[0], Form.SCALE_SHIFT)]
+
+    large, small, wired = chain(2048, []), chain(100, []), chain(2048, [0, -1, 0, 0] * 3)
+    assert training._by_library(large, Rows((4096, 6))) == (precision == "ieee")
+    assert training._by_library(large, Rows((4096, 6), torch.float64))
+    assert training._by_library(small, Rows((4096, 6))) and training._by_library(wired, Rows((4096, 6)))
 
 
 def test_what_the_loop_on_a_gpu_is_given():

@@ -3,6 +3,8 @@ in its error."""
 
 import functools
 
+import torch
+
 from ..activation import Activation
 from .conditioner import Conditioner, ContextUse, Wiring
 
@@ -10,11 +12,19 @@ _CHAIN, _FACTORS, _READ = range(3)  # a masked layer; unit by unit, with factors
 
 
 def mirrored_layers(network: Conditioner) -> int | None:
-    """How many layers the mirrored loop has; None where the features are read by several layers, or added, or values by none."""
-    if not network.wiring:
+    """How many layers the mirrored loop has; None where the features are read by several layers, or unit by unit, or added, or where values
+    are neither read nor added."""
+    if is_plain(network):
         return len(network.weights)
     kinds = (_CHAIN if w.dim() == 2 else _FACTORS if w.numel() else _READ for w in network.weights)
-    return _count(tuple(network.wiring), tuple(network.activations), tuple(kinds))
+    wiring = network.wiring or [n for layer in range(len(network.weights)) for n in (layer, -1, 0, 0)]
+    count = _count.__wrapped__ if torch.compiler.is_compiling() else _count
+    return count(tuple(wiring), tuple(network.activations), tuple(kinds))
+
+
+def is_plain(network: Conditioner) -> bool:
+    """Whether it is a chain of masked layers, to whose sums the context is added in all of them, in the first, or in none."""
+    return not network.wiring and all([w.dim() == 2 for w in network.weights])  # without a wiring there may be layers of one factor a unit
 
 
 @functools.lru_cache(1024)

@@ -9,9 +9,9 @@ With g and c the loss's gradients by y and by logabsdet, and sums s_l = bias_l +
 all of them under the staircase. In a wired network what reaches h_l on each of its ways is added up before the derivative, and a gate
 turns delta_l into that of the sum and that of the context term. On a CPU both ops are one kernel each, on a GPU a list of launches
 (csrc/autoregressive_training_steps.h), for the inverse with one loop a map among them (csrc/autoregressive_mirror.h). Plain chains are
-trained by Triton's products (products.py) where the CUDA library was not built or tf32 is asked for. Where no kernel serves, or
-torch.func looks on, or a gradient of the gradient is asked for, the map is composed of `masked_linear` instead: the same mathematics in
-pieces that know their own derivatives.
+trained by Triton's products (products.py) where the CUDA library was not built, and large ones where tf32 is allowed. Where no kernel
+serves, or torch.func looks on, or a gradient of the gradient is asked for, the map is composed of `masked_linear` instead: the same
+mathematics in pieces that know their own derivatives.
 An inverse that no kernel takes is differentiated implicitly (implicit.py).
 """
 
@@ -31,17 +31,18 @@ from ..masked_linear import masked_linear
 from ..scale_map import PoweredMap, ScaleKind, ScaleMap
 from .conditioner import Conditioner, MaskedLayer
 from .loop import NUMBERS, Lists, Map, autoregressive_op, stack_op
-from .mirror import mirrored_layers
+from .mirror import is_plain, mirrored_layers
 from .products import backward_by_products, training_by_products
 from .reference import autoregressive_reference
 
 _LISTS = "Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] context_biases, Tensor[] visible"
 _STACK = f"{_LISTS}, Tensor[] orders, int[] activations, int[] wiring, int[] stages, float[] scales"
-for _name in ("", "_"):  # those with _ have kernels of the CUDA library alone, the others products.py there
+# those with _ have kernels of the CUDA library alone, the others products.py there
+for _name, _more in (("", ""), ("_", ", bool need_dcontext")):
     library.define(f"{_name}autoregressive_training(Tensor x, Tensor? context, {_STACK}) -> (Tensor, Tensor, Tensor[])")
     library.define(
         f"{_name}autoregressive_backward(Tensor dy, Tensor dlogabsdet, Tensor[] kept, Tensor? context, {_STACK}, int[] learned, "
-        "bool need_dx) -> Tensor[]"
+        f"bool need_dx{_more}) -> Tensor[]"
     )
 library.define(
     f"autoregressive_inverse_backward(Tensor dx, Tensor dlogabsdet, Tensor x, Tensor? context, {_LISTS}, Tensor? order, int[] activations, "
@@ -56,6 +57,7 @@ _inverse_backward = torch.ops.flowkernels.autoregressive_inverse_backward.defaul
 _COMPILED = _extension.has_kernel("autoregressive_training", "CPU")
 _COMPILED_FOR_CUDA = _extension.has_kernel("_autoregressive_training", "CUDA")
 CUDA_LAYERS = 32  # kMaxLayers of the CUDA kernels, which take all layers as one argument
+_LARGE_PRODUCT = 1 << 32  # multiply-adds, some 0.2 ms of an H200 in float32: what a launch from Python takes is no matter then
 _MOST_WEIGHTS = 1 << 31  # of a network, as the GPU's loop packs them: it counts 34 GB, their staircases' paddings among them
 
 
@@ -76,8 +78,15 @@ def _columns(layer: MaskedLayer) -> int:
 
 
 @torch.library.register_fake("flowkernels::_autoregressive_backward", lib=library)
+def _(*arguments) -> list[Tensor]:
+    dx, dcontext, *gradients = _like_backward(*arguments[:-1])
+    return [dx, dcontext if arguments[-1] else dcontext.new_empty((0, *dcontext.shape[1:])), *gradients]
+
+
 @torch.library.register_fake("flowkernels::autoregressive_backward", lib=library)
-def _(dy, dlogabsdet, kept, context, weights, biases, context_weights, context_biases, visible, orders, *numbers) -> list[Tensor]:
+def _like_backward(
+    dy, dlogabsdet, kept, context, weights, biases, context_weights, context_biases, visible, orders, *numbers
+) -> list[Tensor]:
     *_, stages, _, learned, need_dx = numbers
     inverse = stages[len(stages) // len(orders) - 1]  # whether the first map is; the last of its numbers
     dx = dy.new_empty(dy.shape if need_dx or inverse else (0, dy.shape[1]))
@@ -121,14 +130,18 @@ library.impl("autoregressive_backward", _backward_on_cuda, "CUDA")
 
 
 def loop_serves(conditioner: Conditioner, scale: ScaleMap | PoweredMap, device: torch.device) -> bool:
-    """Whether the loop's kernel for this device takes such networks: that for GPUs has outputs for every feature and takes no more weights
-    than it can count, and a learned scale is a number that no compiled graph can read."""
+    """Whether the loop's kernel for this device takes such networks: that for GPUs has weights and outputs for every feature and takes no
+    more weights than it can count, and a learned scale is a number that no compiled graph can read."""
     if isinstance(scale, PoweredMap) and torch.compiler.is_compiling():
         return False
     if device.type != "cuda":
         return True
-    fits = len(conditioner.weights) <= CUDA_LAYERS and sum(w.numel() for w in conditioner.weights) <= _MOST_WEIGHTS
-    return fits and _is_whole(conditioner, scale)
+    weights, features = conditioner.weights, conditioner.features
+    if len(weights) > CUDA_LAYERS or sum([w.numel() for w in weights]) > _MOST_WEIGHTS:
+        return False
+    sources = conditioner.wiring[::4] or range(len(weights))
+    reads_all = all([w.shape[0] == features for w, source in zip(weights, sources, strict=True) if source == 0 and w.dim() == 2])
+    return reads_all and _is_whole(conditioner, scale)
 
 
 def _is_whole(conditioner: Conditioner, scale: ScaleMap | PoweredMap) -> bool:
@@ -160,17 +173,28 @@ def _inverts(network: Conditioner, device: torch.device) -> bool:
 
 
 def _trains(network: Conditioner, scale: ScaleMap | PoweredMap, device: torch.device) -> bool:
-    plain = not network.wiring and not network.context_biases and len(network.context_weights) in (0, len(network.weights))
-    return not isinstance(scale, PoweredMap) and (_trains_on(device) or (plain and not torch.compiler.is_compiling()))
+    return not isinstance(scale, PoweredMap) and (_has_library(device) or _takes_products(network))
+
+
+def _takes_products(network: Conditioner) -> bool:
+    """Whether products.py takes such networks. A compiler is given the pieces, to fuse them with what is around."""
+    contexts = len(network.context_weights)
+    fits = is_plain(network) and not network.context_biases and contexts in (0, len(network.weights))
+    return fits and not torch.compiler.is_compiling()
 
 
 def _has_library(device: torch.device) -> bool:
     return _COMPILED_FOR_CUDA and device.index not in _extension.unserved_gpus
 
 
-def _trains_on(device: torch.device) -> bool:
-    """Whether the CUDA library trains on this GPU. It multiplies in full precision, Triton in tf32 where that is asked for."""
-    return _has_library(device) and (torch.compiler.is_compiling() or torch.backends.cuda.matmul.fp32_precision != "tf32")
+def _by_library(maps: Sequence[Map], x: Tensor) -> bool:
+    """Whether the CUDA library trains these maps. It multiplies in full precision: where tf32 is allowed, large products are Triton's."""
+    if not _has_library(x.device):
+        return False
+    if torch.compiler.is_compiling() or x.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return True
+    largest = max(w.numel() for m in maps for w in m.conditioner.weights)
+    return x.shape[0] * largest < _LARGE_PRODUCT or not all(_takes_products(m.conditioner) for m in maps)
 
 
 def with_gradient(x: Tensor, context: Tensor | None, maps: Sequence[Map], lists: Lists) -> tuple[Tensor, Tensor]:
@@ -218,7 +242,7 @@ class _Maps(torch.autograd.Function):
             y, total, between = stack_op(x, context, *lists, True)
             kept = [*between.unbind(), y]
         else:
-            training = _training_on_gpu if x.is_cuda and _trains_on(x.device) else _training
+            training = _training_on_gpu if x.is_cuda and _by_library(maps, x) else _training
             y, total, kept = training(x, context, *tensors, orders, activations, wiring, stages, packed)
         ctx.save_for_backward(x, context, *kept, *orders, *lists.visible, *parameters)
         learned = [int(isinstance(m.scale, PoweredMap)) for m in maps]
@@ -244,13 +268,14 @@ class _Maps(torch.autograd.Function):
             return _differentiable_gradient(ctx, x, context, maps, (*_parameters(lists), *numbers), dy, dlogabsdet)
         need_dx = ctx.needs_input_grad[0]
         networks = *parameters, visible, orders, activations, wiring, stages, packed
-        backward = _backward_on_gpu if ctx.by_library else _backward
-        dx, dcontext, *parameters = each_cotangent(backward, dy, dlogabsdet, kept, context, *networks, learned, need_dx)
+        backward, more = (_backward_on_gpu, (ctx.needs_input_grad[1],)) if ctx.by_library else (_backward, ())
+        dx, dcontext, *parameters = each_cotangent(backward, dy, dlogabsdet, kept, context, *networks, learned, need_dx, *more)
         if numbers:  # of which the op's are the gradients by bound * a
             bounds = [base.packed[0] for base, powered in zip(bases, learned, strict=True) if powered]
             for i, (bound, a) in enumerate(zip(bounds, numbers, strict=True), start=len(parameters) - len(numbers)):
                 parameters[i] = (parameters[i] * bound).view_as(a)
-        return dx if need_dx else None, None if context is None else dcontext, None, None, *parameters
+        dcontext = dcontext if context is not None and ctx.needs_input_grad[1] else None
+        return dx if need_dx else None, dcontext, None, None, *parameters
 
 
 def _split(items: Sequence, sizes: Sequence[int]) -> list[list]:
