@@ -152,7 +152,7 @@ __global__ void training_each_unit(const __grid_constant__ Args args) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(ColumnSumArgs<T>::kColumns * ColumnSumArgs<T>::kLanes) training_column_sum(const __grid_constant__ ColumnSumArgs<T> args) {
+__global__ void __launch_bounds__(ColumnSumArgs<T>::kColumns * ColumnSumArgs<T>::kLanes, 1) training_column_sum(const __grid_constant__ ColumnSumArgs<T> args) {
   __shared__ typename ColumnSumArgs<T>::Sums sums;
   args.add(blockIdx.x, threadIdx.x, sums);
   __syncthreads();
