@@ -19,7 +19,10 @@ _Part = tuple[nn.Module, Map | None]  # a layer, and the map that it is where it
 
 def run(layers: Iterable[nn.Module], x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
     """Apply layers in the order given, all forward or all inverse: the result, and the sum of their log|det|s."""
+    layers = list(layers)
     together = not has_global_hooks()
+    if together and all([is_plain(layer, MaskedAutoregressive) for layer in layers]):  # a small flow feels every detour
+        return _run_maps(x, context, [Map(layer.conditioner(), layer.scale, layer.form, inverse) for layer in layers])
     total = None
     group: list[_Part] = []  # layers that run together: the first and the last are maps
     gap: list[_Part] = []  # what has come since, if it may stand between two maps
@@ -84,9 +87,13 @@ def _run_stack(x: Tensor, context: Tensor | None, group: Sequence[_Part], invers
                 own = own._replace(conditioner=own.conditioner._replace(order=permutation[own.conditioner.order]))
             maps.append(own if affine is None else own._replace(affine=affine))
             affine = None
-    if context is not None and not all(m.conditioner.context_weights for m in maps):  # each layer is given it, as by itself
-        raise ValueError(f"context was given, {list(context.shape)}, but a network of the chain takes none")
-    y, logabsdet = autoregressive_stack(x, maps, context)
+    y, logabsdet = _run_maps(x, context, maps)
     if permutation is not None:
         y = y[:, permutation]
     return y, logabsdet if constant is None else logabsdet + constant.to(logabsdet.dtype)
+
+
+def _run_maps(x: Tensor, context: Tensor | None, maps: Sequence[Map]) -> tuple[Tensor, Tensor]:
+    if context is not None and not all(m.conditioner.context_weights for m in maps):  # each layer is given it, as by itself
+        raise ValueError(f"context was given, {list(context.shape)}, but a network of the chain takes none")
+    return autoregressive_stack(x, maps, context)
