@@ -144,6 +144,8 @@ class FlowDistribution(Distribution):
         return self.flow.log_prob(rows, self._rows(shape)).view(shape)
 
     def sample(self, sample_shape: Size | tuple = (), temperature: float = 1.0) -> Tensor:
+        if not torch.is_grad_enabled():  # a microsecond of a small flow's sixty
+            return self.rsample(sample_shape, temperature)
         with torch.no_grad():
             return self.rsample(sample_shape, temperature)
 
@@ -151,7 +153,8 @@ class FlowDistribution(Distribution):
         batch = self._sample_batch(sample_shape)
         z = self._noise(batch.numel())
         x, _ = self.flow.inverse(z * temperature if temperature != 1.0 else z, self._rows(batch))
-        return x.view(batch + self.event_shape)
+        shape = batch + self.event_shape
+        return x if x.shape == shape else x.view(shape)
 
     def rsample_and_log_prob(self, sample_shape: Size | tuple = ()) -> tuple[Tensor, Tensor]:
         """Samples and their log-densities in one pass."""

@@ -1,7 +1,7 @@
 """Runs of autoregressive layers and of couplings of vectors, with the permutations and normalisations between them, as one call of
 `ops.autoregressive_stack`."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,8 @@ from .permute import Permute
 _Part = tuple[nn.Module, Map | None]  # a layer, and the map that it is where it can be one
 
 
-def run(layers: Iterable[nn.Module], x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+def run(layers: Sequence[nn.Module], x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
     """Apply layers in the order given, all forward or all inverse: the result, and the sum of their log|det|s."""
-    layers = list(layers)
     together = not has_global_hooks()
     if together and all([is_plain(layer, MaskedAutoregressive) for layer in layers]):  # a small flow feels every detour
         return _run_maps(x, context, [Map(layer.conditioner(), layer.scale, layer.form, inverse) for layer in layers])

@@ -27,7 +27,7 @@ class Chain(nn.Module):
         return run(self._each(), x, context, inverse=False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return run(reversed(self._each()), z, context, inverse=True)
+        return run(self._each()[::-1], z, context, inverse=True)
 
     def _each(self) -> list[nn.Module]:
         return list(self.layers._modules.values())  # a module list finds each by its number, at a microsecond and more

@@ -44,9 +44,7 @@ def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None 
         raise ValueError(f"context was given, {list(context.shape)}, but no network takes one")
     if _serves(x, maps) and not any_autocast() and not wants_reference("autoregressive_stack", x.device):
         lists = Lists.of(maps)
-        learned = (m.scale.a for m in maps if isinstance(m.scale, PoweredMap))
-        networks = (*lists.weights, *lists.biases, *lists.context_weights, *lists.context_biases)
-        if not needs_autograd((x, context, *networks, *lists.affines, *learned)):
+        if not _needs_autograd(x, context, maps, lists):
             y, logabsdet, _ = checked(_check, (x, maps, context), stack_op, x, context, *lists, False)
             return y, logabsdet
         if serves(maps, x):
@@ -59,6 +57,14 @@ def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None 
     return x, total
 
 
+def _needs_autograd(x: Tensor, context: Tensor | None, maps: Sequence[Map], lists: Lists) -> bool:
+    if not torch.is_grad_enabled():
+        return needs_autograd(())
+    learned = (m.scale.a for m in maps if isinstance(m.scale, PoweredMap))
+    networks = (*lists.weights, *lists.biases, *lists.context_weights, *lists.context_biases)
+    return needs_autograd((x, context, *networks, *lists.affines, *learned))
+
+
 def _check(x: Tensor, maps: Sequence[Map], context: Tensor | None) -> None:
     for m in maps:
         check_input(x, m.conditioner, context if m.conditioner.context_weights else None)
@@ -66,9 +72,10 @@ def _check(x: Tensor, maps: Sequence[Map], context: Tensor | None) -> None:
 
 
 def _serves(x: Tensor, maps: Sequence[Map]) -> bool:
-    for m in maps:
-        if not loop_serves(m.conditioner, m.scale, x.device):
-            return False
+    if x.is_cuda or torch.compiler.is_compiling():  # on a CPU a loop serves them all
+        for m in maps:
+            if not loop_serves(m.conditioner, m.scale, x.device):
+                return False
     if maps[0].conditioner.weights[-1].device != x.device:  # a fake kernel, which refuses nothing, would take weights without data
         return False
     return x.device.type in _COMPILED and x.dtype in (torch.float32, torch.float64) and not transformed()
