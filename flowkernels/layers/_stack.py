@@ -20,8 +20,8 @@ _Part = tuple[nn.Module, Map | None]  # a layer, and the map that it is where it
 def run(layers: Sequence[nn.Module], x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
     """Apply layers in the order given, all forward or all inverse: the result, and the sum of their log|det|s."""
     together = not has_global_hooks()
-    if together and all([is_plain(layer, MaskedAutoregressive) for layer in layers]):  # a small flow feels every detour
-        return _run_maps(x, context, [Map(layer.conditioner(), layer.scale, layer.form, inverse) for layer in layers])
+    if together and (plain := _autoregressive_alone(layers, inverse)):  # a small flow feels every detour
+        return _run_maps(x, context, [Map(layer.conditioner(), layer.scale, layer.form, own) for layer, own in plain])
     total = None
     group: list[_Part] = []  # layers that run together: the first and the last are maps
     gap: list[_Part] = []  # what has come since, if it may stand between two maps
@@ -50,6 +50,19 @@ def run(layers: Sequence[nn.Module], x: Tensor, context: Tensor | None, *, inver
             apply(layer.inverse if inverse else layer)
     apply_all()
     return x, total
+
+
+def _autoregressive_alone(layers: Sequence[nn.Module], inverse: bool) -> list[tuple[MaskedAutoregressive, bool]]:
+    """The layers, and whether each is inverted, if they are autoregressive ones alone."""
+    found = []
+    for layer in layers:
+        own = inverse
+        while is_plain(layer, Inverse):
+            layer, own = layer.layer, not own
+        if not is_plain(layer, MaskedAutoregressive):
+            return []
+        found.append((layer, own))
+    return found
 
 
 def _as_map(layer: nn.Module, x: Tensor, inverse: bool) -> Map | None:
