@@ -167,8 +167,9 @@ struct ColumnSumArgs {
   FK_INLINE void finish(int block, int thread, const Sums& sums) const {
     const int j = block * kColumns + thread % kColumns, which = thread / kColumns;  // a warp adds up the factors, another the biases
     if (which > 1 || j >= columns) return;
+    const T* lane = (which ? &sums.bias[0][0] : &sums.factor[0][0]) + thread % kColumns;
     T sum = T(0);
-    for (int i = 0; i < kLanes; ++i) sum += (which ? sums.bias : sums.factor)[i][thread % kColumns];
+    for (int i = 0; i < kLanes; ++i) sum += lane[i * kColumns];
     (which ? bias : factor)[j] = sum;
   }
 };
