@@ -83,10 +83,16 @@ class TrainingStack {
   std::vector<LoopNetwork<T>> networks_;
 };
 
-inline torch::stable::Tensor empty_like(const torch::stable::Tensor& t, const auto& launch) {
-  std::vector<int64_t> sizes(t.dim());
-  for (int64_t i = 0; i < t.dim(); ++i) sizes[i] = t.size(i);
-  return launch.empty(sizes);
+// Room for the gradients of these tensors, which are appended to what an op returns
+inline Tensors gradients_of(const Tensors& tensors, Tensors& out, const auto& launch) {
+  Tensors gradients;
+  for (const torch::stable::Tensor& tensor : tensors) {
+    std::vector<int64_t> sizes(tensor.dim());
+    for (int64_t i = 0; i < tensor.dim(); ++i) sizes[i] = tensor.size(i);
+    gradients.push_back(launch.empty(sizes));
+  }
+  out.insert(out.end(), gradients.begin(), gradients.end());
+  return gradients;
 }
 
 template <class T, class Launch>
@@ -116,13 +122,8 @@ Tensors training_backward(const StackTensors& t, const torch::stable::Tensor& dl
   need_dcontext = need_dcontext && t.context;
   torch::stable::Tensor dcontext = launch.empty({need_dcontext ? batch : 0, contexts});
   Tensors out{need_dx ? dx : launch.empty({0, features}), dcontext};
-  const auto like = [&](const Tensors& tensors) {
-    Tensors gradients;
-    for (const torch::stable::Tensor& tensor : tensors) gradients.push_back(empty_like(tensor, launch));
-    out.insert(out.end(), gradients.begin(), gradients.end());
-    return gradients;
-  };
-  const Tensors weights = like(t.weights), biases = like(t.biases), context_weights = like(t.context_weights), context_biases = like(t.context_biases);
+  const Tensors weights = gradients_of(t.weights, out, launch), biases = gradients_of(t.biases, out, launch);
+  const Tensors context_weights = gradients_of(t.context_weights, out, launch), context_biases = gradients_of(t.context_biases, out, launch);
   Rest<torch::stable::Tensor> of_weights{weights}, of_biases{biases}, of_context_weights{context_weights}, of_context_biases{context_biases};
   const auto list = [](auto part) { return Tensors(part.begin(), part.end()); };
   std::vector<ParameterTensors> parameters;
@@ -168,15 +169,8 @@ Tensors inverse_backward(const LoopTensors& t, const torch::stable::Tensor& dx, 
   torch::stable::Tensor dcontext = launch.empty({t.context ? args.batch : 0, args.context_features});
   if (t.context) descent.find_context(static_cast<T*>(dcontext.mutable_data_ptr()), false);
   Tensors out{dz, dcontext};
-  ParameterTensors gradients;
-  const auto make = [&](const Tensors& tensors, Tensors& to) {
-    for (const torch::stable::Tensor& tensor : tensors) to.push_back(empty_like(tensor, launch));
-    out.insert(out.end(), to.begin(), to.end());
-  };
-  make(t.weights, gradients.weights);
-  make(t.biases, gradients.biases);
-  make(t.context_weights, gradients.context_weights);
-  make(t.context_biases, gradients.context_biases);
+  const ParameterTensors gradients{gradients_of(t.weights, out, launch), gradients_of(t.biases, out, launch),
+                                   gradients_of(t.context_weights, out, launch), gradients_of(t.context_biases, out, launch)};
   AcrossQueue<T, Launch> queue(args.batch, launch);
   descent.find_parameters(gradients, queue);
   queue.flush();

@@ -168,6 +168,17 @@ WIRED = [
 ]
 
 
+# values that several products read, and others add before and after: the beginning of networks that gradients are tested with
+SHARED = [
+    Part(5, "elu"),
+    Part(5, "silu", residual=1),
+    Part(5, "tanh", source=1),
+    Part(7, "gelu", source=2, context="tanh"),
+    Part(5, "sigmoid", source=4, residual=2),
+    Part(5, "relu", source=3, residual=2, context="gate+"),
+]
+
+
 def both(name, *args, **kwargs):
     return {f"{name} {d}": example(*args, inverse=d == "inverse", **kwargs) for d in ("forward", "inverse")}
 

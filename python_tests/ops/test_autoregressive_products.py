@@ -70,20 +70,24 @@ def by_products(monkeypatch):
     monkeypatch.setattr(training, "_backward", backward_by_products)
 
 
-@pytest.mark.parametrize(("with_x", "contexts"), list(itertools.product((False, True), (0, 3))))
-def test_gradients_of_a_flow(with_x, contexts, by_products):
-    """What autograd makes of them: several maps, saved in any number of tensors, with a gradient by the input and without."""
+def flow_with_inputs(with_x, contexts, **options):
+    """A MAF away from its first parameters, rows for it, and all whose gradients are asked for."""
     g = torch.Generator().manual_seed(0)
-    flow = MAF(6, transforms=3, hidden_features=(16, 16), context_features=contexts).double()
+    flow = MAF(6, transforms=3, hidden_features=(16, 16), context_features=contexts, **options).double()
     for p in flow.parameters():
         p.data.add_(torch.randn(p.shape, dtype=p.dtype, generator=g), alpha=0.1)
     x = torch.randn(9, 6, dtype=torch.float64, generator=g, requires_grad=with_x)
     context = torch.randn(9, contexts, dtype=torch.float64, generator=g, requires_grad=True) if contexts else None
-    inputs = [t for t in (x, context, *flow.parameters()) if t is not None and t.requires_grad]
+    return flow, x, context, [t for t in (x, context, *flow.parameters()) if t is not None and t.requires_grad]
+
+
+@pytest.mark.parametrize(("with_x", "contexts"), list(itertools.product((False, True), (0, 3))))
+def test_gradients_of_a_flow(with_x, contexts, by_products):
+    """What autograd makes of them: several maps, saved in any number of tensors, with a gradient by the input and without."""
+    flow, x, context, inputs = flow_with_inputs(with_x, contexts)
 
     def gradients():
-        loss = flow.log_prob(x, context).square().sum() if contexts else flow.log_prob(x).square().sum()
-        return torch.autograd.grad(loss, inputs, create_graph=True)
+        return torch.autograd.grad(flow.log_prob(x, context).square().sum(), inputs, create_graph=True)
 
     got = gradients()
     torch.autograd.backward([t.square().sum() for t in got], inputs=inputs)

@@ -10,7 +10,7 @@ from flowkernels.ops import Activation, Conditioner, Form, ScaleMap
 from flowkernels.ops.autoregressive.mirror import mirrored_layers
 from flowkernels.ops.autoregressive.training import CUDA_LAYERS
 from python_tests.battery import assert_same_bits
-from python_tests.ops.test_autoregressive import FORMS, GATED, RESIDUAL, SCALES, Part, TestAutoregressive, example, widened
+from python_tests.ops.test_autoregressive import FORMS, GATED, RESIDUAL, SCALES, SHARED, Part, TestAutoregressive, example, widened
 from python_tests.ops.test_autoregressive_schedule import LAYOUTS
 
 # the loop adds nothing to the gradients by features that several layers read
@@ -139,13 +139,8 @@ def test_a_network_that_is_not_autoregressive_gives_nan():
 
 
 # what the mirrored loop makes of values that several layers read or add, before and behind activations, gates and factors
-SHARED = [
-    Part(5, "elu"),
-    Part(5, "silu", residual=1),
-    Part(5, "tanh", source=1),
-    Part(7, "gelu", source=2, context="tanh"),
-    Part(5, "sigmoid", source=4, residual=2),
-    Part(5, "relu", source=3, residual=2, context="gate+"),
+TANGLED = [
+    *SHARED,
     Part(5, "tanh", source=5, residual=6, unitwise="affine"),
     Part(5, "silu", source=7, unitwise="read"),
     Part(5, source=8, residual=7),
@@ -163,7 +158,7 @@ for block in range(3):
 DEEP.append(Part(0))
 
 
-@pytest.mark.parametrize("parts", [SHARED, DEEP, widened(DEEP, 40)], ids=["shared", "deep", "deep and wide"])
+@pytest.mark.parametrize("parts", [TANGLED, DEEP, widened(DEEP, 40)], ids=["shared", "deep", "deep and wide"])
 def test_wired_networks(parts):
     made = example(6, parts, context=2, order=[3, 1, 4, 0, 5, 2], inverse=True)
     for panel, elements in ((0, 0), (1, 2048), (2, 60), (16, 4096)):
@@ -195,7 +190,7 @@ def test_networks_that_are_not_mirrored(parts, refusal):
 def test_layers_are_counted_as_the_kernel_has_them():
     """On both sides of what it takes: networks that end in more and more plain layers."""
     met = set()
-    for parts, context in ((SHARED, 2), (DEEP, 2), (RESIDUAL, 2), (GATED, 2), ([Part(5, "tanh"), Part(0)], 0), ("by turns", 0)):
+    for parts, context in ((TANGLED, 2), (DEEP, 2), (RESIDUAL, 2), (GATED, 2), ([Part(5, "tanh"), Part(0)], 0), ("by turns", 0)):
         for more in range(32):
             tail = [Part(5, "tanh")] * more
             if parts == "by turns":  # without a wiring

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from flowkernels import _extension, backend
-from flowkernels.flows import MAF
 from flowkernels.ops import Activation, Conditioner, Form
 from flowkernels.ops.autoregressive import training
 from flowkernels.ops.autoregressive.loop import Map
 from flowkernels.ops.scale_map import ScaleMap
 from python_tests.battery import assert_same_bits
-from python_tests.ops.test_autoregressive import FORMS, GATED, RESIDUAL, SCALES, WIRED, Part, TestAutoregressive, example, widened
+from python_tests.ops.test_autoregressive import FORMS, GATED, RESIDUAL, SCALES, SHARED, WIRED, Part, TestAutoregressive, example, widened
+from python_tests.ops.test_autoregressive_products import flow_with_inputs
 
 CASES = {name: case for name, case in TestAutoregressive.cases.items() if not name.endswith("inverse")}
 del TestAutoregressive  # or it would be collected here once more
@@ -68,18 +68,7 @@ def assert_is_the_cpus(x, context, lists, layouts=LAYOUTS, **options):
         torch.testing.assert_close(got, tuple(t.to(x.dtype) for t in exact), rtol=tolerance, atol=tolerance)
 
 
-# values that several products read, and others add before and after
-SHARED = [
-    Part(5, "elu"),
-    Part(5, "silu", residual=1),
-    Part(5, "tanh", source=1),
-    Part(7, "gelu", source=2, context="tanh"),
-    Part(5, "sigmoid", source=4, residual=2),
-    Part(5, "relu", source=3, residual=2, context="gate+"),
-    Part(5, "tanh", source=0, residual=6),
-    Part(0, source=7),
-]
-CASES["values shared"] = example(6, SHARED, context=2)
+CASES["values shared"] = example(6, [*SHARED, Part(5, "tanh", source=0, residual=6), Part(0, source=7)], context=2)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -234,17 +223,10 @@ def by_twin(monkeypatch):
 
 @pytest.mark.parametrize(("residual", "contexts", "with_x"), [(False, 0, False), (False, 3, True), (True, 3, True), (True, 0, False)])
 def test_gradients_of_a_flow(residual, contexts, with_x, by_twin):
-    g = torch.Generator().manual_seed(0)
-    flow = MAF(6, transforms=3, hidden_features=(16, 16), context_features=contexts, residual=residual).double()
-    for p in flow.parameters():
-        p.data.add_(torch.randn(p.shape, dtype=p.dtype, generator=g), alpha=0.1)
-    x = torch.randn(9, 6, dtype=torch.float64, generator=g, requires_grad=with_x)
-    context = torch.randn(9, contexts, dtype=torch.float64, generator=g, requires_grad=True) if contexts else None
-    inputs = [t for t in (x, context, *flow.parameters()) if t is not None and t.requires_grad]
+    flow, x, context, inputs = flow_with_inputs(with_x, contexts, residual=residual)
 
     def gradients():
-        loss = (flow.log_prob(x, context) if contexts else flow.log_prob(x)).square().sum()
-        return torch.autograd.grad(loss, inputs)
+        return torch.autograd.grad(flow.log_prob(x, context).square().sum(), inputs)
 
     got = gradients()
     with backend("reference"):
