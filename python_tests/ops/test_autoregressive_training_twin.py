@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from flowkernels import _extension, backend
 from flowkernels.ops import Activation, Conditioner, Form
@@ -310,3 +311,21 @@ def test_what_the_loop_on_a_gpu_is_given():
     assert not served(network(6, 100, 33)) and served(network(6, 100, 33), gpu=False)
     assert not served(network(8192, 200_000)) and served(network(8192, 200_000), gpu=False)  # more than its images count
     assert not served(network(6, 100), ScaleMap.unit())
+
+
+@pytest.mark.parametrize("parts", [(9, 7), RESIDUAL, GATED])
+def test_what_a_compiler_is_told_has_the_kernels_shapes(parts):
+    """The ops of the CUDA library have no kernel for a CPU, whose tests would tell."""
+    x, context, lists = map_of(example(6, parts, context=2, activation="silu")(5, torch.float32))
+    arguments, ops = (context, *stacked(2, lists)), torch.ops.flowkernels
+    *outputs, kept = ops._autoregressive_training_twin(x, *arguments, list(LAYOUTS[0]))
+    for need_dx, need_dcontext in itertools.product((True, False), repeat=2):
+        rest = *arguments, [0, 0], need_dx, need_dcontext
+        gradients = ops._autoregressive_backward_twin(*cotangents(x), kept, *rest, list(LAYOUTS[0]))
+        with FakeTensorMode() as mode:
+            fake = lambda value: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+            fakes = [[fake(v) for v in value] if isinstance(value, list) else fake(value) for value in rest]
+            *fake_outputs, fake_kept = ops._autoregressive_training(fake(x), *fakes[:-3])
+            fake_gradients = ops._autoregressive_backward(*map(fake, cotangents(x)), fake_kept, *fakes)
+        shapes = lambda *tensors: [t.shape for t in tensors]
+        assert shapes(*fake_outputs, *fake_kept, *fake_gradients) == shapes(*outputs, *kept, *gradients)
