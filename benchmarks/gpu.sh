@@ -72,7 +72,7 @@ step tests 150 "$py" -m pytest -v --tb=short $parallel -m gpu -k "$([ -n "$quick
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
     step "$tool" 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 99 \
-      "$py" -m pytest -q -m "gpu and not slow" -k "$([ -n "$quick" ] && echo "sanitizer and (autoregressive or slogdet)" || echo sanitizer)" python_tests
+      "$py" -m pytest -q -m "gpu and not slow" -k "$([ -n "$quick" ] && echo "sanitizer and (autoregressive or training or slogdet)" || echo sanitizer)" python_tests
   done
 else
   note sanitizer 0 "left out: compute-sanitizer is not installed"
