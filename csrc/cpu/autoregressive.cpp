@@ -82,15 +82,15 @@ void run(const std::vector<AutoregressiveArgs<T>>& maps) {
   Tiling tiling = FK_DISPATCH(plan_tiles<T>(maps[0], batch, threads));
   for (const AutoregressiveArgs<T>& map : maps) {
     const Tiling own = FK_DISPATCH(plan_tiles<T>(map, batch, threads));
-    if (own.rows < tiling.rows) tiling = own;
+    if (own.rows() < tiling.rows()) tiling = own;
   }
   auto go = [&](int64_t first, int64_t last) {
     FK_DISPATCH(run_tiles<T>(maps.data(), static_cast<int64_t>(maps.size()), tiling, first, last));
   };
-  if (tiling.tiles == 1)
+  if (tiling.tiles() == 1)
     go(0, 1);
   else
-    torch::stable::parallel_for(0, tiling.tiles, 1, go);
+    torch::stable::parallel_for(0, tiling.tiles(), 1, go);
 }
 
 template <class T>

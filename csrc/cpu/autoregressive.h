@@ -76,12 +76,21 @@ struct AutoregressiveArgs {
   bool adds_log;  // to what logabsdet holds already
 };
 
+// A batch in shares of even size, one for each thread, and each share in tiles: as many full ones as it has, then what is left, with a
+// part of the last full one where little would be.
 struct Tiling {
-  int64_t rows, tiles;  // rows of the largest tile
-  bool few;             // lanes are units rather than rows
-  int64_t step, steps;  // tiles begin at multiples of `step` rows, of which the batch has `steps`, spread evenly
+  bool few;              // lanes are units rather than rows
+  int64_t step, steps;   // tiles begin at multiples of `step` rows, of which the batch has `steps`
+  int64_t full;          // steps of a full tile
+  int64_t shares, each;  // tiles of a share
 
-  int64_t begin(int64_t tile) const { return tile * steps / tiles * step; }
+  int64_t tiles() const { return shares * each; }
+  int64_t rows() const { return full * step; }  // of the largest
+  int64_t begin(int64_t tile) const {
+    const int64_t share = tile / each, i = tile % each, first = share * steps / shares, n = (share + 1) * steps / shares - first;
+    const bool little = i > 0 && i == each - 1 && n - i * full < full / 3;
+    return (first + i * full - (little ? full / 4 : 0)) * step;
+  }
 };
 
 // The steps of the inverse, one per distinct degree, after the features that pass: step s computes the hidden units that see only the features known before it,

@@ -5,6 +5,9 @@ namespace flowkernels {
 namespace FK_TARGET {
 
 template <class T>
+alignas(64) constexpr T kNothing[lanes<T>] = {};
+
+template <class T>
 struct RowLanes {
   static constexpr int64_t kFewSteps = 8;  // so many are run one after the other
   static constexpr bool kPushesAhead = false;
@@ -97,20 +100,33 @@ struct RowLanes {
     push<T>(layer.weight, layer.ld, layer.visible, tile, k0, k1, j0, j1);
   }
 
-  FK_INLINE Vec<T> sum(const MaskedLayer<T>& layer, const T* acc, const T* total, int64_t j, int64_t r) const {
+  // What a unit's sums are made of: a row of each addend, or one vector for all rows (step 0)
+  struct Addends {
+    const T *begun, *acc;
+    int64_t begun_step, acc_step;
+    FK_INLINE Vec<T> at(int64_t r) const { return load(begun + r * begun_step) + load(acc + r * acc_step); }
+  };
+
+  // room: for a vector
+  FK_INLINE Addends addends(int l, int64_t j, T* room) const {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
     const T* from = start(layer);
-    const Vec<T> begun = from && layer.visible[j] <= kChunk ? broadcast<T>(from[j]) : load(total + j * rows + r);
-    return begun + (layer.visible[j] > 0 ? load(acc + j * rows + r) : zero<T>());
+    const bool one = from && layer.visible[j] <= kChunk, seen = layer.visible[j] > 0;
+    if (one) store(room, broadcast<T>(from[j]));
+    return {one ? room : layer_totals(l) + j * rows, seen ? layer_values(l) + j * rows : kNothing<T>, one ? 0 : 1, seen ? 1 : 0};
   }
 
   void finish_hidden(int l, int64_t j0, int64_t j1) {
     const MaskedLayer<T>& layer = args.layers[l - 1];
-    T* h = layer_values(l);
-    const T* total = layer_totals(l);
     if (layer.joins()) return finish_joined(l, j0, j1);
+    alignas(64) T room[lanes<T>];
+    const int64_t n = rows;  // where no store could change it
     with_activation(static_cast<Activation>(layer.activation), [&](auto code) {
-      for (int64_t j = j0; j < j1; ++j)
-        for (int64_t r = 0; r < rows; r += lanes<T>) store(h + j * rows + r, activate<decltype(code)::value>(sum(layer, h, total, j, r)));
+      for (int64_t j = j0; j < j1; ++j) {
+        const Addends sum = addends(l, j, room);
+        T* h = layer_values(l) + j * rows;
+        for (int64_t r = 0; r < n; r += lanes<T>) store(h + r, activate<decltype(code)::value>(sum.at(r)));
+      }
     });
   }
 
@@ -118,20 +134,23 @@ struct RowLanes {
   FK_CALL void finish_joined(int l, int64_t j0, int64_t j1) {
     const MaskedLayer<T>& layer = args.layers[l - 1];
     T* h = layer_values(l);
-    const T *total = layer_totals(l), *from = layer_values(layer.source), *gate = layer.gate ? layer_gates(l) : nullptr;
+    const T *from = layer_values(layer.source), *gate = layer.gate ? layer_gates(l) : nullptr;
     const T* residual = layer.residual < 0 ? nullptr : layer_values(layer.residual);
-    for (int64_t j = j0; j < j1; ++j)
+    alignas(64) T room[lanes<T>];
+    for (int64_t j = j0; j < j1; ++j) {
+      const Addends sum = addends(l, j, room);
       for (int64_t r = 0; r < rows; r += lanes<T>) {
         const int64_t at = j * rows + r;
         Vec<T> v;
         if (!layer.unitwise)
-          v = sum(layer, h, total, j, r);
+          v = sum.at(r);
         else
           v = layer.weight ? fma(broadcast<T>(layer.weight[j]), load(from + at), broadcast<T>(layer.bias[j])) : load(from + at);
         if (gate) v = v * load(gate + at);
         if (residual) v = v + load(residual + at);
         store(h + at, v);
       }
+    }
     with_activation(static_cast<Activation>(layer.activation), [&](auto code) {
       for (int64_t i = j0 * rows; i < j1 * rows; i += lanes<T>) store(h + i, activate<decltype(code)::value>(load(h + i)));
     });
@@ -139,17 +158,18 @@ struct RowLanes {
 
   void finish_features(int64_t p0, int64_t p1) {
     const int last = args.n_layers;
-    const MaskedLayer<T>& layer = args.layers[last - 1];
-    const T *acc = layer_values(last), *total = layer_totals(last);
-    for (int64_t p = p0; p < p1; ++p)
+    const bool scaled = args.output_columns.each == 2;
+    alignas(64) T room[2][lanes<T>];
+    for (int64_t p = p0; p < p1; ++p) {
+      const int64_t column = args.output_columns.of(p);
+      const Addends shift = addends(last, column, room[0]), raw = addends(last, column + (scaled ? 1 : 0), room[1]);
+      T* x = values + p * rows;
       for (int64_t r = 0; r < rows; r += lanes<T>) {
-        const int64_t at_shift = args.output_columns.of(p);
-        const Vec<T> shift = sum(layer, acc, total, at_shift, r), raw = args.output_columns.each == 2 ? sum(layer, acc, total, at_shift + 1, r) : zero<T>();
-        T* at = values + p * rows + r;
-        const ValueAndLog<Vec<T>> out = transform(args, load(at), shift, raw);
-        store(at, out.value);
+        const ValueAndLog<Vec<T>> out = transform(args, load(x + r), shift.at(r), scaled ? raw.at(r) : zero<T>());
+        store(x + r, out.value);
         add_log(log + r, log_total + r, out.log, p);
       }
+    }
   }
 
   void end() const {

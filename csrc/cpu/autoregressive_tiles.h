@@ -20,18 +20,13 @@ int64_t padded_units(const AutoregressiveArgs<T>& args) {
 
 template <class T>
 Tiling plan_tiles(const AutoregressiveArgs<T>& args, int64_t batch, int64_t threads) {
-  const int64_t units = padded_units(args), per_thread = (batch + threads - 1) / threads;
-  if (per_thread <= kFewRows) {
-    const int64_t tiles = (batch + per_thread - 1) / per_thread;
-    return {per_thread, tiles, true, per_thread, tiles};
-  }
-  int64_t vectors = kTileRows;
-  while (vectors > 1 && RowLanes<T>::scratch(args, units, vectors * lanes<T>) * int64_t(sizeof(T)) > kScratchBytes) vectors = (vectors + 1) / 2;
-  // as many tiles as rows need, rounded up to a multiple of the threads
-  const int64_t all = (batch + lanes<T> - 1) / lanes<T>;
-  int64_t tiles = (all + vectors - 1) / vectors;
-  tiles = smaller((tiles + threads - 1) / threads * threads, all);
-  return {(all + tiles - 1) / tiles * lanes<T>, tiles, false, lanes<T>, all};
+  const int64_t per_thread = (batch + threads - 1) / threads;
+  if (per_thread <= kFewRows) return {true, 1, batch, per_thread, smaller(threads, batch), 1};
+  const int64_t units = padded_units(args), all = (batch + lanes<T> - 1) / lanes<T>, shares = smaller(threads, all);
+  int64_t full = kTileRows;
+  while (full > 1 && RowLanes<T>::scratch(args, units, full * lanes<T>) * int64_t(sizeof(T)) > kScratchBytes) full = (full + 1) / 2;
+  const int64_t most = (all + shares - 1) / shares;
+  return {false, lanes<T>, all, smaller(full, most), shares, (most + full - 1) / full};
 }
 
 template <class T, int B>
@@ -67,7 +62,7 @@ template <class T>
 void run_tiles(const AutoregressiveArgs<T>* maps, int64_t n_maps, const Tiling& tiling, int64_t first, int64_t last) {
   for (int64_t tile = first; tile < last; ++tile) {
     const int64_t row = tiling.begin(tile), n = smaller(tiling.begin(tile + 1), maps[0].batch) - row;
-    for (int64_t i = 0; i < n_maps; ++i) run_rows(maps[i], tiling.few, row, n, tiling.rows);
+    for (int64_t i = 0; i < n_maps && n > 0; ++i) run_rows(maps[i], tiling.few, row, n, tiling.rows());
   }
 }
 

@@ -14,6 +14,7 @@ constexpr int64_t kChunk = 256;
 constexpr int64_t kBlock = 64;  // most inputs of one pass: 64 x 96 rows of h stay in the first-level cache
 constexpr int kRowVectors = 3;  // with 4 (8) units, 12 (24) independent chains hide the latency of a multiply-add
 constexpr int kUnits = FK_REGISTERS >= 32 ? 8 : 4;
+constexpr int kUnitsOfFour = FK_REGISTERS >= 32 ? 6 : 2;  // units that 4 vectors leave registers for
 
 template <int N>
 struct Count {
@@ -32,11 +33,12 @@ struct Tile {
 };
 
 // sum[u][v] += sum over k < K of a[u * a_unit + k * a_step] * b[k * b_step + v], for U values u and the vectors v from FROM to V. K >= 1: a
-// loop that might not run would cost a spill of every sum.
-template <int U, int V, int FROM = 0, int ALL, class T>
+// loop that might not run would cost a spill of every sum. AHEAD: at every k, asks for the values of `a` so far on, which need not exist.
+template <int U, int V, int FROM = 0, int AHEAD = 0, int ALL, class T>
 FK_INLINE void multiply(const T* a, int64_t a_unit, int64_t a_step, const T* b, int64_t b_step, int64_t K, Vec<T> (&sum)[U][ALL]) {
   do {
     Vec<T> x[V];
+    if constexpr (AHEAD > 0) __builtin_prefetch(reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(a) + AHEAD * sizeof(T)));
     for (int v = FROM; v < V; ++v) x[v] = load(b + v * lanes<T>);
     for (int u = 0; u < U; ++u) {
       const Vec<T> w = broadcast<T>(a[u * a_unit]);
@@ -48,7 +50,7 @@ FK_INLINE void multiply(const T* a, int64_t a_unit, int64_t a_step, const T* b, 
 }
 
 // The same, added to acc[u][v] in memory, or written there by the first terms of a chunk
-template <int U, int V, class T>
+template <int U, int V, int AHEAD, class T>
 FK_INLINE void multiply_add(const T* a, int64_t a_unit, int64_t a_step, const T* b, int64_t b_step, T* acc, int64_t acc_unit, int64_t K,
                             bool first) {
   Vec<T> sum[U][V];
@@ -59,7 +61,7 @@ FK_INLINE void multiply_add(const T* a, int64_t a_unit, int64_t a_step, const T*
     for (int u = 0; u < U; ++u)
       for (int v = 0; v < V; ++v) sum[u][v] = load(acc + u * acc_unit + v * lanes<T>);
   }
-  multiply<U, V>(a, a_unit, a_step, b, b_step, K, sum);
+  multiply<U, V, 0, AHEAD>(a, a_unit, a_step, b, b_step, K, sum);
   for (int u = 0; u < U; ++u)
     for (int v = 0; v < V; ++v) store(acc + u * acc_unit + v * lanes<T>, sum[u][v]);
 }
@@ -67,18 +69,30 @@ FK_INLINE void multiply_add(const T* a, int64_t a_unit, int64_t a_step, const T*
 template <int U, class T>
 void multiply_add_rows(const T* weight, int64_t ld, const T* h, T* acc, int64_t rows, int64_t K, bool first) {
   constexpr int64_t L = lanes<T>;
+  // the weights of the units of the next cache line, which rows of weights pages apart keep from coming by themselves
+  constexpr int kAhead = U > 2 ? 64 / sizeof(T) : 0;
   int64_t r = 0;
+  const auto vectors = [&](auto count) __attribute__((always_inline)) {
+    constexpr int V = decltype(count)::value;
+    if (U >= kUnitsOfFour && V >= kRowVectors && r > 0)  // fetched
+      multiply_add<U, V, 0>(weight, 1, ld, h + r, rows, acc + r, rows, K, first);
+    else
+      multiply_add<U, V, kAhead>(weight, 1, ld, h + r, rows, acc + r, rows, K, first);
+    r += V * L;
+  };
   if constexpr (U <= 2) {  // a few units make up for it with more vectors
-    constexpr int V = 2 * kRowVectors;
-    for (; r + V * L <= rows; r += V * L) multiply_add<U, V>(weight, 1, ld, h + r, rows, acc + r, rows, K, first);
+    while (r + 2 * kRowVectors * L <= rows) vectors(Count<2 * kRowVectors>{});
+    if (rows - r == 5 * L) return vectors(Count<5>{});
+  }
+  if constexpr (U <= kUnitsOfFour) {
+    while (rows - r >= 4 * L && (U > 2 || rows - r == 4 * L)) vectors(Count<4>{});
   }
   if constexpr (U <= kUnits) {
     // four vectors are better two and two than three and one
-    for (; r + kRowVectors * L <= rows && rows - r != (kRowVectors + 1) * L; r += kRowVectors * L)
-      multiply_add<U, kRowVectors>(weight, 1, ld, h + r, rows, acc + r, rows, K, first);
-    for (; r + 2 * L <= rows; r += 2 * L) multiply_add<U, 2>(weight, 1, ld, h + r, rows, acc + r, rows, K, first);
+    while (r + kRowVectors * L <= rows && rows - r != (kRowVectors + 1) * L) vectors(Count<kRowVectors>{});
+    while (r + 2 * L <= rows) vectors(Count<2>{});
   }
-  for (; r < rows; r += L) multiply_add<U, 1>(weight, 1, ld, h + r, rows, acc + r, rows, K, first);
+  while (r < rows) vectors(Count<1>{});
 }
 
 // first: the chunk is the first of its sums
@@ -134,6 +148,7 @@ void push_block(const T* weight, int64_t ld, const int32_t* visible, const Tile<
 // visible null: every unit sees every input
 template <class T>
 void push(const T* weight, int64_t ld, const int32_t* visible, const Tile<T>& tile, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
+  const int64_t vectors = tile.rows / lanes<T>;
   while (k0 < k1 && j0 < j1) {
     if (visible && visible[j0] <= k0) {  // units before the staircase reaches k0 are done
       ++j0;
@@ -143,8 +158,10 @@ void push(const T* weight, int64_t ld, const int32_t* visible, const Tile<T>& ti
     // within a chunk, blocks of even size: a last one of a few inputs would load and store every sum for little
     const int64_t of_chunk = smaller(k1, (k0 / kChunk + 1) * kChunk) - k0, blocks = (of_chunk + kBlock - 1) / kBlock;
     const int64_t K = (of_chunk + blocks - 1) / blocks;
-    if (tile.rows == lanes<T> && kUnits < 8)
-      push_block<8>(weight, ld, visible, tile, k0, K, j0, j1);  // one vector of rows: more units make up for the chains
+    if (kUnits < 8 && vectors == 1)  // more units make up for the chains
+      push_block<8>(weight, ld, visible, tile, k0, K, j0, j1);
+    else if (kUnits == 8 && vectors % 4 == 0 && vectors % kRowVectors > 0 && j1 - j0 > 2 * kUnits)
+      push_block<kUnitsOfFour>(weight, ld, visible, tile, k0, K, j0, j1);
     else
       push_block<kUnits>(weight, ld, visible, tile, k0, K, j0, j1);
     k0 += K;

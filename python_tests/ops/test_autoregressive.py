@@ -256,6 +256,28 @@ def test_sizes_beyond_one_chunk(features, parts, context, inverse, dtype):
             assert all(torch.equal(p, w[begin:end]) for p, w in zip(part, whole, strict=True))
 
 
+@pytest.fixture
+def restored_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.usefixtures("restored_threads")
+def test_any_batch_on_any_number_of_threads(threads, inverse):
+    """However the rows are shared out in tiles, each row has the same bits."""
+    rows, parameters, op, *_ = example(9, (70, 40), context=2, inverse=inverse)(1500, torch.float32)
+    with torch.no_grad():
+        torch.set_num_threads(1)
+        whole = op(rows, parameters)
+        torch.set_num_threads(threads)
+        for batch in (*range(1, 34), *range(47, 260, 16), *range(49, 260, 16), 385, 577, 640, 769, 1000, 1153, 1500):
+            got = op([t[:batch] for t in rows], parameters)
+            assert all(torch.equal(g, w[:batch]) for g, w in zip(got, whole, strict=True)), batch
+
+
 @pytest.mark.parametrize("inverse", [False, True])
 def test_error_in_float32_is_that_of_eager_float32(inverse):
     """Root mean square and 99.9th percentile over 100,000 outputs, at most twice those of the reference in float32."""
