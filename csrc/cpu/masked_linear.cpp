@@ -81,9 +81,12 @@ struct Split {
   int64_t rows, columns, row_tasks, column_tasks;
 };
 
-Split split(int64_t batch, int64_t columns, int64_t panel, int64_t threads) {
-  constexpr int64_t kRows = 512;  // what a packed panel is used for, and what it meets in the second-level cache
-  const int64_t row_tasks = (batch + kRows - 1) / kRows, panels = (columns + panel - 1) / panel;
+// element: bytes. terms: of a sum
+Split split(int64_t batch, int64_t columns, int64_t panel, int64_t element, int64_t terms, int64_t threads) {
+  // many rows for each packed panel, and few enough to stay in the second-level cache for all panels
+  constexpr int64_t kMost = 512, kLeast = 128, kBytes = 1 << 20;
+  const int64_t rows = std::clamp(kBytes / (element * std::max<int64_t>(terms, 1)), kLeast, kMost);
+  const int64_t row_tasks = (batch + rows - 1) / rows, panels = (columns + panel - 1) / panel;
   // few blocks of rows: cut the columns too, four parts a thread
   const int64_t parts = row_tasks >= 2 * threads || threads == 1 ? 1 : std::min(panels, 4 * threads);
   const int64_t width = (panels + parts - 1) / parts * panel;
@@ -92,11 +95,11 @@ Split split(int64_t batch, int64_t columns, int64_t panel, int64_t threads) {
 
 // terms_of(c): how many terms the sums of column c have
 template <class T, class Terms, class F>
-void for_each_part(const Product<T>& product, int64_t columns, const Terms& terms_of, const F& run) {
+void for_each_part(const Product<T>& product, int64_t columns, int64_t terms, const Terms& terms_of, const F& run) {
   const int64_t batch = product.args.batch;
   if (batch == 0 || columns == 0) return;
   const int64_t threads = threads_for(product.multiply_adds());
-  const Split s = split(batch, columns, FK_DISPATCH(panel_width<T>()), threads);
+  const Split s = split(batch, columns, FK_DISPATCH(panel_width<T>()), sizeof(T), terms, threads);
   std::vector<double> work(s.row_tasks * s.column_tasks, 0);
   for (int64_t c = 0; c < columns; ++c) work[c / s.columns * s.row_tasks] += terms_of(c);
   for (int64_t task = 0; task < static_cast<int64_t>(work.size()); ++task) work[task] = work[task / s.row_tasks * s.row_tasks];
@@ -127,7 +130,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   Tensor y = empty(x, sizes);
   p.args.out = static_cast<T*>(y.mutable_data_ptr());
   p.args.out_ld = p.args.outputs;
-  for_each_part(p, p.args.outputs, [&](int64_t c) { return p.args.visible[c]; }, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
+  for_each_part(p, p.args.outputs, p.args.inputs, [&](int64_t c) { return p.args.visible[c]; }, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
     FK_DISPATCH(masked_linear_forward<T>(p.args, r0, r1, c0, c1, static_cast<T*>(thread_scratch(FK_DISPATCH(scratch_bytes<T>())))));
   });
   return y;
@@ -150,7 +153,7 @@ Tensor dx(const Tensor& dy, const Tensor& weight, const Tensor& visible) {
   Tensor out = empty(dy, sizes);
   p.args.out = static_cast<T*>(out.mutable_data_ptr());
   p.args.out_ld = p.args.inputs;
-  for_each_part(p, p.args.inputs, [&](int64_t c) { return p.args.outputs - p.args.first[c]; }, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
+  for_each_part(p, p.args.inputs, p.args.outputs, [&](int64_t c) { return p.args.outputs - p.args.first[c]; }, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
     FK_DISPATCH(masked_linear_dx<T>(p.args, r0, r1, c0, c1, static_cast<T*>(thread_scratch(FK_DISPATCH(scratch_bytes<T>())))));
   });
   return out;
@@ -172,13 +175,11 @@ Tensor dweight(const Tensor& x, const Tensor& dy, const Tensor& visible) {
   p.args.out_ld = p.args.outputs;
   if (p.args.inputs == 0) return out;
   const int64_t threads = threads_for(p.multiply_adds());
-  const int64_t rows = FK_DISPATCH(dweight_rows<T>(p.args.inputs, threads, 1));
-  std::vector<double> work;
-  for (int64_t k0 = 0; k0 < p.args.inputs; k0 += rows)
-    work.push_back(seen_pairs(p.args.visible, p.args.outputs, k0, std::min(k0 + rows, p.args.inputs)));
-  run_shares(share_out(work, threads), [&](int64_t task) {
-    T* scratch = static_cast<T*>(thread_scratch(FK_DISPATCH(dweight_scratch_bytes<T>(rows))));
-    FK_DISPATCH(masked_linear_dweight<T>(p.args, task * rows, std::min((task + 1) * rows, p.args.inputs), scratch));
+  const Stripes all = first_stripes<T>(p.args.inputs, FK_DISPATCH(dweight_tasks<T>(p.args.inputs, threads, 1)));
+  run_shares(share_out(std::vector<double>(all.count, 1), threads), [&](int64_t task) {
+    Stripes stripes = all;
+    stripes.number = task;
+    FK_DISPATCH(masked_linear_dweight<T>(p.args, stripes, static_cast<T*>(thread_scratch(FK_DISPATCH(dweight_scratch_bytes<T>(all))))));
   });
   return out;
 }

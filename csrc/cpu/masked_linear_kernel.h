@@ -215,30 +215,37 @@ void panel_rows(const MaskedLinearArgs<T>& args, const T* x, int64_t ld, const P
   for (; r < r1; ++r) panel_tile<1, kFrom>(args, x + r * ld, ld, p, r, j, first, store);
 }
 
+constexpr int64_t kFar = 2048;  // so many terms of the rows of a task go through all panels before the next ones: they stay in the second-level cache
+
 // Rows [r0, r1) of outputs [j0, j1); j0 and j1 are whole panels but for the end
 template <class T>
 void masked_linear_forward(const MaskedLinearArgs<T>& args, int64_t r0, int64_t r1, int64_t j0, int64_t j1, T* scratch) {
-  for (int64_t k0 = 0; k0 == 0 || k0 < args.inputs; k0 += kChunk) {
+  for (int64_t begin = 0; begin == 0 || begin < args.inputs; begin += kFar) {
     for (int64_t j = j0; j < j1; j += kPanel<T>) {
-      const int64_t n = smaller(kPanel<T>, j1 - j), end = args.visible[j + n - 1], k1 = smaller(k0 + kChunk, end);
-      if (k0 > 0 && k1 <= k0) continue;
-      const Panel<T> panel{scratch, k0, k1, n, args.visible + j};
-      pack(args.weight + j, args.weight_ld, panel);
-      panel_rows<false>(args, args.x, args.x_ld, panel, r0, r1, j, k0 == 0, k1 == end);
+      const int64_t n = smaller(kPanel<T>, j1 - j), end = args.visible[j + n - 1], far = smaller(begin + kFar, end);
+      for (int64_t k0 = begin; k0 == 0 || k0 < far; k0 += kChunk) {
+        const int64_t k1 = smaller(k0 + kChunk, end);
+        const Panel<T> panel{scratch, k0, k1, n, args.visible + j};
+        pack(args.weight + j, args.weight_ld, panel);
+        panel_rows<false>(args, args.x, args.x_ld, panel, r0, r1, j, k0 == 0, k1 == end);
+      }
     }
   }
 }
 
 template <class T>
 void masked_linear_dx(const MaskedLinearArgs<T>& args, int64_t r0, int64_t r1, int64_t k0, int64_t k1, T* scratch) {
-  for (int64_t c = 0; c == 0 || c < args.outputs; c += kChunk) {
+  for (int64_t start = 0; start == 0 || start < args.outputs; start += kFar) {
     for (int64_t k = k0; k < k1; k += kPanel<T>) {
-      const int64_t n = smaller(kPanel<T>, k1 - k), begin = args.first[k], end = smaller(c + kChunk, args.outputs);
-      const bool last = end == args.outputs;
-      if (end <= begin && !last) continue;  // a column that nobody sees is written with the last chunk
-      const Panel<T> panel{scratch, begin > c ? begin : c, end, n, args.first + k};
-      pack_transposed(args.weight + k * args.weight_ld, args.weight_ld, panel);
-      panel_rows<true>(args, args.dy, args.dy_ld, panel, r0, r1, k, begin >= c, last);
+      const int64_t n = smaller(kPanel<T>, k1 - k), begin = args.first[k];
+      for (int64_t c = start; c == start || c < smaller(start + kFar, args.outputs); c += kChunk) {
+        const int64_t end = smaller(c + kChunk, args.outputs);
+        const bool last = end == args.outputs;
+        if (end <= begin && !last) continue;  // a column that nobody sees is written with the last chunk
+        const Panel<T> panel{scratch, begin > c ? begin : c, end, n, args.first + k};
+        pack_transposed(args.weight + k * args.weight_ld, args.weight_ld, panel);
+        panel_rows<true>(args, args.dy, args.dy_ld, panel, r0, r1, k, begin >= c, last);
+      }
     }
   }
 }
@@ -249,12 +256,16 @@ constexpr int64_t kGroup = kChunk * kUnits + 64 / int64_t(sizeof(T));
 
 // [group of columns][row][kUnits] of x, zeros beyond the last column
 template <class T>
-void pack_broadcasts(const T* x, int64_t ld, int64_t rows, int64_t columns, T* to) {
-  const int64_t whole = columns / kUnits * kUnits;
+void pack_broadcasts(const T* x, int64_t ld, int64_t rows, const Stripes& stripes, T* to) {
   for (int64_t r = 0; r < rows; ++r, x += ld, to += kUnits) {
     T* group = to;
-    for (int64_t c = 0; c < whole; c += kUnits, group += kGroup<T>) __builtin_memcpy(group, x + c, kUnits * sizeof(T));
-    for (int64_t u = 0; whole < columns && u < kUnits; ++u) group[u] = whole + u < columns ? x[whole + u] : T(0);
+    for (int64_t c = stripes.begin(); c < stripes.inputs; c += stripes.step())
+      for (int64_t k = c; k < stripes.end(c); k += kUnits, group += kGroup<T>) {
+        if (k + kUnits <= stripes.inputs)
+          __builtin_memcpy(group, x + k, kUnits * sizeof(T));
+        else
+          for (int64_t u = 0; u < kUnits; ++u) group[u] = k + u < stripes.inputs ? x[k + u] : T(0);
+      }
   }
 }
 
@@ -294,28 +305,43 @@ void store_inside(const Vec<T>* sum, int64_t rows, const MaskedLinearArgs<T>& ar
 
 // U rows of dweight from row k on, one chunk of the batch; the first one is not added to what was there
 template <int U, class T>
-FK_INLINE void dweight_tile(const T* x, const T* dy, int64_t rows, const MaskedLinearArgs<T>& args, int64_t k, int64_t j, int64_t n, bool first) {
+FK_CALL void dweight_tile(const T* x, const T* dy, int64_t rows, const MaskedLinearArgs<T>& args, int64_t k, int64_t j, int64_t n, bool first) {
+  constexpr int64_t L = lanes<T>;
   Vec<T> sum[U][kRowVectors];
+  T* const out = args.out + k * args.out_ld + j;
+  for (int u = 0; u < U; ++u)  // what the sums are added to comes while they are made; what does not exist is ignored
+    for (int v = 0; v < kRowVectors; ++v)
+      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(out) + (u * args.out_ld + v * L) * sizeof(T)), 1);
   for (int u = 0; u < U; ++u)
     for (int v = 0; v < kRowVectors; ++v) sum[u][v] = zero<T>();
-  if (n > 2 * lanes<T> && args.visible[j + 2 * lanes<T> - 1] <= k)  // the staircase begins in the last vector
-    multiply<U, kRowVectors, 2>(x, 1, kUnits, dy, kPanel<T>, rows, sum);
-  else if (n > lanes<T> && args.visible[j + lanes<T> - 1] <= k)
-    multiply<U, kRowVectors, 1>(x, 1, kUnits, dy, kPanel<T>, rows, sum);
-  else if (n <= lanes<T>)
-    multiply<U, 1>(x, 1, kUnits, dy, kPanel<T>, rows, sum);
+  const auto vectors = [&](auto from, auto to) __attribute__((always_inline)) {
+    multiply<U, decltype(to)::value, decltype(from)::value>(x, 1, kUnits, dy, kPanel<T>, rows, sum);
+  };
+  const bool second = n > L && args.visible[j + L - 1] <= k;  // the staircase begins after the first vector, or after the second
+  if (n > 2 * L && args.visible[j + 2 * L - 1] <= k)
+    vectors(Count<2>{}, Count<3>{});
+  else if (n > 2 * L && second)
+    vectors(Count<1>{}, Count<3>{});
+  else if (n > 2 * L)
+    vectors(Count<0>{}, Count<3>{});
+  else if (second)
+    vectors(Count<1>{}, Count<2>{});
+  else if (n > L)
+    vectors(Count<0>{}, Count<2>{});
   else
-    multiply<U, kRowVectors>(x, 1, kUnits, dy, kPanel<T>, rows, sum);
-  if (n == kPanel<T> && k + U <= args.visible[j]) {
-    T* to = args.out + k * args.out_ld + j;
+    vectors(Count<0>{}, Count<1>{});
+  const auto store_whole = [&](auto whole) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u)
 #pragma GCC unroll 3
-      for (int v = 0; v < kRowVectors; ++v) {
-        T* at = to + u * args.out_ld + v * lanes<T>;
+      for (int v = 0; v < decltype(whole)::value; ++v) {
+        T* at = out + u * args.out_ld + v * L;
         store(at, first ? sum[u][v] : load(at) + sum[u][v]);
       }
-    return;
+  };
+  if (k + U <= args.visible[j]) {
+    if (n == kPanel<T>) return store_whole(Count<3>{});
+    if (n == 2 * L) return store_whole(Count<2>{});
   }
   Vec<T> kept[U][kRowVectors];
   for (int u = 0; u < U; ++u)
@@ -323,9 +349,9 @@ FK_INLINE void dweight_tile(const T* x, const T* dy, int64_t rows, const MaskedL
   store_inside(kept[0], U, args, k, j, n, first);
 }
 
-// Rows [k0, k1) of dweight
+// Rows of dweight: those of the stripes
 template <class T>
-void masked_linear_dweight(const MaskedLinearArgs<T>& args, int64_t k0, int64_t k1, T* scratch) {
+void masked_linear_dweight(const MaskedLinearArgs<T>& args, const Stripes& stripes, T* scratch) {
   constexpr int64_t kBlockColumns = kPanels * kPanel<T>;
   T *panels = scratch, *broadcasts = scratch + kPanels * kPackedPanel<T>;
   // the first panel of which a column sees input k; none before it is written by tiles
@@ -334,25 +360,27 @@ void masked_linear_dweight(const MaskedLinearArgs<T>& args, int64_t k0, int64_t 
     while (begin < args.outputs && args.visible[smaller(begin + kPanel<T>, args.outputs) - 1] <= k) begin += kPanel<T>;
     return smaller(begin, args.outputs);
   };
-  const int64_t j_begin = begin_at(k0);
+  const int64_t j_begin = begin_at(stripes.begin());
   const bool writes = !args.finish.accumulate;
-  for (int64_t k = k0; k < k1 && writes; k += kUnits) {
-    const int64_t end = args.batch > 0 ? begin_at(k) : args.outputs;
-    for (int64_t i = k; i < smaller(k + kUnits, k1); ++i)
-      for (int64_t j = 0; j < end; ++j) args.out[i * args.out_ld + j] = T(0);
-  }
+  for (int64_t c = stripes.begin(); c < args.inputs && writes; c += stripes.step())
+    for (int64_t k = c; k < stripes.end(c); k += kUnits) {
+      const int64_t end = args.batch > 0 ? begin_at(k) : args.outputs;
+      for (int64_t i = k; i < smaller(k + kUnits, args.inputs); ++i)
+        for (int64_t j = 0; j < end; ++j) args.out[i * args.out_ld + j] = T(0);
+    }
   for (int64_t b = 0; b < args.batch; b += kChunk) {
     const int64_t rows = smaller(kChunk, args.batch - b);
     const bool first = b == 0 && writes;
-    pack_broadcasts(args.x + b * args.x_ld + k0, args.x_ld, rows, k1 - k0, broadcasts);
+    pack_broadcasts(args.x + b * args.x_ld, args.x_ld, rows, stripes, broadcasts);
     for (int64_t j0 = j_begin; j0 < args.outputs; j0 += kBlockColumns) {
       const int64_t j1 = smaller(j0 + kBlockColumns, args.outputs);
       pack_panels(args.dy + b * args.dy_ld + j0, args.dy_ld, rows, j1 - j0, panels);
       for (int64_t j = j0; j < j1; j += kPanel<T>) {
-        const int64_t n = smaller(kPanel<T>, j1 - j), end = smaller(k1, args.visible[j + n - 1]);
-        const T* panel = panels + (j - j0) / kPanel<T> * kPackedPanel<T>;
-        for (int64_t k = k0; k < end; k += kUnits)
-          dweight_tile<kUnits>(broadcasts + (k - k0) / kUnits * kGroup<T>, panel, rows, args, k, j, n, first);
+        const int64_t n = smaller(kPanel<T>, j1 - j), seen = args.visible[j + n - 1];
+        const T *panel = panels + (j - j0) / kPanel<T> * kPackedPanel<T>, *group = broadcasts;
+        for (int64_t c = stripes.begin(); c < seen; c += stripes.step())
+          for (int64_t k = c; k < stripes.end(c); k += kUnits, group += kGroup<T>)
+            if (k < seen) dweight_tile<kUnits>(group, panel, rows, args, k, j, n, first);
       }
     }
   }
