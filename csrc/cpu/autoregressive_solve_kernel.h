@@ -120,8 +120,8 @@ struct Solve {
 };
 
 template <class T>
-size_t solve_scratch_bytes(const TrainingArgs<T>& args) {
-  return (args.values_ld + args.deltas_ld + 1) * kSolveRows * lanes<T> * sizeof(T);
+size_t solve_scratch_bytes(const TrainingArgs<T>& args, int64_t rows) {
+  return (args.values_ld + args.deltas_ld + 1) * ((rows + lanes<T> - 1) / lanes<T>) * lanes<T> * sizeof(T);
 }
 
 template <class T>

@@ -90,7 +90,7 @@ Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tenso
     const int64_t rows = std::max<int64_t>((span + even - 1) / std::max<int64_t>(even, 1), 1);
     in_parallel((span + rows - 1) / rows, call.threads, [&](int64_t i) {
       const int64_t r0 = i * rows, r1 = std::min((i + 1) * rows, span);
-      T* scratch = static_cast<T*>(thread_scratch(FK_DISPATCH(solve_scratch_bytes<T>(args))));
+      T* scratch = static_cast<T*>(thread_scratch(FK_DISPATCH(solve_scratch_bytes<T>(args, rows))));
       FK_DISPATCH(solve_tile<T>(args, upward.data(), ends.data(), n_steps, r0, r1, scratch));
       if (!call.contexts.data) return;
       T* panel = training_scratch<T>(args.features);
