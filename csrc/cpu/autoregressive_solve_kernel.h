@@ -10,13 +10,14 @@
 namespace flowkernels {
 namespace FK_TARGET {
 
+constexpr int64_t kFewSteps = 8;                 // so many are run one after the other
 constexpr int64_t kSolveRows = 4 * kRowVectors;  // vectors of rows in a tile
 
 // below[k] += sum over j in [j0, j1) with j >= first[k] of weight[k][j] * above[j], for U rows of the weight and all rows of the tile
 template <int U, class T>
 void push_back_rows(const T* weight, int64_t ld, const T* above, T* below, int64_t rows, int64_t K) {
   int64_t r = 0;
-  auto some = [&](auto vectors) {
+  const auto some = [&](auto vectors) __attribute__((always_inline)) {
     constexpr int V = decltype(vectors)::value;
     // four vectors are better two and two than three and one
     for (; r + V * lanes<T> <= rows && !(V == kRowVectors && rows - r == (V + 1) * lanes<T>); r += V * lanes<T>) {
@@ -31,6 +32,7 @@ void push_back_rows(const T* weight, int64_t ld, const T* above, T* below, int64
         }
     }
   };
+  if constexpr (U <= 2) some(Count<2 * kRowVectors>{});  // a few units make up for it with more vectors
   some(Count<kRowVectors>{});
   some(Count<2>{});
   some(Count<1>{});
@@ -41,18 +43,24 @@ void push_back(const T* weight, int64_t ld, const int32_t* first, const T* above
                int64_t j1) {
   for (; j0 < j1; j0 += kBlock) {
     const int64_t end = smaller(j0 + kBlock, j1);
-    for (int64_t k = k0; k < k1 && first[k] < end;) {
-      const int n = k + kUnits <= k1 && first[k + kUnits - 1] < end ? kUnits : 1;
+    const auto units = [&](int64_t k, auto count) __attribute__((always_inline)) {
+      constexpr int n = decltype(count)::value;
       const int64_t shared = first[k + n - 1] > j0 ? first[k + n - 1] : j0;  // from here on, all n see
       for (int u = 0; u + 1 < n; ++u) {
         const int64_t begin = first[k + u] > j0 ? first[k + u] : j0;
         if (begin < shared) push_back_rows<1>(weight + (k + u) * ld + begin, ld, above + begin * rows, below + (k + u) * rows, rows, shared - begin);
       }
-      if (n == kUnits)
-        push_back_rows<kUnits>(weight + k * ld + shared, ld, above + shared * rows, below + k * rows, rows, end - shared);
+      push_back_rows<n>(weight + k * ld + shared, ld, above + shared * rows, below + k * rows, rows, end - shared);
+      return n;
+    };
+    for (int64_t k = k0; k < k1 && first[k] < end;) {
+      const auto fit = [&](int n) { return k + n <= k1 && first[k + n - 1] < end; };
+      if (fit(kUnits))
+        k += units(k, Count<kUnits>{});
+      else if (fit(2))
+        k += units(k, Count<2>{});
       else
-        push_back_rows<1>(weight + k * ld + shared, ld, above + shared * rows, below + k * rows, rows, end - shared);
-      k += n;
+        k += units(k, Count<1>{});
     }
   }
 }
@@ -95,18 +103,24 @@ struct Solve {
       }
   }
 
-  void run_step(int64_t s) const {
+  // What step s waits for comes from all steps up to `last` at once, so that its sums are loaded and stored once for several steps.
+  void run_step(int64_t s, int64_t last) const {
+    for (int64_t l = n_layers; l > 0; --l)
+      if (!columns(l).unitwise && columns(l).source == 0) push(l, features_before(s), end(s, n_layers) / 2, end(s, l), end(last, l));
     solve_features(features_before(s), end(s, n_layers) / 2);
     for (int64_t l = n_layers; l > 0; --l) {
       const LayerColumns<T>& own = columns(l);
       const int64_t j0 = end(s - 1, l), j1 = end(s, l);
       descend(own, values, deltas, {rows, j0 * rows, (j1 - j0) * rows});
-      if (!own.unitwise && own.source > 0) push(l, end(s - 1, own.source), end(s, own.source), j0, j1);
+      if (!own.unitwise && own.source > 0) push(l, end(s - 1, own.source), end(s, own.source), j0, end(last, l));
     }
   }
 
   void run(int64_t a, int64_t b) const {
-    if (b - a == 1) return run_step(a);
+    if (b - a <= kFewSteps) {
+      for (int64_t s = b - 1; s >= a; --s) run_step(s, b - 1);
+      return;
+    }
     const int64_t middle = a + (b - a) / 2;
     run(middle, b);
     for (int64_t l = n_layers; l > 0; --l) {
