@@ -54,7 +54,9 @@ void run_step(State& state, const AutoregressiveArgs<T>& args, int64_t s, int64_
     const int64_t j0 = step_begin(args, s, l), j1 = step_end(args, s, l);
     if (j0 == j1) continue;
     const int source = args.layers[l - 1].source;
-    state.push_layer(l, step_begin(args, from, source), step_end(args, s, source), j0, j1);
+    const int64_t k0 = step_begin(args, from, source), k1 = step_end(args, s, source);
+    if (l < args.n_layers && state.push_and_finish(l, k0, k1, j0, j1)) continue;
+    state.push_layer(l, k0, k1, j0, j1);
     if (l < args.n_layers)
       state.finish_hidden(l, j0, j1);
     else

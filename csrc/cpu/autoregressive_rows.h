@@ -53,7 +53,7 @@ struct RowLanes {
     for (int l = 1; l <= args.n_layers; ++l) {
       const MaskedLayer<T>& layer = args.layers[l - 1];
       if (layer.unitwise || !layer.context_weight) continue;
-      const Tile<T> tile{context, layer_values(l), layer_totals(l), rows, nullptr};
+      const Tile<T> tile{context, layer_values(l), layer_totals(l), rows, nullptr, false};
       fill(tile.total, layer.own_context_term() ? layer.context_bias : layer.bias, layer.outputs);
       push<T>(layer.context_weight, layer.context_ld, nullptr, tile, 0, args.context_features, 0, layer.outputs);
       flush_chunk(tile, 0, layer.outputs, false);
@@ -93,11 +93,20 @@ struct RowLanes {
       }
   }
 
-  void push_layer(int l, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
+  void push_layer(int l, int64_t k0, int64_t k1, int64_t j0, int64_t j1, bool relu = false) {
     const MaskedLayer<T>& layer = args.layers[l - 1];
     if (layer.unitwise) return;
-    const Tile<T> tile{layer_values(layer.source), layer_values(l), layer_totals(l), rows, start(layer)};
+    const Tile<T> tile{layer_values(layer.source), layer_values(l), layer_totals(l), rows, start(layer), relu};
     push<T>(layer.weight, layer.ld, layer.visible, tile, k0, k1, j0, j1);
+  }
+
+  // the last inputs of hidden units and what becomes of their sums, where that can be one: else false, and nothing is done
+  bool push_and_finish(int l, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    if (layer.joins() || static_cast<Activation>(layer.activation) != Activation::relu || !start(layer)) return false;
+    if (k0 >= k1 || k1 > kChunk || layer.visible[j0] != k1 || layer.visible[j1 - 1] != k1) return false;
+    push_layer(l, k0, k1, j0, j1, true);
+    return true;
   }
 
   // What a unit's sums are made of: a row of each addend, or one vector for all rows (step 0)

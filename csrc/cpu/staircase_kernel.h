@@ -30,6 +30,7 @@ struct Tile {
   T* total;    // [outputs][rows]: bias, context and finished chunks
   int64_t rows;
   const T* start;  // [outputs]: what totals begin with when the first chunk is finished; null where they hold it already
+  bool relu;       // the last block is the last of these sums, all of which have its inputs and no chunk before: acc gets relu(start + sum)
 };
 
 // sum[u][v] += sum over k < K of a[u * a_unit + k * a_step] * b[k * b_step + v], for U values u and the vectors v from FROM to V. K >= 1: a
@@ -49,10 +50,10 @@ FK_INLINE void multiply(const T* a, int64_t a_unit, int64_t a_step, const T* b, 
   } while (--K > 0);
 }
 
-// The same, added to acc[u][v] in memory, or written there by the first terms of a chunk
-template <int U, int V, int AHEAD, class T>
+// The same, added to acc[u][v] in memory, or written there by the first terms of a chunk. RELU: relu(start[u] + sum) is
+template <int U, int V, int AHEAD, bool RELU, class T>
 FK_INLINE void multiply_add(const T* a, int64_t a_unit, int64_t a_step, const T* b, int64_t b_step, T* acc, int64_t acc_unit, int64_t K,
-                            bool first) {
+                            bool first, const T* start) {
   Vec<T> sum[U][V];
   if (first) {
     for (int u = 0; u < U; ++u)
@@ -63,11 +64,12 @@ FK_INLINE void multiply_add(const T* a, int64_t a_unit, int64_t a_step, const T*
   }
   multiply<U, V, 0, AHEAD>(a, a_unit, a_step, b, b_step, K, sum);
   for (int u = 0; u < U; ++u)
-    for (int v = 0; v < V; ++v) store(acc + u * acc_unit + v * lanes<T>, sum[u][v]);
+    for (int v = 0; v < V; ++v)
+      store(acc + u * acc_unit + v * lanes<T>, RELU ? activate<Activation::relu>(broadcast<T>(start[u]) + sum[u][v]) : sum[u][v]);
 }
 
-template <int U, class T>
-void multiply_add_rows(const T* weight, int64_t ld, const T* h, T* acc, int64_t rows, int64_t K, bool first) {
+template <int U, bool RELU, class T>
+void multiply_add_rows(const T* weight, int64_t ld, const T* h, T* acc, int64_t rows, int64_t K, bool first, const T* start) {
   constexpr int64_t L = lanes<T>;
   // the weights of the units of the next cache line, which rows of weights pages apart keep from coming by themselves
   constexpr int kAhead = U > 2 ? 64 / sizeof(T) : 0;
@@ -75,9 +77,9 @@ void multiply_add_rows(const T* weight, int64_t ld, const T* h, T* acc, int64_t 
   const auto vectors = [&](auto count) __attribute__((always_inline)) {
     constexpr int V = decltype(count)::value;
     if (U >= kUnitsOfFour && V >= kRowVectors && r > 0)  // fetched
-      multiply_add<U, V, 0>(weight, 1, ld, h + r, rows, acc + r, rows, K, first);
+      multiply_add<U, V, 0, RELU>(weight, 1, ld, h + r, rows, acc + r, rows, K, first, start);
     else
-      multiply_add<U, V, kAhead>(weight, 1, ld, h + r, rows, acc + r, rows, K, first);
+      multiply_add<U, V, kAhead, RELU>(weight, 1, ld, h + r, rows, acc + r, rows, K, first, start);
     r += V * L;
   };
   if constexpr (U <= 2) {  // a few units make up for it with more vectors
@@ -110,7 +112,7 @@ void flush_chunk(const Tile<T>& tile, int64_t j0, int64_t j1, bool first) {
 template <class T>
 FK_INLINE void push_units(const T* weight, int64_t ld, const T* h, const Tile<T>& tile, int64_t j, int n, int64_t K) {
   const auto some = [&](auto units) {
-    multiply_add_rows<decltype(units)::value>(weight + j, ld, h, tile.acc + j * tile.rows, tile.rows, K, false);
+    multiply_add_rows<decltype(units)::value, false>(weight + j, ld, h, tile.acc + j * tile.rows, tile.rows, K, false, tile.start);
     j += decltype(units)::value;
   };
   if (n & 4) some(Count<4>{});
@@ -119,14 +121,17 @@ FK_INLINE void push_units(const T* weight, int64_t ld, const T* h, const Tile<T>
 }
 
 // K inputs from k0 for the units [j0, j1), of which unit j sees min(K, visible[j] - k0) > 0
-template <int U, class T>
+template <int U, bool RELU, class T>
 void push_block(const T* weight, int64_t ld, const int32_t* visible, const Tile<T>& tile, int64_t k0, int64_t K, int64_t j0, int64_t j1) {
   const T* h = tile.h + k0 * tile.rows;
-  const bool first = k0 % kChunk == 0;
+  const auto some = [&](auto units, int64_t j, int64_t shared) {
+    multiply_add_rows<decltype(units)::value, RELU>(weight + k0 * ld + j, ld, h, tile.acc + j * tile.rows, tile.rows, shared, k0 % kChunk == 0,
+                                                    RELU ? tile.start + j : nullptr);
+  };
   for (int64_t j = j0; j < j1;) {
     const int64_t shared = visible ? smaller(K, visible[j] - k0) : K;  // what all units from j on see
     if (j + U <= j1) {
-      multiply_add_rows<U>(weight + k0 * ld + j, ld, h, tile.acc + j * tile.rows, tile.rows, shared, first);
+      some(Count<U>{}, j, shared);
       for (int u = 1; shared < K && u < U;) {  // the step of the staircase inside these units
         const int64_t seen = smaller(K, visible[j + u] - k0);
         int n = 1;
@@ -136,10 +141,10 @@ void push_block(const T* weight, int64_t ld, const int32_t* visible, const Tile<
       }
       j += U;
     } else if (U > 2 && j + 2 <= j1 && (!visible || smaller(K, visible[j + 1] - k0) == shared)) {
-      multiply_add_rows<2>(weight + k0 * ld + j, ld, h, tile.acc + j * tile.rows, tile.rows, shared, first);
+      some(Count<2>{}, j, shared);
       j += 2;
     } else {
-      multiply_add_rows<1>(weight + k0 * ld + j, ld, h, tile.acc + j * tile.rows, tile.rows, shared, first);
+      some(Count<1>{}, j, shared);
       j += 1;
     }
   }
@@ -158,12 +163,18 @@ void push(const T* weight, int64_t ld, const int32_t* visible, const Tile<T>& ti
     // within a chunk, blocks of even size: a last one of a few inputs would load and store every sum for little
     const int64_t of_chunk = smaller(k1, (k0 / kChunk + 1) * kChunk) - k0, blocks = (of_chunk + kBlock - 1) / kBlock;
     const int64_t K = (of_chunk + blocks - 1) / blocks;
+    const auto block = [&](auto units) {
+      if (tile.relu && k0 + K == k1)
+        push_block<decltype(units)::value, true>(weight, ld, visible, tile, k0, K, j0, j1);
+      else
+        push_block<decltype(units)::value, false>(weight, ld, visible, tile, k0, K, j0, j1);
+    };
     if (kUnits < 8 && vectors == 1)  // more units make up for the chains
-      push_block<8>(weight, ld, visible, tile, k0, K, j0, j1);
+      block(Count<8>{});
     else if (kUnits == 8 && vectors % 4 == 0 && vectors % kRowVectors > 0 && j1 - j0 > 2 * kUnits)
-      push_block<kUnitsOfFour>(weight, ld, visible, tile, k0, K, j0, j1);
+      block(Count<kUnitsOfFour>{});
     else
-      push_block<kUnits>(weight, ld, visible, tile, k0, K, j0, j1);
+      block(Count<kUnits>{});
     k0 += K;
   }
 }
