@@ -175,11 +175,13 @@ Tensor dweight(const Tensor& x, const Tensor& dy, const Tensor& visible) {
   p.args.out_ld = p.args.outputs;
   if (p.args.inputs == 0) return out;
   const int64_t threads = threads_for(p.multiply_adds());
-  const Stripes all = first_stripes<T>(p.args.inputs, FK_DISPATCH(dweight_tasks<T>(p.args.inputs, threads, 1)));
-  run_shares(share_out(std::vector<double>(all.count, 1), threads), [&](int64_t task) {
-    Stripes stripes = all;
-    stripes.number = task;
-    FK_DISPATCH(masked_linear_dweight<T>(p.args, stripes, static_cast<T*>(thread_scratch(FK_DISPATCH(dweight_scratch_bytes<T>(all))))));
+  const int64_t rows = FK_DISPATCH(dweight_rows<T>(p.args.inputs, threads, 1));
+  std::vector<double> work;
+  for (int64_t k0 = 0; k0 < p.args.inputs; k0 += rows)
+    work.push_back(seen_pairs(p.args.visible, p.args.outputs, k0, std::min(k0 + rows, p.args.inputs)));
+  run_shares(share_out(work, threads), [&](int64_t task) {
+    T* scratch = static_cast<T*>(thread_scratch(FK_DISPATCH(dweight_scratch_bytes<T>(rows))));
+    FK_DISPATCH(masked_linear_dweight<T>(p.args, task * rows, std::min((task + 1) * rows, p.args.inputs), scratch));
   });
   return out;
 }

@@ -31,20 +31,4 @@ struct MaskedLinearArgs {
   Finish<T> finish;
 };
 
-// The rows of dweight that one of `count` tasks makes: every count-th stripe of inputs, a cache line wide, so that all tasks have the same
-// share of the staircase, and each reads dy once.
-struct Stripes {
-  int64_t inputs, width, number, count;
-
-  int64_t begin() const { return number * width; }
-  int64_t step() const { return count * width; }
-  int64_t end(int64_t begin) const { return begin + width < inputs ? begin + width : inputs; }
-};
-
-// The same for every task of a product, but for their number
-template <class T>
-Stripes first_stripes(int64_t inputs, int64_t count) {
-  return {inputs, 64 / static_cast<int64_t>(sizeof(T)), 0, count};
-}
-
 }  // namespace flowkernels

@@ -256,16 +256,12 @@ constexpr int64_t kGroup = kChunk * kUnits + 64 / int64_t(sizeof(T));
 
 // [group of columns][row][kUnits] of x, zeros beyond the last column
 template <class T>
-void pack_broadcasts(const T* x, int64_t ld, int64_t rows, const Stripes& stripes, T* to) {
+void pack_broadcasts(const T* x, int64_t ld, int64_t rows, int64_t columns, T* to) {
+  const int64_t whole = columns / kUnits * kUnits;
   for (int64_t r = 0; r < rows; ++r, x += ld, to += kUnits) {
     T* group = to;
-    for (int64_t c = stripes.begin(); c < stripes.inputs; c += stripes.step())
-      for (int64_t k = c; k < stripes.end(c); k += kUnits, group += kGroup<T>) {
-        if (k + kUnits <= stripes.inputs)
-          __builtin_memcpy(group, x + k, kUnits * sizeof(T));
-        else
-          for (int64_t u = 0; u < kUnits; ++u) group[u] = k + u < stripes.inputs ? x[k + u] : T(0);
-      }
+    for (int64_t c = 0; c < whole; c += kUnits, group += kGroup<T>) __builtin_memcpy(group, x + c, kUnits * sizeof(T));
+    for (int64_t u = 0; whole < columns && u < kUnits; ++u) group[u] = whole + u < columns ? x[whole + u] : T(0);
   }
 }
 
@@ -309,7 +305,7 @@ FK_CALL void dweight_tile(const T* x, const T* dy, int64_t rows, const MaskedLin
   constexpr int64_t L = lanes<T>;
   Vec<T> sum[U][kRowVectors];
   T* const out = args.out + k * args.out_ld + j;
-  for (int u = 0; u < U; ++u)  // what the sums are added to comes while they are made; what does not exist is ignored
+  for (int u = 0; u < U && !first; ++u)  // what the sums are added to comes while they are made; what does not exist is ignored
     for (int v = 0; v < kRowVectors; ++v)
       __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(out) + (u * args.out_ld + v * L) * sizeof(T)), 1);
   for (int u = 0; u < U; ++u)
@@ -349,9 +345,9 @@ FK_CALL void dweight_tile(const T* x, const T* dy, int64_t rows, const MaskedLin
   store_inside(kept[0], U, args, k, j, n, first);
 }
 
-// Rows of dweight: those of the stripes
+// Rows [k0, k1) of dweight
 template <class T>
-void masked_linear_dweight(const MaskedLinearArgs<T>& args, const Stripes& stripes, T* scratch) {
+void masked_linear_dweight(const MaskedLinearArgs<T>& args, int64_t k0, int64_t k1, T* scratch) {
   constexpr int64_t kBlockColumns = kPanels * kPanel<T>;
   T *panels = scratch, *broadcasts = scratch + kPanels * kPackedPanel<T>;
   // the first panel of which a column sees input k; none before it is written by tiles
@@ -360,27 +356,25 @@ void masked_linear_dweight(const MaskedLinearArgs<T>& args, const Stripes& strip
     while (begin < args.outputs && args.visible[smaller(begin + kPanel<T>, args.outputs) - 1] <= k) begin += kPanel<T>;
     return smaller(begin, args.outputs);
   };
-  const int64_t j_begin = begin_at(stripes.begin());
+  const int64_t j_begin = begin_at(k0);
   const bool writes = !args.finish.accumulate;
-  for (int64_t c = stripes.begin(); c < args.inputs && writes; c += stripes.step())
-    for (int64_t k = c; k < stripes.end(c); k += kUnits) {
-      const int64_t end = args.batch > 0 ? begin_at(k) : args.outputs;
-      for (int64_t i = k; i < smaller(k + kUnits, args.inputs); ++i)
-        for (int64_t j = 0; j < end; ++j) args.out[i * args.out_ld + j] = T(0);
-    }
+  for (int64_t k = k0; k < k1 && writes; k += kUnits) {
+    const int64_t end = args.batch > 0 ? begin_at(k) : args.outputs;
+    for (int64_t i = k; i < smaller(k + kUnits, k1); ++i)
+      for (int64_t j = 0; j < end; ++j) args.out[i * args.out_ld + j] = T(0);
+  }
   for (int64_t b = 0; b < args.batch; b += kChunk) {
     const int64_t rows = smaller(kChunk, args.batch - b);
     const bool first = b == 0 && writes;
-    pack_broadcasts(args.x + b * args.x_ld, args.x_ld, rows, stripes, broadcasts);
+    pack_broadcasts(args.x + b * args.x_ld + k0, args.x_ld, rows, k1 - k0, broadcasts);
     for (int64_t j0 = j_begin; j0 < args.outputs; j0 += kBlockColumns) {
       const int64_t j1 = smaller(j0 + kBlockColumns, args.outputs);
       pack_panels(args.dy + b * args.dy_ld + j0, args.dy_ld, rows, j1 - j0, panels);
       for (int64_t j = j0; j < j1; j += kPanel<T>) {
-        const int64_t n = smaller(kPanel<T>, j1 - j), seen = args.visible[j + n - 1];
-        const T *panel = panels + (j - j0) / kPanel<T> * kPackedPanel<T>, *group = broadcasts;
-        for (int64_t c = stripes.begin(); c < seen; c += stripes.step())
-          for (int64_t k = c; k < stripes.end(c); k += kUnits, group += kGroup<T>)
-            if (k < seen) dweight_tile<kUnits>(group, panel, rows, args, k, j, n, first);
+        const int64_t n = smaller(kPanel<T>, j1 - j), end = smaller(k1, args.visible[j + n - 1]);
+        const T* panel = panels + (j - j0) / kPanel<T> * kPackedPanel<T>;
+        for (int64_t k = k0; k < end; k += kUnits)
+          dweight_tile<kUnits>(broadcasts + (k - k0) / kUnits * kGroup<T>, panel, rows, args, k, j, n, first);
       }
     }
   }

@@ -81,10 +81,10 @@ class ParameterGradients {
     int64_t deltas, values, columns;  // values: -1 for ones
     T* out;
   };
-  // some rows of a product's dweight; or a sum, where stripes.count is 0
+  // rows [k0, k1) of a product's dweight; or a sum, where k1 is 0
   struct Task {
     size_t number;
-    Stripes stripes;
+    int64_t k0, k1;
   };
 
   const TrainingNetwork<T>& net_;
@@ -94,7 +94,7 @@ class ParameterGradients {
   std::vector<Sum> sums_;
   std::vector<Task> tasks_;
   Shares shares_;
-  size_t scratch_ = 0;                     // bytes of the largest task
+  int64_t largest_ = 0;                    // rows of a task
   bool begun_ = false;
 
   Tensor add_product(MaskedLinearArgs<T> args, size_t layer, bool of_context, const Tensor& like) {
@@ -115,28 +115,29 @@ class ParameterGradients {
     std::vector<double> work;
     for (size_t i = 0; i < products_.size(); ++i) {
       const MaskedLinearArgs<T>& p = products_[i].args;
-      if (p.inputs == 0) continue;
-      Stripes stripes = first_stripes<T>(p.inputs, FK_DISPATCH(dweight_tasks<T>(p.inputs, threads, 64)));  // the products together are tasks enough
-      scratch_ = std::max(scratch_, FK_DISPATCH(dweight_scratch_bytes<T>(stripes)));
-      for (; stripes.number < stripes.count; ++stripes.number) {
-        tasks_.push_back({i, stripes});
-        work.push_back(seen_pairs(p.visible, p.outputs) / static_cast<double>(stripes.count));
+      const int64_t block = FK_DISPATCH(dweight_rows<T>(p.inputs, threads, 64));  // the products together are tasks enough
+      largest_ = std::max(largest_, block);
+      for (int64_t k0 = 0; k0 < p.inputs; k0 += block) {
+        const int64_t k1 = std::min(k0 + block, p.inputs);
+        tasks_.push_back({i, k0, k1});
+        work.push_back(seen_pairs(p.visible, p.outputs, k0, k1));
       }
     }
     for (size_t i = 0; i < sums_.size(); ++i) {
-      tasks_.push_back({i, {}});
+      tasks_.push_back({i, 0, 0});
       work.push_back(4.0 * static_cast<double>(sums_[i].columns));  // bound by memory: a row is worth some multiply-adds
     }
     shares_ = share_out(work, threads);
   }
 
   void run(const Task& task, const TrainingArgs<T>& args) {
-    if (task.stripes.count == 0) {
+    if (task.k1 == 0) {
       const Sum& sum = sums_[task.number];
       const T* values = sum.values < 0 ? nullptr : args.values + sum.values;
       return FK_DISPATCH(sum_rows<T>(args.deltas + sum.deltas, args.deltas_ld, values, args.values_ld, args.batch, sum.columns, begun_, sum.out));
     }
-    FK_DISPATCH(masked_linear_dweight<T>(products_[task.number].args, task.stripes, static_cast<T*>(thread_scratch(scratch_))));
+    T* scratch = static_cast<T*>(thread_scratch(FK_DISPATCH(dweight_scratch_bytes<T>(largest_))));
+    FK_DISPATCH(masked_linear_dweight<T>(products_[task.number].args, task.k0, task.k1, scratch));
   }
 };
 

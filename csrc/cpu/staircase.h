@@ -27,7 +27,13 @@ inline std::vector<int32_t> first_seen_by(const int32_t* visible, int64_t output
   return first;
 }
 
-// how many inputs the outputs see, added up
+// how many of the inputs [k0, k1) the outputs see, added up
+inline double seen_pairs(const int32_t* visible, int64_t outputs, int64_t k0, int64_t k1) {
+  double seen = 0;
+  for (int64_t j = 0; j < outputs; ++j) seen += static_cast<double>(std::clamp<int64_t>(visible[j] - k0, 0, k1 - k0));
+  return seen;
+}
+
 inline double seen_pairs(const int32_t* visible, int64_t outputs) {
   double seen = 0;
   for (int64_t j = 0; j < outputs; ++j) seen += visible[j];
