@@ -44,6 +44,21 @@ class TestMaskedLinear(OpBattery):
     }
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(2100, 70), (70, 2100), (2304, 2049)])
+def test_more_terms_than_a_task_takes_through_all_panels(inputs, outputs):
+    g = torch.Generator().manual_seed(4)
+    visible = torch.randint(0, inputs + 1, (outputs,), generator=g).sort().values.int()
+    x, weight, dy = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((11, inputs), (inputs, outputs), (11, outputs)))
+    mask = torch.arange(inputs)[:, None] < visible
+    x.requires_grad_()
+    weight.requires_grad_()
+    y = masked_linear(x, weight, None, visible)
+    dx, dweight = torch.autograd.grad(y, (x, weight), dy)
+    torch.testing.assert_close(y, x @ (weight * mask), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(dx, dy @ (weight * mask).T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(dweight, x.T @ dy * mask, rtol=1e-10, atol=1e-10)
+
+
 def test_an_unseen_infinity_does_not_reach_an_output():
     visible = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
     x, weight, bias = torch.ones(2, 3), torch.ones(3, 4), torch.zeros(4)
