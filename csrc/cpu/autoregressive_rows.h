@@ -5,9 +5,6 @@ namespace flowkernels {
 namespace FK_TARGET {
 
 template <class T>
-alignas(64) constexpr T kNothing[lanes<T>] = {};
-
-template <class T>
 struct RowLanes {
   static constexpr int64_t kFewSteps = 8;  // so many are run one after the other
   static constexpr bool kPushesAhead = false;
@@ -122,7 +119,7 @@ struct RowLanes {
     const T* from = start(layer);
     const bool one = from && layer.visible[j] <= kChunk, seen = layer.visible[j] > 0;
     if (one) store(room, broadcast<T>(from[j]));
-    return {one ? room : layer_totals(l) + j * rows, seen ? layer_values(l) + j * rows : kNothing<T>, one ? 0 : 1, seen ? 1 : 0};
+    return {one ? room : layer_totals(l) + j * rows, seen ? layer_values(l) + j * rows : kZeros<T>, one ? 0 : 1, seen ? 1 : 0};
   }
 
   void finish_hidden(int l, int64_t j0, int64_t j1) {

@@ -52,11 +52,11 @@ struct Streams {
   bool far;  // Elementwise::far
 
   // Asks for the lines that rows will need 2 KB further on, once a line: a map's arithmetic fills the window in which the processor would
-  // meet their loads by itself. What does not exist is ignored.
+  // meet their loads by itself.
   template <class... P>
   FK_INLINE void fetch_ahead(int64_t i, const P*... rows) const {
-    constexpr int64_t line = 64 / sizeof(T), ahead = 2048 / sizeof(T);
-    if (far && i % line == 0) (__builtin_prefetch(reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(rows) + (i + ahead) * sizeof(T))), ...);
+    constexpr int64_t line = 64 / sizeof(T), distance = 2048 / sizeof(T);
+    if (far && i % line == 0) (__builtin_prefetch(ahead(rows, i + distance)), ...);
   }
   FK_INLINE void copy_rest(int64_t i) const {
     if (rest_from != nullptr) store(rest_to + i, load(rest_from + i));

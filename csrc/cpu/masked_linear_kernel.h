@@ -91,9 +91,6 @@ FK_INLINE Vec<T> finished(const Finish<T>& finish, Vec<T> sum, int64_t r, int64_
   return sum;
 }
 
-template <class T>
-constexpr T kZeros[kPanel<T>] = {};
-
 // What a tile's sums are added to: the sums so far, a bias or zeros
 template <class T>
 struct Begun {
@@ -305,9 +302,9 @@ FK_CALL void dweight_tile(const T* x, const T* dy, int64_t rows, const MaskedLin
   constexpr int64_t L = lanes<T>;
   Vec<T> sum[U][kRowVectors];
   T* const out = args.out + k * args.out_ld + j;
-  for (int u = 0; u < U && !first; ++u)  // what the sums are added to comes while they are made; what does not exist is ignored
+  for (int u = 0; u < U && !first; ++u)  // what the sums are added to comes while they are made
     for (int v = 0; v < kRowVectors; ++v)
-      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(out) + (u * args.out_ld + v * L) * sizeof(T)), 1);
+      __builtin_prefetch(ahead(out, u * args.out_ld + v * L), 1);
   for (int u = 0; u < U; ++u)
     for (int v = 0; v < kRowVectors; ++v) sum[u][v] = zero<T>();
   const auto vectors = [&](auto from, auto to) __attribute__((always_inline)) {

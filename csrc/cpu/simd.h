@@ -54,6 +54,12 @@ FK_INLINE Vec<T> zero() {
   return Vec<T>{};
 }
 
+// Where the element n further on would lie, to be asked for ahead: what does not exist there is ignored.
+template <class T>
+FK_INLINE const void* ahead(const T* p, int64_t n) {
+  return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + n * sizeof(T));
+}
+
 // the same for code that is also written for scalars
 template <class V>
 FK_INLINE V splat(scalar_t<V> value) {

@@ -16,6 +16,9 @@ constexpr int kRowVectors = 3;  // with 4 (8) units, 12 (24) independent chains 
 constexpr int kUnits = FK_REGISTERS >= 32 ? 8 : 4;
 constexpr int kUnitsOfFour = FK_REGISTERS >= 32 ? 6 : 2;  // units that 4 vectors leave registers for
 
+template <class T>
+alignas(64) constexpr T kZeros[kRowVectors * lanes<T>] = {};
+
 template <int N>
 struct Count {
   static constexpr int value = N;
@@ -39,7 +42,7 @@ template <int U, int V, int FROM = 0, int AHEAD = 0, int ALL, class T>
 FK_INLINE void multiply(const T* a, int64_t a_unit, int64_t a_step, const T* b, int64_t b_step, int64_t K, Vec<T> (&sum)[U][ALL]) {
   do {
     Vec<T> x[V];
-    if constexpr (AHEAD > 0) __builtin_prefetch(reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(a) + AHEAD * sizeof(T)));
+    if constexpr (AHEAD > 0) __builtin_prefetch(ahead(a, AHEAD));
     for (int v = FROM; v < V; ++v) x[v] = load(b + v * lanes<T>);
     for (int u = 0; u < U; ++u) {
       const Vec<T> w = broadcast<T>(a[u * a_unit]);
