@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 #include <vector>
 
 namespace flowkernels {
@@ -47,6 +48,7 @@ struct TrainingColumns {
   template <class Layers>
   TrainingColumns(int64_t features, const Layers& of_network) {
     int64_t end = features;
+    layers.reserve(std::size(of_network));
     for (const auto& layer : of_network) {
       LayerColumns<T> own{};
       own.units = layer.outputs;

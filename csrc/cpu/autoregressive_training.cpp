@@ -11,6 +11,7 @@
 #include <optional>
 #include <span>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/autoregressive.h"
@@ -65,7 +66,7 @@ template <class T>
 Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tensor& x, const std::optional<Tensor>& context, const Parts& parts,
                          const std::optional<Tensor>& dcontext) {
   check_training(x.dim() == 2 && x.is_cpu() && dx.dim() == 2 && dx.size(0) == x.size(0) && dx.size(1) == x.size(1), "x must be a matrix like dx");
-  GradientCall<T> call(dx, dlogabsdet, x, context, parts, true, 0, dcontext);
+  GradientCall<T> call(read_network<T>(parts, dx.size(1), x.scalar_type()), dx, dlogabsdet, x, context, parts, true, 0, dcontext);
   TrainingNetwork<T>& net = call.net;
   check_training(net.output_columns.passing == 0 && net.output_columns.each == 2,
                  "the gradient of the inverse is that of a network with shift and raw scale of each feature");
@@ -208,22 +209,23 @@ Tensors backward(Tensor dy, const Tensor& dlogabsdet, const Tensors& kept, const
     // maps from i down to `first`
     size_t first = i;
     double work = 0;
+    std::vector<TrainingNetwork<T>> networks;  // the last one first
     for (int64_t bytes = 0; first > 0 && !maps.inverse[first - 1] && (first == i || bytes < kTogether); --first) {
-      const TrainingNetwork<T> net = read_network<T>(maps.parts[first - 1], dy.size(1), dy.scalar_type());
+      const TrainingNetwork<T>& net = networks.emplace_back(read_network<T>(maps.parts[first - 1], dy.size(1), dy.scalar_type()));
       work += net.multiply_adds(batch);
       bytes += net.delta_columns * span_of(batch, static_cast<int64_t>(torch::stable::get_num_threads())) * static_cast<int64_t>(sizeof(T));
     }
     const size_t n = i - first;
     calls.clear();
     calls.reserve(n);
-    while (i-- > first) {
-      const std::optional<Tensor> own = context_of(maps.parts[i], context);
-      GradientCall<T>& call = calls.emplace_back(dy, dlogabsdet, kept[i], own, maps.parts[i], need_dx || i > 0, threads_for(work), dcontext);
+    for (TrainingNetwork<T>& network : networks) {
+      const std::optional<Tensor> own = context_of(maps.parts[--i], context);
+      GradientCall<T>& call =
+          calls.emplace_back(std::move(network), dy, dlogabsdet, kept[i], own, maps.parts[i], need_dx || i > 0, threads_for(work), dcontext);
       set_values(call, kept[i]);
       dy = call.dx;
       if (own) dcontext = call.dcontext;
     }
-    i = first;
     run_backward<T>(calls);
     for (size_t k = 0; k < n; ++k) found[first + n - 1 - k] = calls[k].outputs();
   }

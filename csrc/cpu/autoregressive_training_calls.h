@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "cpu/autoregressive_training_network.h"
@@ -117,6 +118,8 @@ struct Ascent {
   std::vector<MaskedLinearArgs<T>> layers, contexts;
 
   Ascent(const TrainingArgs<T>& args, const TrainingNetwork<T>& net, Rows<T> context) {
+    layers.reserve(net.layers.size());
+    contexts.reserve(context.data ? net.layers.size() : 0);
     for (size_t l = 0; l < net.layers.size(); ++l) {
       const TrainingLayer<T>& layer = net.layers[l];
       const LayerColumns<T>& own = net.of_layers[l];
@@ -195,6 +198,8 @@ struct Descent {
 
   // begun: whether dcontext holds values already
   Descent(const TrainingArgs<T>& args, const TrainingNetwork<T>& net, T* dcontext, bool begun) {
+    layers.reserve(net.layers.size());
+    contexts.reserve(dcontext ? net.layers.size() : 0);
     for (size_t l = net.layers.size(); l-- > 0;) {
       const TrainingLayer<T>& layer = net.layers[l];
       const LayerColumns<T>& own = net.of_layers[l];
@@ -244,9 +249,9 @@ struct GradientCall {
   static int64_t delta_columns(const TrainingNetwork<T>& net, const Parts& parts) { return net.delta_columns + parts.by_bound; }
 
   // threads_: 0 for as many as the work is worth; dcontext: where the context's gradient so far lies, or nothing
-  GradientCall(const Tensor& dy, const Tensor& dlogabsdet, const Tensor& like, const std::optional<Tensor>& context, const Parts& parts, bool need_dx,
-               int64_t threads_, const std::optional<Tensor>& dcontext_)
-      : net(read_network<T>(parts, dy.size(1), like.scalar_type())),
+  GradientCall(TrainingNetwork<T> network, const Tensor& dy, const Tensor& dlogabsdet, const Tensor& like, const std::optional<Tensor>& context,
+               const Parts& parts, bool need_dx, int64_t threads_, const std::optional<Tensor>& dcontext_)
+      : net(std::move(network)),
         contexts(context, net, dy.size(0)),
         batch(dy.size(0)),
         threads(threads_ ? threads_ : threads_for(net.multiply_adds(batch))),

@@ -58,6 +58,7 @@ class TrainingNetwork {
         dtype(dtype),
         network_(parts, dtype, features, contexts) {
     no_first_.assign(contexts, 0);
+    layers.reserve(network_.layers.size());
     for (const MaskedLayer<T>& layer : network_.layers) {
       TrainingLayer<T>& own = layers.emplace_back(layer);
       if (!own.takes_context) continue;

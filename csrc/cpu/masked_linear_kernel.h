@@ -23,34 +23,42 @@ struct Panel {
   const int32_t* limits;  // [n], ascending: output i has the terms below (from on) limits[i]
 };
 
-// n <= kPanel elements of a row, zeros behind them
+// limits[i] for the first n lanes, 0 for the others
 template <class T>
-FK_INLINE void copy_row(const T* from, int64_t n, T* to) {
-  for (int v = 0; v < kRowVectors; ++v) {
-    const int64_t left = n - v * lanes<T>;
-    store(to + v * lanes<T>, left >= lanes<T> ? load(from + v * lanes<T>) : left > 0 ? load_partial(from + v * lanes<T>, left) : zero<T>());
-  }
+FK_INLINE IVec<T> load_limits(const int32_t* limits, int64_t n) {
+  IVec<T> v{};
+  for (int l = 0; l < lanes<T>; ++l) v[l] = l < n ? limits[l] : 0;
+  return v;
 }
 
-// outputs are columns of the weight, which see the terms before their limit
+// Outputs are columns of the weight, which see the terms before their limit. A vector has the terms that its last output sees.
 template <class T>
 void pack(const T* weight, int64_t ld, const Panel<T>& p) {
-  const int64_t everyone = p.n == kPanel<T> ? smaller(p.k1, p.limits[0]) : p.k0;
-  int64_t k = p.k0;
-  for (; k < everyone; ++k) copy_row(weight + k * ld, kPanel<T>, p.data + (k - p.k0) * kPanel<T>);
-  for (; k < p.k1; ++k) {
-    T* to = p.data + (k - p.k0) * kPanel<T>;
-    copy_row(weight + k * ld, p.n, to);
-    for (int64_t i = 0; i < p.n && p.limits[i] <= k; ++i) to[i] = 0;
+  for (int64_t i = 0; i < p.n; i += lanes<T>) {
+    const int64_t n = smaller(lanes<T>, p.n - i), end = smaller(p.k1, p.limits[i + n - 1]);
+    const T* from = weight + p.k0 * ld + i;
+    T* to = p.data + i;
+    int64_t k = p.k0;
+    const auto rows = [&](int64_t before, auto row) __attribute__((always_inline)) {
+      for (; k < before; ++k, from += ld, to += kPanel<T>) store(to, row());
+    };
+    if (n == lanes<T>) rows(smaller(end, p.limits[i]), [&] { return load(from); });
+    IVec<T> left = load_limits<T>(p.limits + i, n) - static_cast<int>(k);  // terms from k on that each output sees
+    rows(end, [&] {
+      const Vec<T> row = select(left > 0, load_some(from, n), zero<T>());
+      left -= 1;
+      return row;
+    });
   }
 }
 
-// outputs are rows of the weight, which see the terms from their limit on
+// Outputs are rows of the weight, which see the terms from their limit on. A vector has the terms that its first output sees, and some before.
 template <class T>
 void pack_transposed(const T* weight, int64_t ld, const Panel<T>& p) {
   for (int64_t i = 0; i < p.n; i += lanes<T>) {
     const int64_t outputs = smaller(lanes<T>, p.n - i), everyone = p.limits[i + outputs - 1];
-    for (int64_t k = p.k0; k < p.k1; k += lanes<T>) {
+    const int64_t unseen = p.limits[i] > p.k0 ? (p.limits[i] - p.k0) / lanes<T> * lanes<T> : 0;
+    for (int64_t k = p.k0 + unseen; k < p.k1; k += lanes<T>) {
       const int64_t terms = smaller(lanes<T>, p.k1 - k);
       Vec<T> block[lanes<T>];
       const T* corner = weight + i * ld + k;
@@ -208,8 +216,16 @@ void panel_rows(const MaskedLinearArgs<T>& args, const T* x, int64_t ld, const P
                 bool last) {
   const Store store = store_of(args.finish, last);
   int64_t r = r0;
-  for (; r + kUnits <= r1; r += kUnits) panel_tile<kUnits, kFrom>(args, x + r * ld, ld, p, r, j, first, store);
-  for (; r < r1; ++r) panel_tile<1, kFrom>(args, x + r * ld, ld, p, r, j, first, store);
+  const auto tile = [&](auto rows) __attribute__((always_inline)) {
+    constexpr int U = decltype(rows)::value;
+    panel_tile<U, kFrom>(args, x + r * ld, ld, p, r, j, first, store);
+    r += U;
+  };
+  while (r + kUnits <= r1) tile(Count<kUnits>{});
+  if constexpr (kUnits > 4)
+    if (r + 4 <= r1) tile(Count<4>{});
+  if (r + 2 <= r1) tile(Count<2>{});
+  if (r < r1) tile(Count<1>{});
 }
 
 constexpr int64_t kFar = 2048;  // so many terms of the rows of a task go through all panels before the next ones: they stay in the second-level cache
@@ -267,6 +283,15 @@ constexpr int64_t kPanels = 4;  // panels of dy that are packed together: rows s
 // elements from one packed panel to the next
 template <class T>
 constexpr int64_t kPackedPanel = kChunk * kPanel<T> + 5 * 64 / int64_t(sizeof(T));
+
+// n <= kPanel elements of a row, zeros behind them
+template <class T>
+FK_INLINE void copy_row(const T* from, int64_t n, T* to) {
+  for (int v = 0; v < kRowVectors; ++v) {
+    const int64_t left = n - v * lanes<T>;
+    store(to + v * lanes<T>, left >= lanes<T> ? load(from + v * lanes<T>) : left > 0 ? load_partial(from + v * lanes<T>, left) : zero<T>());
+  }
+}
 
 // [panel][kChunk rows][kPanel] of dy, zeros beyond the last column
 template <class T>

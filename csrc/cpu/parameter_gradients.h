@@ -24,7 +24,12 @@ class ParameterGradients {
 
  public:
   ParameterGradients(const TrainingNetwork<T>& net, const Tensor& like, int64_t threads, bool of_bound) : net_(net) {
-    for (size_t l = 0; l < net.layers.size(); ++l) {
+    const size_t n = net.layers.size();
+    for (Tensors* list : {&weights_, &biases_}) list->reserve(n);
+    for (Tensors* list : {&context_weights_, &context_biases_}) list->reserve(net.takes_context ? n : 0);
+    products_.reserve(net.takes_context ? 2 * n : n);
+    sums_.reserve(net.has_context_biases ? 3 * n : 2 * n);
+    for (size_t l = 0; l < n; ++l) {
       const TrainingLayer<T>& layer = net.layers[l];
       const LayerColumns<T>& own = net.of_layers[l];
       if (layer.unitwise)
@@ -113,6 +118,8 @@ class ParameterGradients {
 
   void make_tasks(int64_t threads) {
     std::vector<double> work;
+    tasks_.reserve(2 * products_.size() + sums_.size());
+    work.reserve(tasks_.capacity());
     for (size_t i = 0; i < products_.size(); ++i) {
       const MaskedLinearArgs<T>& p = products_[i].args;
       const int64_t block = FK_DISPATCH(dweight_rows<T>(p.inputs, threads, 64));  // the products together are tasks enough

@@ -16,7 +16,7 @@ using Shares = std::vector<std::vector<int64_t>>;  // the numbers of each thread
 inline Shares share_out(const std::vector<double>& work, int64_t threads) {
   std::vector<int64_t> order(work.size());
   std::iota(order.begin(), order.end(), int64_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return work[a] > work[b]; });
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return work[a] > work[b] || (work[a] == work[b] && a < b); });
   Shares shares(threads);
   std::vector<double> sums(threads, 0);
   for (int64_t task : order) {

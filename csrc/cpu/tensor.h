@@ -5,7 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <initializer_list>
+#include <span>
 #include <vector>
 
 namespace flowkernels {
@@ -46,12 +49,18 @@ inline torch::stable::Tensor empty_strided(int64_t dims, const int64_t* sizes, c
 }
 
 // Contiguous and uninitialised, with the dtype of `like`.
-inline torch::stable::Tensor empty(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+inline torch::stable::Tensor empty(const torch::stable::Tensor& like, std::span<const int64_t> sizes) {
+  std::array<int64_t, 64> strides;  // as many dimensions as torch's own kernels take
+  STD_TORCH_CHECK(sizes.size() <= strides.size(), "flowkernels: tensors have at most 64 dimensions");
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   return empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype);
+}
+
+inline torch::stable::Tensor empty(const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes) {
+  return empty(like, std::span(sizes.begin(), sizes.size()));
 }
 
 }  // namespace flowkernels

@@ -92,7 +92,8 @@ class VAE(nn.Module):
 
     def posterior(self, x: Tensor, samples: int) -> tuple[Tensor, Tensor]:
         """Samples z of q(z | x) and log q: [samples, batch, latent], [samples, batch]; one pass."""
-        mu, s, h = self.encoder(2 * x.to(self._dtype) / (self.levels - 1) - 1).tensor_split((self.latent, 2 * self.latent), 1)
+        made = self.encoder(2 * x.to(self._dtype) / (self.levels - 1) - 1)
+        mu, s, h = made.split((self.latent, self.latent, made.shape[1] - 2 * self.latent), 1)
         sigma = F.softplus(s) + 1e-4
         eps = torch.randn(samples, *mu.shape, dtype=mu.dtype, device=mu.device)
         z, log_q = mu + sigma * eps, _PRIOR.log_prob(eps) - sigma.log().sum(-1)
