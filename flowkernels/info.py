@@ -14,6 +14,7 @@ OPS = (
     "autoregressive_stack",
     "channel_affine",
     "channel_normalize",
+    "conv_net",
     "coupling",
     "glow_step",
     "lu_fold",

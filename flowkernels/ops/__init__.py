@@ -3,6 +3,7 @@
 from .activation import Activation
 from .autoregressive import Conditioner, Map, MaskedLayer, autoregressive, autoregressive_stack, check_conditioner
 from .channel_affine import channel_affine
+from .conv_net import conv_net
 from .coupling import Part, coupling, parse_part
 from .glow_step import glow_step
 from .lu import lu_fold, slogdet, slogdet_inverse
@@ -21,6 +22,7 @@ __all__ = [
     "autoregressive_stack",
     "channel_affine",
     "check_conditioner",
+    "conv_net",
     "coupling",
     "glow_step",
     "lu_fold",

@@ -1,0 +1,65 @@
+"""Glow's conditioner without a gradient, against torch's convolutions, one by one and under torch.compile."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+import flowkernels
+from flowkernels.flows.networks import ConvNet
+from flowkernels.ops import conv_net
+from flowkernels.ops.conv_net.reference import conv_net_reference
+
+from .case import Call, Case, Competitor
+
+OURS, REFERENCE, COMPILED = "flowkernels", "reference", "torch.compile"
+# [batch, channels, H, W], hidden channels and outputs: the levels of a Glow of 32 x 32 images, one image, and a wider network
+SIZES = (
+    ((16, 6, 16, 16), 64, 12),
+    ((16, 12, 8, 8), 64, 24),
+    ((16, 24, 4, 4), 64, 48),
+    ((1, 6, 16, 16), 64, 12),
+    ((16, 6, 16, 16), 128, 12),
+)
+
+
+def cases(quick: bool, device: torch.device) -> list[Case]:
+    """All cases; `quick` has fewer, and fewer turns, and compiles nothing."""
+    return [case for size in (SIZES[:1] if quick else SIZES) for case in _cases(*size, quick, device)]
+
+
+def _cases(shape: tuple[int, ...], hidden: int, outputs: int, quick: bool, device: torch.device) -> Iterator[Case]:
+    torch.manual_seed(0)
+    net = ConvNet(shape[1], hidden, outputs)
+    modules = net.conv_in, net.conv_mid, net.conv_out
+    parameters = [p.detach() for m in modules for p in (m.weight, m.bias)] + [net.conv_out.log_gain.detach()]
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    tensors = [t.to(device) for t in (x, *(p + 0.05 * torch.randn_like(p) for p in parameters))]
+    functions: dict[str, Callable] = {OURS: conv_net, REFERENCE: _reference}
+    if not quick:
+        functions[COMPILED] = conv_net_reference
+    competitors = [
+        Competitor(name, partial(_call, f, tensors, name == COMPILED), ours=name == OURS, package=OURS if name == OURS else "torch")
+        for name, f in functions.items()
+    ]
+    macs = float(x[:, 0].numel() * (9 * shape[1] * hidden + hidden**2 + 9 * hidden * outputs))
+    name = f"conditioner of Glow, {list(shape)} to {outputs} channels, hidden {hidden}"
+    yield Case(name, competitors, macs, seconds=0.2 if quick else 1.5, device=device)
+
+
+def _reference(*tensors: Tensor) -> Tensor:
+    with flowkernels.backend("reference"):
+        return conv_net(*tensors)
+
+
+def _call(function: Callable, tensors: list[Tensor], compiled: bool) -> Call:
+    exact = partial(conv_net_reference, *(t.double() for t in tensors))
+    if not compiled:
+        return Call(partial(function, *tensors), exact)
+    function = torch.compile(function, fullgraph=True)
+    started = perf_counter()
+    with torch.inference_mode():
+        function(*tensors)
+    return Call(partial(function, *tensors), exact, note=f"compiled in {perf_counter() - started:.0f} s")

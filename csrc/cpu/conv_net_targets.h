@@ -1,0 +1,3 @@
+#include "cpu/columns.h"
+#include "cpu/staircase_kernel.h"
+#include "cpu/conv_net_kernel.h"

@@ -1,0 +1,113 @@
+"""Glow's conditioner against its three convolutions, written out."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flowkernels import _extension, backend
+from flowkernels.ops import conv_net
+from python_tests.battery import IMAGE_LAYOUTS, LAYOUTS, Example, OpBattery, assert_same_bits, detached
+
+COMPILED = _extension.has_kernel("conv_net", "CPU")
+
+
+def definition(x, weight_in, bias_in, weight_mid, bias_mid, weight_out, bias_out, log_gain):
+    h = torch.relu(F.conv2d(x, weight_in, bias_in, padding=1))
+    h = torch.relu(F.conv2d(h, weight_mid, bias_mid))
+    return F.conv2d(h, weight_out, bias_out, padding=1) * torch.exp(3 * log_gain)[:, None, None]
+
+
+def tensors(batch, channels, height, width, hidden, outputs, dtype=torch.float32):
+    g = torch.Generator().manual_seed(hidden)
+    shapes = [(hidden, channels, 3, 3), (hidden,), (hidden, hidden, 1, 1), (hidden,), (outputs, hidden, 3, 3), (outputs,), (outputs,)]
+    x, *parameters = (torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in [(batch, channels, height, width), *shapes])
+    return x, [p if p.dim() == 1 else p / p[0].numel() ** 0.5 for p in parameters[:-1]] + [parameters[-1] / 10]
+
+
+def example(channels, height, width, hidden, outputs):
+    def make(batch, dtype):
+        x, parameters = tensors(batch, channels, height, width, hidden, outputs, dtype)
+        op = lambda rows, p: (conv_net(*rows, *p),)
+        oracle = lambda rows, p: (definition(*rows, *p),)
+        return Example([x], parameters, op, oracle, lambda rows, p: (rows[0].permute(0, 2, 3, 1).contiguous(), *p))
+
+    return make
+
+
+class TestConvNet(OpBattery):
+    bare_op = torch.ops.flowkernels.conv_net.default
+    layouts = LAYOUTS | IMAGE_LAYOUTS
+    row_bits = COMPILED
+    cases = {
+        "small": example(3, 5, 3, 5, 4),
+        "vectors and what is left": example(2, 4, 4, 34, 18),
+        "a pixel": example(1, 1, 1, 16, 2),
+    }
+
+    def test_opcheck(self, case):  # the bare op takes weights that lie channels last
+        rows, parameters, *_, schema, _ = case(3, torch.float32)
+        last = [p.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p for p in parameters]
+        torch.library.opcheck(type(self).bare_op, schema(rows, last))
+
+
+# 1 to 5 vectors of hidden channels, and 8; chains of one, three and more chunks; every width of the last panel
+SIZES = [(1, 8, 1), (6, 16, 12), (12, 32, 24), (24, 48, 48), (30, 64, 60), (2, 65, 100), (29, 80, 7), (3, 100, 33), (8, 128, 16)]
+
+
+@pytest.mark.parametrize(("channels", "hidden", "outputs"), SIZES)
+def test_every_size(channels, hidden, outputs):
+    for height, width in ((1, 7), (6, 1), (4, 4), (9, 13)):
+        for dtype in (torch.float64, torch.float32):
+            x, parameters = tensors(2, channels, height, width, hidden, outputs, dtype)
+            want = definition(x.double(), *(p.double() for p in parameters))
+            with torch.no_grad():
+                got = conv_net(x, *parameters)
+            assert got.dtype == dtype and got.shape == want.shape
+            assert (got - want).abs().max() <= 60 * torch.finfo(dtype).eps * want.abs().max()
+
+
+@pytest.mark.skipif(not COMPILED, reason="torch's convolutions promise no bits")
+def test_bands_and_threads_do_not_change_bits():
+    """Images too large for a thread's cache go through in bands, a single image in one for each thread."""
+    before, found = torch.get_num_threads(), []
+    x, parameters = tensors(3, 3, 23, 150, 128, 6)
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                found += [conv_net(x, *parameters), torch.cat([conv_net(row[None], *parameters) for row in x])]
+    finally:
+        torch.set_num_threads(before)
+    for one in found[1:]:
+        assert_same_bits((one,), found[:1])
+    torch.testing.assert_close(found[0], definition(x, *parameters), rtol=1e-4, atol=1e-5)
+
+
+def test_wide_networks_and_half_precision_are_torchs():
+    for hidden, dtype in ((129, torch.float32), (8, torch.bfloat16)):
+        x, parameters = tensors(2, 4, 5, 5, hidden, 8, dtype)
+        with torch.no_grad():
+            got = conv_net(x, *parameters)
+            with backend("reference"):
+                assert torch.equal(got, conv_net(x, *parameters))
+        assert got.dtype == dtype
+
+
+def test_autocast():
+    x, parameters = tensors(2, 4, 5, 5, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = conv_net(x, *parameters)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), definition(x, *parameters), rtol=0.05, atol=0.05)
+
+
+def test_what_does_not_fit_is_named():
+    x, parameters = tensors(2, 4, 5, 5, 8, 6)
+    with pytest.raises(ValueError, match=r"x must be floating point, \[batch, channels, H, W\]; got torch.float32, \[4, 5, 5\]"):
+        conv_net(x[0], *parameters)
+    names = ("weight_in", "bias_in", "weight_mid", "bias_mid", "weight_out", "bias_out", "log_gain")
+    for i, name in enumerate(names):
+        for wrong in (parameters[i].double(), parameters[i][..., :-1]):
+            changed = [*detached(parameters[:i]), wrong, *detached(parameters[i + 1 :])]
+            with pytest.raises(ValueError, match=rf"{name} must be \[.*\], torch.float32 on cpu, to fit x; got"):
+                conv_net(x, *changed)
