@@ -1,6 +1,7 @@
-"""Glow's conditioner without a gradient, against torch's convolutions, one by one and under torch.compile."""
+"""Glow's conditioner, against torch's convolutions, one by one and under torch.compile."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 
@@ -37,16 +38,15 @@ def _cases(shape: tuple[int, ...], hidden: int, outputs: int, quick: bool, devic
     parameters = [p.detach() for m in modules for p in (m.weight, m.bias)] + [net.conv_out.log_gain.detach()]
     x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
     tensors = [t.to(device) for t in (x, *(p + 0.05 * torch.randn_like(p) for p in parameters))]
-    functions: dict[str, Callable] = {OURS: conv_net, REFERENCE: _reference}
-    if not quick:
-        functions[COMPILED] = conv_net_reference
-    competitors = [
-        Competitor(name, partial(_call, f, tensors, name == COMPILED), ours=name == OURS, package=OURS if name == OURS else "torch")
-        for name, f in functions.items()
-    ]
     macs = float(x[:, 0].numel() * (9 * shape[1] * hidden + hidden**2 + 9 * hidden * outputs))
-    name = f"conditioner of Glow, {list(shape)} to {outputs} channels, hidden {hidden}"
-    yield Case(name, competitors, macs, seconds=0.2 if quick else 1.5, device=device)
+    for direction, products in (("forward", 1), ("forward + backward", 3)):
+        functions: dict[str, Callable] = {OURS: conv_net, REFERENCE: _reference}
+        if not quick:
+            functions[COMPILED] = conv_net_reference
+        calls = {name: partial(_call, f, tensors, name == COMPILED, products > 1) for name, f in functions.items()}
+        competitors = [Competitor(name, call, ours=name == OURS, package=OURS if name == OURS else "torch") for name, call in calls.items()]
+        name = f"conditioner of Glow, {direction}, {list(shape)} to {outputs} channels, hidden {hidden}"
+        yield Case(name, competitors, products * macs, seconds=0.2 if quick else 1.5, device=device)
 
 
 def _reference(*tensors: Tensor) -> Tensor:
@@ -54,12 +54,19 @@ def _reference(*tensors: Tensor) -> Tensor:
         return conv_net(*tensors)
 
 
-def _call(function: Callable, tensors: list[Tensor], compiled: bool) -> Call:
-    exact = partial(conv_net_reference, *(t.double() for t in tensors))
+def _call(function: Callable, tensors: list[Tensor], compiled: bool, gradients: bool) -> Call:
+    def run(function: Callable, tensors: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        if not gradients:
+            return function(*tensors)
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        y = function(*leaves)
+        return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    call = Call(partial(run, function, tensors), partial(run, conv_net_reference, [t.double() for t in tensors]), grad=gradients)
     if not compiled:
-        return Call(partial(function, *tensors), exact)
+        return call
     function = torch.compile(function, fullgraph=True)
     started = perf_counter()
-    with torch.inference_mode():
-        function(*tensors)
-    return Call(partial(function, *tensors), exact, note=f"compiled in {perf_counter() - started:.0f} s")
+    with torch.inference_mode(not gradients):
+        run(function, tensors)
+    return replace(call, run=partial(run, function, tensors), note=f"compiled in {perf_counter() - started:.0f} s")

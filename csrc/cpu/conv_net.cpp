@@ -6,7 +6,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <memory>
+#include <tuple>
 
 #include "cpu/conv_net.h"
 #include "cpu/scratch.h"
@@ -23,79 +25,199 @@ using torch::stable::Tensor;
 
 void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "flowkernels::conv_net: ", what); }
 
-// Python has checked what users get wrong; here only what would corrupt memory. weight: [outputs, inputs, taps, taps], channels last
+// Python has checked what users get wrong; here only what would corrupt memory.
 template <class T>
-Convolution<T> convolution(const Tensor& weight, const Tensor& bias, int64_t taps, int64_t inputs, ScalarType dtype) {
+const T* data_of(const Tensor& t, const Tensor& x, std::initializer_list<int64_t> sizes) {
+  check(t.is_cpu() && t.scalar_type() == x.scalar_type() && t.is_contiguous() && t.dim() == static_cast<int64_t>(sizes.size()),
+        "tensors must be like x, and contiguous");
+  int64_t d = 0;
+  for (int64_t size : sizes) check(t.size(d++) == size, "tensors must have fitting sizes");
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+// weight: [outputs, inputs, taps, taps], channels last
+template <class T>
+Convolution<T> convolution(const Tensor& weight, const Tensor& x, int64_t taps, int64_t inputs) {
   check(weight.dim() == 4 && weight.size(1) == inputs && weight.size(2) == taps && weight.size(3) == taps, "weights do not fit");
   const int64_t strides[4] = {taps * taps * inputs, 1, taps * inputs, inputs};
   for (int d = 0; d < 4; ++d) check(weight.size(d) <= 1 || weight.stride(d) == strides[d], "weights must lie channels last");
-  check(bias.dim() == 1 && bias.size(0) == weight.size(0) && bias.is_contiguous(), "a bias does not fit its weight");
-  for (const Tensor* t : {&weight, &bias}) check(t->is_cpu() && t->scalar_type() == dtype, "tensors must be like x");
-  return {static_cast<const T*>(weight.const_data_ptr()), static_cast<const T*>(bias.const_data_ptr()), taps, inputs, weight.size(0), nullptr};
-}
-
-// Rows of a band: an image, or what fits the second-level cache, or less where there are fewer images than threads
-template <class T>
-int64_t rows_of(const ConvNetArgs<T>& args, int64_t threads) {
-  constexpr int64_t kBytes = 1 << 20;
-  const int64_t row = (args.width + 1) * (args.in.inputs + args.mid.outputs) * static_cast<int64_t>(sizeof(T));
-  const int64_t fits = std::max<int64_t>(kBytes / row - 2, 1);
-  const int64_t bands = std::max((args.height + fits - 1) / fits, (threads + args.batch - 1) / args.batch);
-  return (args.height + bands - 1) / bands;
+  check(weight.is_cpu() && weight.scalar_type() == x.scalar_type(), "tensors must be like x");
+  return {static_cast<const T*>(weight.const_data_ptr()), nullptr, taps, inputs, weight.size(0), nullptr};
 }
 
 template <class T>
-Tensor run(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in, const Tensor& weight_mid, const Tensor& bias_mid, const Tensor& weight_out,
-           const Tensor& bias_out, const Tensor& log_gain) {
+void set_images(ConvNetImages<T>& images, const Tensor& x) {
   check(x.dim() == 4 && x.is_cpu() && x.is_contiguous(), "x must be [batch, height, width, channels], contiguous");
+  images.batch = x.size(0), images.height = x.size(1), images.width = x.size(2);
+}
+
+// Rows of a band: an image, or what fits the second-level cache, or less where there are fewer images than `tasks`. channels: of a row
+template <class T>
+int64_t rows_of(const ConvNetImages<T>& images, int64_t channels, int64_t tasks) {
+  constexpr int64_t kBytes = 1 << 20;
+  const int64_t fits = std::max<int64_t>(kBytes / ((images.width + 1) * channels * static_cast<int64_t>(sizeof(T))) - 2, 1);
+  const int64_t bands = std::max((images.height + fits - 1) / fits, (tasks + images.batch - 1) / images.batch);
+  return (images.height + bands - 1) / bands;
+}
+
+// The convolutions and exp(3 log_gain), packed
+template <class T>
+class Packed {
+ public:
+  // reverse: for the gradient
+  Packed(std::initializer_list<Convolution<T>*> convolutions, bool reverse, const T* log_gain, int64_t outputs) {
+    size_t elements = FK_DISPATCH(whole_vectors<T>(outputs));
+    for (const Convolution<T>* c : convolutions) elements += FK_DISPATCH(packed_convolution_bytes<T>(*c)) / sizeof(T);
+    data_.reset(new T[elements]);
+    gain = data_.get();
+    FK_DISPATCH(conv_net_gain<T>(log_gain, outputs, gain));
+    T* next = gain + FK_DISPATCH(whole_vectors<T>(outputs));
+    for (Convolution<T>* c : convolutions) {
+      c->packed = next;
+      next += FK_DISPATCH(packed_convolution_bytes<T>(*c)) / sizeof(T);
+      if (reverse)
+        FK_DISPATCH(pack_reverse_convolution<T>(*c));
+      else
+        FK_DISPATCH(pack_convolution<T>(*c));
+    }
+  }
+
+  T* gain;
+
+ private:
+  std::unique_ptr<T[]> data_;
+};
+
+// run(i) for i < n
+template <class F>
+void in_parallel(int64_t n, const F& run) {
+  const auto some = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(i);
+  };
+  if (n > 1 && torch::stable::get_num_threads() > 1)
+    torch::stable::parallel_for(0, n, 1, some);
+  else
+    some(0, n);
+}
+
+// y; and the hidden layers if `keep`, else two empty tensors
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in, const Tensor& weight_mid,
+                                           const Tensor& bias_mid, const Tensor& weight_out, const Tensor& bias_out, const Tensor& log_gain,
+                                           bool keep) {
   ConvNetArgs<T> args{};
-  args.batch = x.size(0), args.height = x.size(1), args.width = x.size(2);
-  args.in = convolution<T>(weight_in, bias_in, 3, x.size(3), x.scalar_type());
-  args.mid = convolution<T>(weight_mid, bias_mid, 1, args.in.outputs, x.scalar_type());
-  args.out = convolution<T>(weight_out, bias_out, 3, args.mid.outputs, x.scalar_type());
-  check(log_gain.dim() == 1 && log_gain.size(0) == args.out.outputs && log_gain.is_contiguous() && log_gain.is_cpu() &&
-            log_gain.scalar_type() == x.scalar_type(),
-        "log_gain does not fit");
-  Tensor y = empty(x, {args.batch, args.height, args.width, args.out.outputs});
-  if (y.numel() == 0) return y;
+  set_images(args, x);
+  args.in = convolution<T>(weight_in, x, 3, x.size(3));
+  args.mid = convolution<T>(weight_mid, x, 1, args.in.outputs);
+  args.out = convolution<T>(weight_out, x, 3, args.mid.outputs);
+  args.in.bias = data_of<T>(bias_in, x, {args.in.outputs});
+  args.mid.bias = data_of<T>(bias_mid, x, {args.mid.outputs});
+  args.out.bias = data_of<T>(bias_out, x, {args.out.outputs});
+  const T* gains = data_of<T>(log_gain, x, {args.out.outputs});
+  const auto images = [&](int64_t batch, int64_t channels) { return empty(x, {batch, args.height, args.width, channels}); };
+  Tensor y = images(args.batch, args.out.outputs);
+  Tensor first = images(keep ? args.batch : 0, args.mid.inputs), second = images(keep ? args.batch : 0, args.out.inputs);
+  if (y.numel() == 0) return {y, first, second};
   check(x.size(3) > 0 && args.in.outputs > 0 && args.mid.outputs > 0, "there must be channels");
   args.x = static_cast<const T*>(x.const_data_ptr());
-  args.log_gain = static_cast<const T*>(log_gain.const_data_ptr());
   args.y = static_cast<T*>(y.mutable_data_ptr());
-
-  size_t bytes[4], all = 0;
-  Convolution<T>* const convolutions[] = {&args.in, &args.mid, &args.out};
-  for (int i = 0; i < 3; ++i) all += bytes[i] = FK_DISPATCH(packed_convolution_bytes<T>(*convolutions[i]));
-  all += bytes[3] = FK_DISPATCH(whole_vectors<T>(args.out.outputs)) * sizeof(T);
-  const std::unique_ptr<char[]> packed(new char[all]);
-  char* next = packed.get();
-  for (int i = 0; i < 3; next += bytes[i++]) {
-    convolutions[i]->packed = reinterpret_cast<T*>(next);
-    FK_DISPATCH(pack_convolution<T>(*convolutions[i]));
-  }
-  args.gain = reinterpret_cast<T*>(next);
-  FK_DISPATCH(conv_net_gain<T>(args.log_gain, args.out.outputs, args.gain));
-
-  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  args.rows = rows_of(args, threads);
-  const int64_t bands = args.bands(), tasks = args.batch * bands;
+  if (keep) args.first = static_cast<T*>(first.mutable_data_ptr()), args.second = static_cast<T*>(second.mutable_data_ptr());
+  const Packed<T> packed({&args.in, &args.mid, &args.out}, false, gains, args.out.outputs);
+  args.gain = packed.gain;
+  const int64_t hidden = keep ? args.mid.inputs + args.out.inputs : args.out.inputs;
+  args.rows = rows_of(args, args.in.inputs + hidden, static_cast<int64_t>(torch::stable::get_num_threads()));
   const size_t scratch = FK_DISPATCH(conv_net_scratch_bytes<T>(args));
-  const auto some = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      FK_DISPATCH(conv_net_band<T>(args, i / bands, i % bands * args.rows, static_cast<T*>(thread_scratch(scratch))));
-  };
-  if (tasks > 1 && threads > 1)
-    torch::stable::parallel_for(0, tasks, 1, some);
-  else
-    some(0, tasks);
-  return y;
+  in_parallel(args.tasks(), [&](int64_t task) { FK_DISPATCH(conv_net_band<T>(args, task, static_cast<T*>(thread_scratch(scratch)))); });
+  return {y, first, second};
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Gradients by x and by all parameters, those of weights [outputs, taps, taps, inputs]
+template <class T>
+Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const Tensor& second, const Tensor& weight_in,
+                   const Tensor& weight_mid, const Tensor& weight_out, const Tensor& bias_out, const Tensor& log_gain) {
+  // parts of the sums, whatever the threads, on which no sum may depend: few where each has many weights to clear and to add
+  constexpr int64_t kLeastParts = 4, kMostParts = 16, kBytes = 1 << 20;
+  ConvNetGradientArgs<T> args{};
+  set_images(args, x);
+  const Convolution<T> in = convolution<T>(weight_in, x, 3, x.size(3)), mid = convolution<T>(weight_mid, x, 1, in.outputs);
+  const Convolution<T> out = convolution<T>(weight_out, x, 3, mid.outputs);
+  const auto reversed = [](const Convolution<T>& c) { return Convolution<T>{c.weight, nullptr, c.taps, c.outputs, c.inputs, nullptr}; };
+  args.in = reversed(in), args.mid = reversed(mid), args.out = reversed(out);
+  const T* bias = data_of<T>(bias_out, x, {out.outputs});
+  const T* gains = data_of<T>(log_gain, x, {out.outputs});
+  args.x = static_cast<const T*>(x.const_data_ptr());
+  args.dy = data_of<T>(dy, x, {args.batch, args.height, args.width, out.outputs});
+  args.first = data_of<T>(first, x, {args.batch, args.height, args.width, in.outputs});
+  args.second = data_of<T>(second, x, {args.batch, args.height, args.width, mid.outputs});
+  check(in.inputs > 0 && in.outputs > 0 && mid.outputs > 0 && out.outputs > 0, "there must be channels");
+
+  Tensor dx = empty(x, {args.batch, args.height, args.width, in.inputs});
+  args.dx = static_cast<T*>(dx.mutable_data_ptr());
+  const auto like = [&](const Convolution<T>& c) { return empty(x, {c.outputs, c.taps, c.taps, c.inputs}); };
+  Tensor dweight_in = like(in), dweight_mid = like(mid), dweight_out = like(out);
+  Tensor dbias_in = empty(x, {in.outputs}), dbias_mid = empty(x, {mid.outputs}), dbias_out = empty(x, {out.outputs});
+  Tensor dlog_gain = empty(x, {out.outputs});
+
+  const auto at = args.places();
+  // where there are no pixels, one part without tasks
+  args.rows = dx.numel() == 0 ? 1 : rows_of(args, out.outputs + in.inputs + 2 * (in.outputs + mid.outputs), 1);
+  const int64_t tasks = dx.numel() == 0 ? 0 : args.tasks();
+  const int64_t most = std::clamp(kBytes / (at.end * static_cast<int64_t>(sizeof(T))), kLeastParts, kMostParts);
+  const int64_t parts = std::clamp<int64_t>(tasks, 1, most);
+  const std::unique_ptr<T[]> sums(new T[parts * at.end + 64]);  // read in whole vectors
+  args.sums = sums.get();
+  const Packed<T> packed({&args.in, &args.mid, &args.out}, true, gains, out.outputs);
+  args.gain = packed.gain;
+  const size_t scratch = FK_DISPATCH(conv_net_gradient_scratch_bytes<T>(args));
+  in_parallel(parts, [&](int64_t part) {
+    T* own = args.sums + part * at.end;
+    std::fill(own, own + at.end, T(0));
+    for (int64_t task = part * tasks / parts; task < (part + 1) * tasks / parts; ++task)
+      FK_DISPATCH(conv_net_gradient_band<T>(args, task, own, static_cast<T*>(thread_scratch(scratch))));
+  });
+
+  // all of them in the place of the first part, by stretches; then each where it belongs
+  constexpr int64_t kStretch = 4096;
+  in_parallel((at.end + kStretch - 1) / kStretch, [&](int64_t i) {
+    T* own = args.sums + i * kStretch;
+    FK_DISPATCH(add_conv_net_parts<T>(own, parts, at.end, std::min(kStretch, at.end - i * kStretch)));
+  });
+  const auto to = [](Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); };
+  const auto copy = [&](int64_t place, int64_t n, Tensor& t) { std::copy_n(args.sums + place, n, to(t)); };
+  FK_DISPATCH(turn_first_weight<T>(args.sums + at.weight_in, in.terms(), in.outputs, to(dweight_in)));
+  copy(at.weight_mid, mid.terms() * mid.outputs, dweight_mid);
+  copy(at.weight_out, out.terms() * out.outputs, dweight_out);
+  copy(at.bias_in, in.outputs, dbias_in);
+  copy(at.bias_mid, mid.outputs, dbias_mid);
+  copy(at.bias_out, out.outputs, dbias_out);
+  FK_DISPATCH(log_gain_gradient<T>(to(dweight_out), out.weight, to(dbias_out), bias, out.outputs, out.terms(), to(dlog_gain)));
+  return {dx, dweight_in, dbias_in, dweight_mid, dbias_mid, dweight_out, dbias_out, dlog_gain};
+}
+
+bool is_double(const Tensor& x) {
+  check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double, "x must be float32 or float64");
+  return x.scalar_type() == ScalarType::Double;
 }
 
 Tensor conv_net(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in, const Tensor& weight_mid, const Tensor& bias_mid,
                 const Tensor& weight_out, const Tensor& bias_out, const Tensor& log_gain) {
-  check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double, "x must be float32 or float64");
-  const auto go = x.scalar_type() == ScalarType::Float ? run<float> : run<double>;
-  return go(x, weight_in, bias_in, weight_mid, bias_mid, weight_out, bias_out, log_gain);
+  const auto go = is_double(x) ? forward<double> : forward<float>;
+  return std::get<0>(go(x, weight_in, bias_in, weight_mid, bias_mid, weight_out, bias_out, log_gain, false));
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_net_training(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in, const Tensor& weight_mid,
+                                                     const Tensor& bias_mid, const Tensor& weight_out, const Tensor& bias_out,
+                                                     const Tensor& log_gain) {
+  const auto go = is_double(x) ? forward<double> : forward<float>;
+  return go(x, weight_in, bias_in, weight_mid, bias_mid, weight_out, bias_out, log_gain, true);
+}
+
+Gradients conv_net_backward(const Tensor& dy, const Tensor& x, const Tensor& first, const Tensor& second, const Tensor& weight_in,
+                            const Tensor& weight_mid, const Tensor& weight_out, const Tensor& bias_out, const Tensor& log_gain) {
+  const auto go = is_double(x) ? backward<double> : backward<float>;
+  return go(dy, x, first, second, weight_in, weight_mid, weight_out, bias_out, log_gain);
 }
 
 }  // namespace
@@ -104,4 +226,6 @@ Tensor conv_net(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in,
 STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
   if (flowkernels::hardware_target() == flowkernels::Target::none) return;
   m.impl("conv_net", TORCH_BOX(&flowkernels::conv_net));
+  m.impl("conv_net_training", TORCH_BOX(&flowkernels::conv_net_training));
+  m.impl("conv_net_backward", TORCH_BOX(&flowkernels::conv_net_backward));
 }

@@ -16,17 +16,47 @@ struct Convolution {
   int64_t terms() const { return taps * row_terms(); }
 };
 
-// y = exp(3 log_gain) * (out * relu(mid * relu(in * x))), with * the three convolutions of 3, 1 and 3 taps and their biases. A task is a
-// band of `rows` rows of one image, fewer at its end, with a row more of the hidden layers above and below.
+// y = gain * (out * relu(mid * relu(in * x))), with * the three convolutions of 3, 1 and 3 taps and their biases, on images that lie channels
+// last. A band is `rows` rows of one image, fewer at its end; it needs a row more of the hidden layers above and below.
 template <class T>
-struct ConvNetArgs {
-  const T *x, *log_gain;  // [batch, height, width, channels]
-  T* y;                   // [batch, height, width, outputs]
+struct ConvNetImages {
   int64_t batch, height, width, rows;
-  Convolution<T> in, mid, out;
-  T* gain;  // exp(3 log_gain), whole vectors
 
   int64_t bands() const { return (height + rows - 1) / rows; }
+  int64_t tasks() const { return batch * bands(); }
+};
+
+template <class T>
+struct ConvNetArgs : ConvNetImages<T> {
+  const T* x;
+  T *y, *first, *second;  // the hidden layers, where they are kept for a gradient
+  Convolution<T> in, mid, out;
+  const T* gain;  // whole vectors
+};
+
+// The gradient. The convolutions are those that carry it down, with inputs and outputs exchanged and taps in reverse. Sums over positions
+// are made part by part; a part is some tasks, one after another.
+template <class T>
+struct ConvNetGradientArgs : ConvNetImages<T> {
+  const T *x, *dy, *first, *second, *gain;
+  T* dx;
+  Convolution<T> out, mid, in;
+  T* sums;  // [parts][places().end]
+
+  // where the sums for each parameter begin, and the end; those for the first weight lie [term][output]
+  struct Places {
+    int64_t weight_out, weight_mid, weight_in, bias_out, bias_mid, bias_in, end;
+  };
+  Places places() const {
+    Places at{};
+    at.weight_mid = out.terms() * out.outputs;
+    at.weight_in = at.weight_mid + mid.terms() * mid.outputs;
+    at.bias_out = at.weight_in + in.terms() * in.outputs;
+    at.bias_mid = at.bias_out + out.inputs;
+    at.bias_in = at.bias_mid + mid.inputs;
+    at.end = at.bias_in + in.inputs;
+    return at;
+  }
 };
 
 }  // namespace flowkernels

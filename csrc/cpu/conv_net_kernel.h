@@ -22,6 +22,11 @@ int64_t whole_vectors(int64_t n) {
 }
 
 template <class T>
+FK_INLINE void set_zero(T* p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = T(0);
+}
+
+template <class T>
 size_t packed_convolution_bytes(const Convolution<T>& c) {
   return whole_vectors<T>(c.outputs) * c.terms() * sizeof(T);
 }
@@ -48,6 +53,22 @@ void pack_convolution(const Convolution<T>& c) {
   for_each_panel(c, [&](int64_t j, auto vectors) {
     constexpr int64_t width = decltype(vectors)::value * lanes<T>;
     read_columns(c.weight + j * terms, terms, smaller(width, c.outputs - j), terms, nullptr, c.packed + j * terms, width);
+  });
+}
+
+// The same of the convolution that carries gradients from the outputs of `weight`, [outputs][row of taps][tap][inputs], to its inputs: taps
+// in reverse
+template <class T>
+void pack_reverse_convolution(const Convolution<T>& c) {
+  const int64_t taps = c.taps * c.taps;
+  for_each_panel(c, [&](int64_t j, auto vectors) {
+    T* to = c.packed + j * c.terms();
+    for (int64_t tap = taps - 1; tap >= 0; --tap)
+      for (int64_t k = 0; k < c.inputs; ++k)
+        for (int v = 0; v < decltype(vectors)::value; ++v, to += lanes<T>) {
+          const int64_t i = j + v * lanes<T>;
+          store(to, load_some(c.weight + (k * taps + tap) * c.outputs + i, c.outputs - i));
+        }
   });
 }
 
@@ -84,41 +105,84 @@ FK_INLINE void position_sums(const Convolution<T>& c, const T* x, int64_t x_row,
     for (int v = 0; v < V; ++v) made(u, v, load(at(u, v)));
 }
 
-// relu of a convolution at n positions, to `to`, [position][outputs]; more may be written, up to whole tiles
+// Rows of an image, [row][width + 1][channels] behind one position more, zeros around the pixels. Tiles read and write past the end.
 template <class T>
-void hidden_positions(const Convolution<T>& c, const T* x, int64_t x_row, int64_t n, T* to) {
+struct PaddedRows {
+  T* data;
+  int64_t width, channels, first;  // the image's row that is the first one here
+
+  static int64_t size(int64_t rows, int64_t width, int64_t channels) {
+    return whole_vectors<T>((rows * (width + 1) + kMostPositions + 3) * channels + kRowVectors * lanes<T>);
+  }
+
+  int64_t row() const { return (width + 1) * channels; }
+  T* pixels(int64_t y) const { return data + (y - first) * row() + channels; }
+  T* taps(int64_t y) const { return data + (y - 1 - first) * row(); }  // the first of 3 x 3 around the first pixel of row y
+
+  // Zeros before the first pixel and after the last of each of n rows
+  void zero_ends(int64_t n) const {
+    for (int64_t r = 0; r <= n; ++r) set_zero(data + r * row(), channels);
+  }
+  // also where rows before or after the image are among them
+  void zero_outside(int64_t y, int64_t height) const {
+    if (y < 0 || y >= height) set_zero(pixels(y), row());
+  }
+
+  // n rows of an image, times `factor` by channel if there is one
+  void load_from(const T* image, int64_t height, int64_t n, const T* factor = nullptr) const {
+    for (int64_t y = first; y < first + n; ++y) {
+      zero_outside(y, height);
+      if (y < 0 || y >= height) continue;
+      const T* from = image + y * width * channels;
+      if (!factor)
+        __builtin_memcpy(pixels(y), from, width * channels * sizeof(T));
+      else
+        for (int64_t x = 0; x < width; ++x)
+          for (int64_t c = 0; c < channels; ++c) pixels(y)[x * channels + c] = from[x * channels + c] * factor[c];
+    }
+    zero_ends(n);
+  }
+
+  void store_to(T* image, int64_t y0, int64_t y1) const {
+    for (int64_t y = y0; y < y1; ++y) __builtin_memcpy(image + y * width * channels, pixels(y), width * channels * sizeof(T));
+  }
+};
+
+// A convolution at n positions, to `to`, [position][outputs]; more may be written, up to whole tiles. relu of it; or, where there are
+// `values`, itself without a bias where they are positive, and 0 elsewhere.
+template <class T>
+void hidden_positions(const Convolution<T>& c, const T* x, int64_t x_row, int64_t n, T* to, const T* values = nullptr) {
   for_each_panel(c, [&](int64_t j, auto vectors) {
     constexpr int V = decltype(vectors)::value, U = kPositions<V>;
     Vec<T> bias[V];
-    for (int v = 0; v < V; ++v) bias[v] = load_some(c.bias + j + v * lanes<T>, c.outputs - j - v * lanes<T>);
+    for (int v = 0; v < V; ++v) bias[v] = values ? zero<T>() : load_some(c.bias + j + v * lanes<T>, c.outputs - j - v * lanes<T>);
     for (int64_t p = 0; p < n; p += U)
       position_sums<U, V>(c, x + p * c.inputs, x_row, j, [&](int u, int v, Vec<T> sum) __attribute__((always_inline)) {
-        const int64_t output = j + v * lanes<T>;
-        store_some(to + (p + u) * c.outputs + output, activate<Activation::relu>(sum + bias[v]), c.outputs - output);
+        const int64_t output = j + v * lanes<T>, at = (p + u) * c.outputs + output, left = c.outputs - output;
+        store_some(to + at, values ? select(load_some(values + at, left) > 0, sum, zero<T>()) : activate<Activation::relu>(sum + bias[v]), left);
       });
   });
 }
 
-// The last convolution at the pixels of `rows` rows, to y, [rows][width][outputs]
+// (a convolution + bias) * gain, or the convolution alone, at the pixels of n rows, to y, [n][width][outputs]. x: the first taps of all
 template <class T>
-void output_rows(const ConvNetArgs<T>& args, const T* hidden, int64_t rows, T* y) {
-  const Convolution<T>& c = args.out;
-  const int64_t row = args.width + 1;
+void output_rows(const Convolution<T>& c, const T* x, int64_t width, int64_t n, const T* gains, T* y) {
+  const int64_t positions = n * (width + 1);
   for_each_panel(c, [&](int64_t j, auto vectors) {
     constexpr int V = decltype(vectors)::value, U = kPositions<V>;
     Vec<T> bias[V], gain[V];
     for (int v = 0; v < V; ++v) {
-      bias[v] = load_some(c.bias + j + v * lanes<T>, c.outputs - j - v * lanes<T>);
-      gain[v] = load(args.gain + j + v * lanes<T>);
+      bias[v] = gains ? load_some(c.bias + j + v * lanes<T>, c.outputs - j - v * lanes<T>) : zero<T>();
+      gain[v] = gains ? load(gains + j + v * lanes<T>) : broadcast<T>(T(1));
     }
     T* to = y + j;
-    for (int64_t p = 0, column = 0; p < rows * row; p += U) {
+    for (int64_t p = 0, column = 0; p < positions; p += U) {
       T outputs[U][V * lanes<T>];
-      position_sums<U, V>(c, hidden + p * c.inputs, row * c.inputs, j, [&](int u, int v, Vec<T> sum) __attribute__((always_inline)) {
+      position_sums<U, V>(c, x + p * c.inputs, (width + 1) * c.inputs, j, [&](int u, int v, Vec<T> sum) __attribute__((always_inline)) {
         store(outputs[u] + v * lanes<T>, (sum + bias[v]) * gain[v]);
       });
-      for (int64_t u = 0; u < smaller(U, rows * row - p); ++u) {
-        if (column == args.width) {
+      for (int64_t u = 0; u < smaller(U, positions - p); ++u) {
+        if (column == width) {
           column = 0;
           continue;
         }
@@ -130,63 +194,63 @@ void output_rows(const ConvNetArgs<T>& args, const T* hidden, int64_t rows, T* y
   });
 }
 
-// elements of scratch: rows of x, rows of the hidden layers, a strip of the first one; tiles read and write past the ends of all
+// A band of the output, and the rows of the hidden layers that it needs and that exist
+struct Band {
+  int64_t image, y0, y1, h0, h1;
+
+  template <class T>
+  Band(const ConvNetImages<T>& images, int64_t task) {
+    image = task / images.bands();
+    y0 = task % images.bands() * images.rows;
+    y1 = smaller(y0 + images.rows, images.height);
+    h0 = y0 > 0 ? y0 - 1 : 0;
+    h1 = smaller(y1 + 1, images.height);
+  }
+};
+
+// Padded rows in scratch, one after another
 template <class T>
-struct ConvNetScratch {
-  int64_t x, hidden, strip;
-  explicit ConvNetScratch(const ConvNetArgs<T>& args) {
-    const int64_t row = args.width + 1, more = kMostPositions + 3;
-    x = whole_vectors<T>(((args.rows + 4) * row + more) * args.in.inputs);
-    hidden = whole_vectors<T>(((args.rows + 2) * row + more) * args.out.inputs);
-    strip = kStrip * args.mid.inputs;
+struct RowScratch {
+  T* next;
+  int64_t width, most_rows;  // rows of a band
+
+  PaddedRows<T> rows(int64_t more, int64_t channels, int64_t first) {
+    const PaddedRows<T> made{next, width, channels, first};
+    next += PaddedRows<T>::size(most_rows + more, width, channels);
+    return made;
   }
 };
 
 template <class T>
 size_t conv_net_scratch_bytes(const ConvNetArgs<T>& args) {
-  const ConvNetScratch<T> sizes(args);
-  return (sizes.x + sizes.hidden + sizes.strip) * sizeof(T);
+  const auto size = [&](int64_t more, int64_t channels) { return PaddedRows<T>::size(args.rows + more, args.width, channels); };
+  return (size(4, args.in.inputs) + size(2, args.out.inputs) + (args.first ? size(2, args.mid.inputs) : kStrip * args.mid.inputs)) * sizeof(T);
 }
 
 template <class T>
-FK_INLINE void set_zero(T* p, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) p[i] = T(0);
-}
+void conv_net_band(const ConvNetArgs<T>& args, int64_t task, T* data) {
+  const Band band(args, task);
+  const int64_t pixels = band.image * args.height * args.width;
+  RowScratch<T> scratch{data, args.width, args.rows};
+  const PaddedRows<T> x = scratch.rows(4, args.in.inputs, band.h0 - 1), second = scratch.rows(2, args.out.inputs, band.y0 - 1);
+  const PaddedRows<T> first = args.first ? scratch.rows(2, args.mid.inputs, band.h0) : PaddedRows<T>{};
+  x.load_from(args.x + pixels * x.channels, args.height, band.h1 - band.h0 + 2);
 
-// Zeros where rows of [position][channels] are padded: before the first pixel, and after the last of each row
-template <class T>
-void zero_ends(T* rows, int64_t n, int64_t width, int64_t channels) {
-  for (int64_t r = 0; r <= n; ++r) set_zero(rows + r * (width + 1) * channels, channels);
-}
-
-template <class T>
-void conv_net_band(const ConvNetArgs<T>& args, int64_t image, int64_t y0, T* scratch) {
-  const ConvNetScratch<T> sizes(args);
-  T *x = scratch, *hidden = x + sizes.x, *strip = hidden + sizes.hidden;
-  const int64_t width = args.width, row = width + 1, channels = args.in.inputs, units = args.mid.outputs;
-  const int64_t y1 = smaller(y0 + args.rows, args.height);
-  // rows of the hidden layers that exist, and of x that they see
-  const int64_t h0 = y0 > 0 ? y0 - 1 : 0, h1 = smaller(y1 + 1, args.height);
-  for (int64_t y = h0 - 1; y <= h1; ++y) {
-    T* to = x + (y - (h0 - 1)) * row * channels;
-    if (y < 0 || y >= args.height)
-      set_zero(to, row * channels);
-    else
-      __builtin_memcpy(to + channels, args.x + (image * args.height + y) * width * channels, width * channels * sizeof(T));
-  }
-  zero_ends(x, h1 - h0 + 2, width, channels);
-
-  T* const first = hidden + (h0 - (y0 - 1)) * row * units;  // row h0
-  const int64_t positions = (h1 - h0) * row;
+  const int64_t positions = (band.h1 - band.h0) * (args.width + 1);
   for (int64_t p = 0; p < positions; p += kStrip) {
     const int64_t n = smaller(kStrip, positions - p);
-    hidden_positions(args.in, x + p * channels, row * channels, n, strip);
-    hidden_positions(args.mid, strip, int64_t(0), n, first + (1 + p) * units);
+    T* strip = args.first ? first.pixels(band.h0) + p * first.channels : scratch.next;
+    hidden_positions(args.in, x.taps(band.h0) + p * x.channels, x.row(), n, strip);
+    hidden_positions(args.mid, strip, int64_t(0), n, second.pixels(band.h0) + p * second.channels);
   }
-  if (y0 == 0) set_zero(hidden, row * units);
-  if (y1 == args.height) set_zero(hidden + (y1 - (y0 - 1)) * row * units, (row + 1) * units);
-  zero_ends(hidden, y1 - y0 + 2, width, units);
-  output_rows(args, hidden, y1 - y0, args.y + (image * args.height + y0) * width * args.out.outputs);
+  second.zero_outside(band.y0 - 1, args.height);
+  second.zero_outside(band.y1, args.height);
+  second.zero_ends(band.y1 - band.y0 + 2);
+  output_rows(args.out, second.taps(band.y0), args.width, band.y1 - band.y0, args.gain,
+              args.y + (pixels + band.y0 * args.width) * args.out.outputs);
+  if (!args.first) return;
+  first.store_to(args.first + pixels * first.channels, band.y0, band.y1);
+  second.store_to(args.second + pixels * second.channels, band.y0, band.y1);
 }
 
 }  // namespace FK_TARGET

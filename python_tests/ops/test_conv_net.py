@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from flowkernels import _extension, backend
 from flowkernels.ops import conv_net
-from python_tests.battery import IMAGE_LAYOUTS, LAYOUTS, Example, OpBattery, assert_same_bits, detached
+from python_tests.battery import IMAGE_LAYOUTS, LAYOUTS, Example, OpBattery, assert_same_bits, detached, with_grad
 
 COMPILED = _extension.has_kernel("conv_net", "CPU")
 
@@ -44,10 +44,16 @@ class TestConvNet(OpBattery):
         "a pixel": example(1, 1, 1, 16, 2),
     }
 
-    def test_opcheck(self, case):  # the bare op takes weights that lie channels last
+    def test_opcheck(self, case):
         rows, parameters, *_, schema, _ = case(3, torch.float32)
-        last = [p.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p for p in parameters]
-        torch.library.opcheck(type(self).bare_op, schema(rows, last))
+        last = [p.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p for p in parameters]  # as the bare ops take them
+        x, *given = schema(rows, last)
+        ops = torch.ops.flowkernels
+        for op in (ops.conv_net, ops.conv_net_training):
+            torch.library.opcheck(op.default, (x, *given))
+        y, first, second = ops.conv_net_training(x, *given)
+        weight_in, _, weight_mid, _, weight_out, bias_out, log_gain = given
+        torch.library.opcheck(ops.conv_net_backward.default, (y, x, first, second, weight_in, weight_mid, weight_out, bias_out, log_gain))
 
 
 # 1 to 5 vectors of hidden channels, and 8; chains of one, three and more chunks; every width of the last panel
@@ -59,11 +65,18 @@ def test_every_size(channels, hidden, outputs):
     for height, width in ((1, 7), (6, 1), (4, 4), (9, 13)):
         for dtype in (torch.float64, torch.float32):
             x, parameters = tensors(2, channels, height, width, hidden, outputs, dtype)
-            want = definition(x.double(), *(p.double() for p in parameters))
+            inputs = with_grad([x, *parameters])
+            exact = with_grad([t.double() for t in inputs])
+            want = definition(*exact)
             with torch.no_grad():
-                got = conv_net(x, *parameters)
-            assert got.dtype == dtype and got.shape == want.shape
-            assert (got - want).abs().max() <= 60 * torch.finfo(dtype).eps * want.abs().max()
+                got = conv_net(*inputs)
+            trained = conv_net(*inputs)
+            assert got.dtype == dtype and torch.equal(got, trained)
+            cotangent = torch.randn(want.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            gradients = torch.autograd.grad(trained, inputs, cotangent.to(dtype))
+            for g, w in zip((got, *gradients), (want, *torch.autograd.grad(want, exact, cotangent)), strict=True):
+                assert g.dtype == dtype and g.shape == w.shape
+                assert (g - w).abs().max() <= 60 * torch.finfo(dtype).eps * w.abs().max()
 
 
 @pytest.mark.skipif(not COMPILED, reason="torch's convolutions promise no bits")
@@ -74,13 +87,29 @@ def test_bands_and_threads_do_not_change_bits():
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
+            inputs = with_grad([x, *parameters])
             with torch.no_grad():
-                found += [conv_net(x, *parameters), torch.cat([conv_net(row[None], *parameters) for row in x])]
+                alone = torch.cat([conv_net(row[None], *parameters) for row in x])
+            y = conv_net(*inputs)
+            found.append((alone, y.detach(), *torch.autograd.grad(y.sin().sum(), inputs)))
     finally:
         torch.set_num_threads(before)
-    for one in found[1:]:
-        assert_same_bits((one,), found[:1])
-    torch.testing.assert_close(found[0], definition(x, *parameters), rtol=1e-4, atol=1e-5)
+    for one in found:
+        assert_same_bits(one, found[0])
+        assert_same_bits(one[:1], one[1:2])
+    exact = with_grad([x.double(), *(p.double() for p in parameters)])
+    y = definition(*exact)
+    for g, w in zip(found[0][1:], (y, *torch.autograd.grad(y.sin().sum(), exact)), strict=True):
+        assert (g - w).abs().max() <= 1e-4 * w.abs().max()
+
+
+def test_no_images_give_gradients_of_zero():
+    for shape in ((0, 3, 4, 4), (2, 3, 0, 4)):
+        x, parameters = tensors(1, 3, 4, 4, 16, 5)
+        inputs = with_grad([x.new_zeros(shape), *parameters])
+        y = conv_net(*inputs)
+        assert y.shape == (shape[0], 5, *shape[2:])
+        assert not any(g.any() for g in torch.autograd.grad(y.sum(), inputs))
 
 
 def test_wide_networks_and_half_precision_are_torchs():

@@ -1,15 +1,17 @@
 """Glow's conditioner as one op (Kingma & Dhariwal 2018, section 3.3): three convolutions, which torch runs one by one with the hidden
-channels written to memory between.
+channels written to memory between, and their gradient.
 
-The kernel, for calls without a gradient on a CPU, takes an image, or a band of one, through all three: hidden channels stay in the caches,
-a row of three taps is one run of memory, and the weights are packed once a call. The multiply-adds are its floor; it stands at 0.5 to 0.9
-of the rate of multiply-adds in registers. What is lost are lanes where outputs fill no vector (12 of 16 at the first level of a Glow for
-colour images), one position a row for the padding, and packing at small sizes.
+The kernel, on a CPU, takes an image, or a band of one, through all three: hidden channels stay in the caches (and are written once where a
+gradient will ask for them), a row of three taps is one run of memory, and the weights are packed once a call. Backward is three such
+convolutions with masks for the relus, and sums over positions for the weights. The multiply-adds are its floor; forward stands at 0.4 to
+0.9 of their rate in registers, with gradients at 0.3 to 0.6. What is lost are lanes where outputs fill no vector (12 of 16 at the first
+level of a Glow for colour images, 6 of 16 for the gradient by x), one position a row for the padding, and packing at small sizes.
 
 Measured against torch's convolutions with channels last and a matrix product for the middle one, in turns on two cores with AVX-512, at
 [16, 6, 16, 16], [16, 12, 8, 8] and [16, 24, 4, 4] with 64 hidden channels: 1.4, 1.7 and 1.9 times as fast, a single image 2.1 times; with
-128 hidden channels 1.3. Tried wider, 256 and 512 took as long as torch's: networks of more than 128 hidden channels are left to torch. With
-AVX2 alone, torch's held to it too, it is 1.0 to 1.2 times.
+128 hidden channels 1.3. With gradients 1.5, 2.0 and 2.1, a single image 2.2, with 128 hidden channels 1.2. Tried wider, 256 and 512 took as
+long as torch's: networks of more than 128 hidden channels are left to torch. With AVX2 alone, torch's held to it too, forward is 1.0 to 1.2
+times as fast.
 """
 
 import torch
@@ -18,27 +20,81 @@ from torch import Tensor
 from ..._backend import wants_reference
 from ..._library import library
 from .._autocast import any_autocast
-from .._differentiation import needs_autograd
-from .reference import conv_net_reference
+from .._differentiation import apply_function, needs_autograd, pulled_back, transformed
+from .reference import conv_net_backward_reference, conv_net_reference, conv_net_training_reference
 
+_PARAMETERS = "Tensor weight_in, Tensor bias_in, Tensor weight_mid, Tensor bias_mid, Tensor weight_out, Tensor bias_out, Tensor log_gain"
+library.define(f"conv_net(Tensor x, {_PARAMETERS}) -> Tensor")
+library.define(f"conv_net_training(Tensor x, {_PARAMETERS}) -> (Tensor, Tensor, Tensor)")
 library.define(
-    "conv_net(Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_mid, Tensor bias_mid, Tensor weight_out, Tensor bias_out, "
-    "Tensor log_gain) -> Tensor"
+    "conv_net_backward(Tensor dy, Tensor x, Tensor first, Tensor second, Tensor weight_in, Tensor weight_mid, Tensor weight_out, "
+    f"Tensor bias_out, Tensor log_gain) -> ({', '.join(8 * ['Tensor'])})"
 )
 _conv_net = torch.ops.flowkernels.conv_net.default
+_training = torch.ops.flowkernels.conv_net_training.default
+_backward = torch.ops.flowkernels.conv_net_backward.default
 _MOST_HIDDEN = 128
 
 
+# the bare ops take and return images that lie channels last, [batch, H, W, channels]; so do gradients of weights, [outputs, 3, 3, inputs]
 def _composite(x: Tensor, *parameters: Tensor) -> Tensor:
-    return conv_net_reference(x.permute(0, 3, 1, 2), *parameters).permute(0, 2, 3, 1).contiguous()
+    return _channels_last(conv_net_reference(_channels_first(x), *parameters))
 
 
-library.impl("conv_net", _composite, "CompositeExplicitAutograd")
+def _composite_training(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    return tuple(map(_channels_last, conv_net_training_reference(_channels_first(x), *parameters)))
+
+
+def _composite_backward(dy: Tensor, x: Tensor, first: Tensor, second: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    images = map(_channels_first, (dy, x, first, second))
+    return tuple(_channels_last(t) if t.dim() == 4 else t for t in conv_net_backward_reference(*images, *parameters))
+
+
+def _channels_first(t: Tensor) -> Tensor:
+    return t.permute(0, 3, 1, 2)
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    return t.permute(0, 2, 3, 1).contiguous()
+
+
+for _name, _function in (("", _composite), ("_training", _composite_training), ("_backward", _composite_backward)):
+    library.impl(f"conv_net{_name}", _function, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("flowkernels::conv_net", lib=library)
 def _(x: Tensor, *parameters: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:3], parameters[-1].shape[0]))
+
+
+@torch.library.register_fake("flowkernels::conv_net_training", lib=library)
+def _(x: Tensor, weight_in: Tensor, _, weight_mid: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty((*x.shape[:3], t.shape[0])) for t in (parameters[-1], weight_in, weight_mid))
+
+
+@torch.library.register_fake("flowkernels::conv_net_backward", lib=library)
+def _(dy: Tensor, x: Tensor, first: Tensor, second: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    weights = [(t.new_empty([t.shape[i] for i in (0, 2, 3, 1)]), t.new_empty(t.shape[0])) for t in parameters[:3]]
+    return x.new_empty(x.shape), *(t for pair in weights for t in pair), parameters[-1].new_empty(parameters[-1].shape)
+
+
+class _ConvNet(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *parameters) -> Tensor:
+        y, first, second = _training(x, *parameters)
+        ctx.save_for_backward(x, *parameters, first, second)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, *parameters, first, second = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient of the gradient is asked for
+            inputs = [t.view_as(t) for t in (x, *parameters)]
+            y = conv_net_reference(_channels_first(inputs[0]), *inputs[1:]).permute(0, 2, 3, 1)
+            return tuple(pulled_back((y,), (dy,), inputs, create_graph=True))
+        weight_in, _, weight_mid, _, weight_out, bias_out, log_gain = parameters
+        dx, *gradients = _backward(dy.contiguous(), x, first, second, weight_in, weight_mid, weight_out, bias_out, log_gain)
+        return dx, *(_channels_first(t) if t.dim() == 4 else t for t in gradients)
 
 
 def conv_net(
@@ -53,8 +109,8 @@ def conv_net(
 ) -> Tensor:
     """exp(3 log_gain) * conv3x3(relu(conv1x1(relu(conv3x3(x))))), sides padded with zeros.
 
-    Source: Kingma & Dhariwal 2018, section 3.3, and their code for the gain. A call with a gradient, in half precision or under autocast is
-    made of torch's convolutions.
+    Source: Kingma & Dhariwal 2018, section 3.3, and their code for the gain. Half precision, calls under autocast and gradients of
+    gradients are made of torch's convolutions.
 
     Args:
         x: [batch, channels, H, W].
@@ -71,12 +127,13 @@ def conv_net(
     """
     parameters = weight_in, bias_in, weight_mid, bias_mid, weight_out, bias_out, log_gain
     _check(x, *parameters)
-    if not _serves(x, weight_mid) or needs_autograd((x, *parameters)):
+    if transformed() or not _serves(x, weight_mid):
         return conv_net_reference(x, *parameters)
     last = torch.channels_last
-    weight_in, weight_out = weight_in.contiguous(memory_format=last), weight_out.contiguous(memory_format=last)
-    parameters = weight_in, bias_in.contiguous(), weight_mid.contiguous(), bias_mid.contiguous(), weight_out, bias_out.contiguous()
-    return _conv_net(x.permute(0, 2, 3, 1).contiguous(), *parameters, log_gain.contiguous()).permute(0, 3, 1, 2)
+    weights = (t.contiguous(memory_format=last) for t in (weight_in, weight_mid, weight_out))
+    others = (t.contiguous() for t in (bias_in, bias_mid, bias_out))
+    tensors = (x.permute(0, 2, 3, 1).contiguous(), *(t for pair in zip(weights, others, strict=True) for t in pair), log_gain.contiguous())
+    return _channels_first(apply_function(_ConvNet, *tensors) if needs_autograd(tensors) else _conv_net(*tensors))
 
 
 def _serves(x: Tensor, weight_mid: Tensor) -> bool:

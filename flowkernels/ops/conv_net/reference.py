@@ -1,5 +1,6 @@
-"""Glow's conditioner in plain PyTorch."""
+"""Glow's conditioner in plain PyTorch, and its vector-Jacobian product."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,14 +16,56 @@ def conv_net_reference(
     log_gain: Tensor,
 ) -> Tensor:
     """exp(3 log_gain) * conv(relu(conv1x1(relu(conv(x))))); x is [batch, channels, H, W]."""
+    return conv_net_training_reference(x, weight_in, bias_in, weight_mid, bias_mid, weight_out, bias_out, log_gain)[0]
+
+
+def conv_net_training_reference(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor,
+    weight_mid: Tensor,
+    bias_mid: Tensor,
+    weight_out: Tensor,
+    bias_out: Tensor,
+    log_gain: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and the two hidden layers."""
     gain = (3 * log_gain).exp()  # on the weight, which is smaller than the output
     weight_out, bias_out = weight_out * gain[:, None, None, None], bias_out * gain
     if x.device.type == "cpu":  # torch's convolutions are quickest there with channels last, and a 1 x 1 one is a matrix product
         x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-        h = F.relu(F.conv2d(x, weight_in, bias_in, padding=1), inplace=True).permute(0, 2, 3, 1)
-        rows = F.linear(h.flatten(0, 2), weight_mid.flatten(1), bias_mid)
-        h = F.relu(rows, inplace=True).view(h.shape).permute(0, 3, 1, 2)
+        first = F.relu(F.conv2d(x, weight_in, bias_in, padding=1), inplace=True)
+        rows = first.permute(0, 2, 3, 1)
+        rows = F.relu(F.linear(rows.flatten(0, 2), weight_mid.flatten(1), bias_mid), inplace=True).view(*rows.shape[:3], len(bias_mid))
+        second = rows.permute(0, 3, 1, 2)
     else:
-        h = F.relu(F.conv2d(x, weight_in, bias_in, padding=1), inplace=True)
-        h = F.relu(F.conv2d(h, weight_mid, bias_mid), inplace=True)
-    return F.conv2d(h, weight_out, bias_out, padding=1)
+        first = F.relu(F.conv2d(x, weight_in, bias_in, padding=1), inplace=True)
+        second = F.relu(F.conv2d(first, weight_mid, bias_mid), inplace=True)
+    return F.conv2d(second, weight_out, bias_out, padding=1), first, second
+
+
+def conv_net_backward_reference(
+    dy: Tensor,
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    weight_in: Tensor,
+    weight_mid: Tensor,
+    weight_out: Tensor,
+    bias_out: Tensor,
+    log_gain: Tensor,
+) -> tuple[Tensor, ...]:
+    """Gradients by x and by all parameters, from the hidden layers."""
+    gain = (3 * log_gain).exp()
+    d = dy * gain[:, None, None]
+    dsecond, dweight_out, dbias_out = _through(d, second, weight_out, 1)
+    dlog_gain = 3 * (torch.einsum("oikl,oikl->o", dweight_out, weight_out) + dbias_out * bias_out)
+    dfirst, dweight_mid, dbias_mid = _through(dsecond * (second > 0), first, weight_mid, 0)
+    dx, dweight_in, dbias_in = _through(dfirst * (first > 0), x, weight_in, 1)
+    return dx, dweight_in, dbias_in, dweight_mid, dbias_mid, dweight_out, dbias_out, dlog_gain
+
+
+def _through(dy: Tensor, x: Tensor, weight: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a convolution by its input, weight and bias."""
+    options = [len(weight)], [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1
+    return torch.ops.aten.convolution_backward(dy, x, weight, *options, [True, True, True])
