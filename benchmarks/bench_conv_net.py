@@ -65,6 +65,7 @@ def _call(function: Callable, tensors: list[Tensor], compiled: bool, gradients: 
     call = Call(partial(run, function, tensors), partial(run, conv_net_reference, [t.double() for t in tensors]), grad=gradients)
     if not compiled:
         return call
+    torch._dynamo.reset()  # it allows a function eight sizes
     function = torch.compile(function, fullgraph=True, dynamic=False)
     started = perf_counter()
     with torch.inference_mode(not gradients):

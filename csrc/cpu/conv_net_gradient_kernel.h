@@ -58,15 +58,21 @@ void add_product(const T* a, int64_t a_ld, int64_t m, const T* b, int64_t b_ld, 
   }
 }
 
-// out[j] += sum over positions of d[p][j], in chunks of kChunk positions
+// out[j] += sum over positions of d[p][j]: short sums, of which sums are made, as terms of one sign would lose much in a long chain
 template <class T>
 void add_positions(const PaddedRows<T>& d, int64_t y0, int64_t positions, T* out) {
+  constexpr int64_t kTerms = 16;
   for (int64_t j = 0; j < d.channels; j += lanes<T>) {
     const int64_t n = d.channels - j;
-    for (int64_t begin = 0; begin < positions; begin += kChunk) {
-      Vec<T> sum = zero<T>();
-      for (int64_t p = begin; p < smaller(begin + kChunk, positions); ++p) sum = sum + load_some(d.pixels(y0) + p * d.channels + j, n);
-      store_some(out + j, load_some(out + j, n) + sum, n);
+    const T* from = d.pixels(y0) + j;
+    for (int64_t chunk = 0; chunk < positions; chunk += kChunk) {
+      Vec<T> total = zero<T>();
+      for (int64_t begin = chunk; begin < smaller(chunk + kChunk, positions); begin += kTerms) {
+        Vec<T> sum = zero<T>();
+        for (int64_t p = begin; p < smaller(begin + kTerms, positions); ++p) sum = sum + load_some(from + p * d.channels, n);
+        total = total + sum;
+      }
+      store_some(out + j, load_some(out + j, n) + total, n);
     }
   }
 }
