@@ -244,7 +244,8 @@ class _Maps(torch.autograd.Function):
         else:
             training = _training_on_gpu if x.is_cuda and _by_library(maps, x) else _training
             y, total, kept = training(x, context, *tensors, orders, activations, wiring, stages, packed)
-        ctx.save_for_backward(x, context, *kept, *orders, *lists.visible, *parameters)
+        ctx.save_for_backward(x, context, *kept, *parameters)
+        ctx.orders, ctx.visible = orders, lists.visible  # integers, which autograd need not watch: a small flow feels that
         learned = [int(isinstance(m.scale, PoweredMap)) for m in maps]
         bases = [m.scale.scale if powered else m.scale for m, powered in zip(maps, learned, strict=True)]
         ctx.numbers = _Numbers(activations, wiring, stages, packed, bases, learned)
@@ -255,8 +256,8 @@ class _Maps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor, dlogabsdet: Tensor):
         (activations, wiring, stages, packed, bases, learned), x, context, *tensors = ctx.numbers, *ctx.saved_tensors
-        n, layers = len(learned), len(activations)
-        kept, orders, visible, *parameters, numbers = _split(tensors, (ctx.kept, n, layers, layers, layers, *ctx.contexts))
+        orders, visible, layers = ctx.orders, ctx.visible, len(activations)
+        kept, *parameters, numbers = _split(tensors, (ctx.kept, layers, layers, *ctx.contexts))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # views, or what one input owes to another, or to itself in another place, would be counted twice
             x, context = x.view_as(x), None if context is None else context.view_as(context)
