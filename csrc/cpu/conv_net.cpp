@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <memory>
 #include <tuple>
+#include <vector>
 
 #include "cpu/conv_net.h"
 #include "cpu/scratch.h"
@@ -35,14 +36,10 @@ const T* data_of(const Tensor& t, const Tensor& x, std::initializer_list<int64_t
   return static_cast<const T*>(t.const_data_ptr());
 }
 
-// weight: [outputs, inputs, taps, taps], channels last
 template <class T>
 Convolution<T> convolution(const Tensor& weight, const Tensor& x, int64_t taps, int64_t inputs) {
-  check(weight.dim() == 4 && weight.size(1) == inputs && weight.size(2) == taps && weight.size(3) == taps, "weights do not fit");
-  const int64_t strides[4] = {taps * taps * inputs, 1, taps * inputs, inputs};
-  for (int d = 0; d < 4; ++d) check(weight.size(d) <= 1 || weight.stride(d) == strides[d], "weights must lie channels last");
-  check(weight.is_cpu() && weight.scalar_type() == x.scalar_type(), "tensors must be like x");
-  return {static_cast<const T*>(weight.const_data_ptr()), nullptr, taps, inputs, weight.size(0), nullptr};
+  check(weight.dim() == 4, "weights must have four dimensions");
+  return {data_of<T>(weight, x, {weight.size(0), inputs, taps, taps}), nullptr, taps, inputs, weight.size(0), nullptr};
 }
 
 template <class T>
@@ -66,19 +63,27 @@ class Packed {
  public:
   // reverse: for the gradient
   Packed(std::initializer_list<Convolution<T>*> convolutions, bool reverse, const T* log_gain, int64_t outputs) {
-    size_t elements = FK_DISPATCH(whole_vectors<T>(outputs));
-    for (const Convolution<T>* c : convolutions) elements += FK_DISPATCH(packed_convolution_bytes<T>(*c)) / sizeof(T);
-    data_.reset(new T[elements]);
+    const auto whole = [](int64_t n) { return FK_DISPATCH(whole_vectors<T>(n)); };
+    int64_t size = whole(outputs), most = 0;
+    for (const Convolution<T>* c : convolutions) {
+      size += FK_DISPATCH(packed_convolution_size<T>(*c));
+      most = std::max(most, reverse ? c->taps * c->taps * whole(c->outputs) : c->terms());
+    }
+    data_.reset(new T[size]);
+    const std::unique_ptr<T[]> turned(new T[reverse ? most : 0]);
+    std::vector<int64_t> place(reverse ? 0 : most);
     gain = data_.get();
     FK_DISPATCH(conv_net_gain<T>(log_gain, outputs, gain));
-    T* next = gain + FK_DISPATCH(whole_vectors<T>(outputs));
+    T* next = gain + whole(outputs);
     for (Convolution<T>* c : convolutions) {
       c->packed = next;
-      next += FK_DISPATCH(packed_convolution_bytes<T>(*c)) / sizeof(T);
-      if (reverse)
-        FK_DISPATCH(pack_reverse_convolution<T>(*c));
-      else
-        FK_DISPATCH(pack_convolution<T>(*c));
+      next += FK_DISPATCH(packed_convolution_size<T>(*c));
+      if (reverse) {
+        FK_DISPATCH(pack_reverse_convolution<T>(*c, turned.get()));
+      } else {
+        FK_DISPATCH(find_terms<T>(*c, place.data()));
+        FK_DISPATCH(pack_convolution<T>(*c, place.data()));
+      }
     }
   }
 
@@ -88,13 +93,23 @@ class Packed {
   std::unique_ptr<T[]> data_;
 };
 
+constexpr double kParallelMultiplyAdds = 4e5;  // about 10 us of one thread, against 5 us to start the others
+
+template <class T>
+int64_t threads_for(const ConvNetImages<T>& images, std::initializer_list<Convolution<T>> convolutions) {
+  double terms = 0;
+  for (const Convolution<T>& c : convolutions) terms += static_cast<double>(c.terms() * c.outputs);
+  const double pixels = static_cast<double>(images.batch * images.height * images.width);
+  return terms * pixels > kParallelMultiplyAdds ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
+}
+
 // run(i) for i < n
 template <class F>
-void in_parallel(int64_t n, const F& run) {
+void in_parallel(int64_t n, int64_t threads, const F& run) {
   const auto some = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) run(i);
   };
-  if (n > 1 && torch::stable::get_num_threads() > 1)
+  if (n > 1 && threads > 1)
     torch::stable::parallel_for(0, n, 1, some);
   else
     some(0, n);
@@ -125,15 +140,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   const Packed<T> packed({&args.in, &args.mid, &args.out}, false, gains, args.out.outputs);
   args.gain = packed.gain;
   const int64_t hidden = keep ? args.mid.inputs + args.out.inputs : args.out.inputs;
-  args.rows = rows_of(args, args.in.inputs + hidden, static_cast<int64_t>(torch::stable::get_num_threads()));
+  const int64_t threads = threads_for(args, {args.in, args.mid, args.out});
+  args.rows = rows_of(args, args.in.inputs + hidden, threads);
   const size_t scratch = FK_DISPATCH(conv_net_scratch_bytes<T>(args));
-  in_parallel(args.tasks(), [&](int64_t task) { FK_DISPATCH(conv_net_band<T>(args, task, static_cast<T*>(thread_scratch(scratch)))); });
+  in_parallel(args.tasks(), threads, [&](int64_t task) { FK_DISPATCH(conv_net_band<T>(args, task, static_cast<T*>(thread_scratch(scratch)))); });
   return {y, first, second};
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Gradients by x and by all parameters, those of weights [outputs, taps, taps, inputs]
+// Gradients by x and by all parameters
 template <class T>
 Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const Tensor& second, const Tensor& weight_in,
                    const Tensor& weight_mid, const Tensor& weight_out, const Tensor& bias_out, const Tensor& log_gain) {
@@ -155,7 +171,7 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const
 
   Tensor dx = empty(x, {args.batch, args.height, args.width, in.inputs});
   args.dx = static_cast<T*>(dx.mutable_data_ptr());
-  const auto like = [&](const Convolution<T>& c) { return empty(x, {c.outputs, c.taps, c.taps, c.inputs}); };
+  const auto like = [&](const Convolution<T>& c) { return empty(x, {c.outputs, c.inputs, c.taps, c.taps}); };
   Tensor dweight_in = like(in), dweight_mid = like(mid), dweight_out = like(out);
   Tensor dbias_in = empty(x, {in.outputs}), dbias_mid = empty(x, {mid.outputs}), dbias_out = empty(x, {out.outputs});
   Tensor dlog_gain = empty(x, {out.outputs});
@@ -166,12 +182,13 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const
   const int64_t tasks = dx.numel() == 0 ? 0 : args.tasks();
   const int64_t most = std::clamp(kBytes / (at.end * static_cast<int64_t>(sizeof(T))), kLeastParts, kMostParts);
   const int64_t parts = std::clamp<int64_t>(tasks, 1, most);
-  const std::unique_ptr<T[]> sums(new T[parts * at.end + 64]);  // read in whole vectors
+  const std::unique_ptr<T[]> sums(new T[parts * at.end + 64]);  // 64: turned in whole vectors
   args.sums = sums.get();
   const Packed<T> packed({&args.in, &args.mid, &args.out}, true, gains, out.outputs);
   args.gain = packed.gain;
   const size_t scratch = FK_DISPATCH(conv_net_gradient_scratch_bytes<T>(args));
-  in_parallel(parts, [&](int64_t part) {
+  const int64_t threads = threads_for(args, {in, mid, out});
+  in_parallel(parts, threads, [&](int64_t part) {
     T* own = args.sums + part * at.end;
     std::fill(own, own + at.end, T(0));
     for (int64_t task = part * tasks / parts; task < (part + 1) * tasks / parts; ++task)
@@ -180,15 +197,17 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const
 
   // all of them in the place of the first part, by stretches; then each where it belongs
   constexpr int64_t kStretch = 4096;
-  in_parallel((at.end + kStretch - 1) / kStretch, [&](int64_t i) {
+  in_parallel((at.end + kStretch - 1) / kStretch, threads, [&](int64_t i) {
     T* own = args.sums + i * kStretch;
     FK_DISPATCH(add_conv_net_parts<T>(own, parts, at.end, std::min(kStretch, at.end - i * kStretch)));
   });
   const auto to = [](Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); };
   const auto copy = [&](int64_t place, int64_t n, Tensor& t) { std::copy_n(args.sums + place, n, to(t)); };
-  FK_DISPATCH(turn_first_weight<T>(args.sums + at.weight_in, in.terms(), in.outputs, to(dweight_in)));
+  std::vector<int64_t> place(in.terms());
+  FK_DISPATCH(find_terms<T>(in, place.data()));
+  FK_DISPATCH(turn_first_weight<T>(args.sums + at.weight_in, in.terms(), in.outputs, place.data(), to(dweight_in)));
   copy(at.weight_mid, mid.terms() * mid.outputs, dweight_mid);
-  copy(at.weight_out, out.terms() * out.outputs, dweight_out);
+  FK_DISPATCH(turn_last_weight<T>(args.sums + at.weight_out, out.outputs, out.inputs, to(dweight_out)));
   copy(at.bias_in, in.outputs, dbias_in);
   copy(at.bias_mid, mid.outputs, dbias_mid);
   copy(at.bias_out, out.outputs, dbias_out);

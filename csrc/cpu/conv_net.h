@@ -8,9 +8,9 @@ namespace flowkernels {
 // A convolution of channels-last images with `taps` x `taps` weights, the sides padded with zeros
 template <class T>
 struct Convolution {
-  const T *weight, *bias;  // [outputs, terms] and [outputs]; a term is a row of taps, a column of it and an input channel
+  const T *weight, *bias;  // [outputs, inputs, taps, taps] and [outputs]
   int64_t taps, inputs, outputs;
-  T* packed;  // the weight as tiles read it, see pack_convolution
+  T* packed;  // the weight as tiles read it, see pack_convolution: a term is a row of taps, a column of it and an input
 
   int64_t row_terms() const { return taps * inputs; }
   int64_t terms() const { return taps * row_terms(); }
@@ -29,7 +29,7 @@ struct ConvNetImages {
 template <class T>
 struct ConvNetArgs : ConvNetImages<T> {
   const T* x;
-  T *y, *first, *second;  // the hidden layers, where they are kept for a gradient
+  T *y, *first, *second;  // the hidden layers, where they are kept for a gradient, or null
   Convolution<T> in, mid, out;
   const T* gain;  // whole vectors
 };
@@ -43,7 +43,7 @@ struct ConvNetGradientArgs : ConvNetImages<T> {
   Convolution<T> out, mid, in;
   T* sums;  // [parts][places().end]
 
-  // where the sums for each parameter begin, and the end; those for the first weight lie [term][output]
+  // where the sums for each parameter begin, and the end; those for the first weight lie [term][output], for the last one [output][term]
   struct Places {
     int64_t weight_out, weight_mid, weight_in, bias_out, bias_mid, bias_in, end;
   };

@@ -112,7 +112,7 @@ void conv_net_gradient_band(const ConvNetGradientArgs<T>& args, int64_t task, T*
   output_rows(args.in, dfirst.taps(y0), args.width, n, static_cast<const T*>(nullptr), args.dx + (pixels + y0 * args.width) * x.channels);
 
   const auto at = args.places();
-  const int64_t positions = n * (args.width + 1) - 1;  // to the last pixel: what lies behind might be NaN, and not vanish times 0
+  const int64_t positions = n * (args.width + 1) - 1;  // to the last pixel: behind it, unlike between rows, is memory of any kind, which times 0 may be NaN
   for (int64_t row = 0; row < 3; ++row) {
     const int64_t k = row * 3;
     add_product(dy.pixels(y0), dy.channels, dy.channels, second.taps(y0) + row * second.row(), more, 3 * more, positions,
@@ -136,10 +136,16 @@ void add_conv_net_parts(T* sums, int64_t parts, int64_t size, int64_t n) {
   }
 }
 
-// to[unit][term] = from[term][unit]
+// The gradient by the first weight, [unit][channel][tap] from [term][unit]; whole vectors are read. place: from find_terms
 template <class T>
-void turn_first_weight(const T* from, int64_t terms, int64_t units, T* to) {
-  write_columns(from, units, units, terms, nullptr, to, terms);
+void turn_first_weight(const T* from, int64_t terms, int64_t units, const int64_t* place, T* to) {
+  write_columns(from, units, units, terms, place, to, terms);
+}
+
+// That by the last one, [output][unit][tap] from [output][tap][unit]; whole vectors are read
+template <class T>
+void turn_last_weight(const T* from, int64_t outputs, int64_t units, T* to) {
+  for (int64_t o = 0; o < outputs; ++o, from += 9 * units, to += 9 * units) write_columns(from, units, units, int64_t(9), nullptr, to, int64_t(9));
 }
 
 // dlog_gain[o] = 3 * sum of dy * y, from the gradients by the weight and the bias before the gain

@@ -27,8 +27,8 @@ FK_INLINE void set_zero(T* p, int64_t n) {
 }
 
 template <class T>
-size_t packed_convolution_bytes(const Convolution<T>& c) {
-  return whole_vectors<T>(c.outputs) * c.terms() * sizeof(T);
+int64_t packed_convolution_size(const Convolution<T>& c) {
+  return whole_vectors<T>(c.outputs) * c.terms();
 }
 
 // run(panel's first output, a Count of its vectors) for all panels of a convolution: three vectors, or two rather than leave one
@@ -46,30 +46,39 @@ FK_INLINE void for_each_panel(const Convolution<T>& c, const F& run) {
   if (left == 1) panel(Count<1>{});
 }
 
-// [panel][term][output], zeros behind the last output
+// place[i] = the term that element i of an output's weights is
 template <class T>
-void pack_convolution(const Convolution<T>& c) {
+void find_terms(const Convolution<T>& c, int64_t* place) {
+  const int64_t taps = c.taps * c.taps;
+  for (int64_t k = 0; k < c.inputs; ++k)
+    for (int64_t tap = 0; tap < taps; ++tap) *place++ = tap * c.inputs + k;
+}
+
+// [panel][term][output], zeros behind the last output. place: from find_terms
+template <class T>
+void pack_convolution(const Convolution<T>& c, const int64_t* place) {
   const int64_t terms = c.terms();
   for_each_panel(c, [&](int64_t j, auto vectors) {
     constexpr int64_t width = decltype(vectors)::value * lanes<T>;
-    read_columns(c.weight + j * terms, terms, smaller(width, c.outputs - j), terms, nullptr, c.packed + j * terms, width);
+    read_columns(c.weight + j * terms, terms, smaller(width, c.outputs - j), terms, place, c.packed + j * terms, width);
   });
 }
 
-// The same of the convolution that carries gradients from the outputs of `weight`, [outputs][row of taps][tap][inputs], to its inputs: taps
-// in reverse
+// The same of the convolution that carries gradients from the outputs of `weight`, [inputs][outputs][taps][taps] by what they are here, to
+// its inputs: taps in reverse. scratch: [taps * taps][whole vectors of outputs]
 template <class T>
-void pack_reverse_convolution(const Convolution<T>& c) {
-  const int64_t taps = c.taps * c.taps;
-  for_each_panel(c, [&](int64_t j, auto vectors) {
-    T* to = c.packed + j * c.terms();
-    for (int64_t tap = taps - 1; tap >= 0; --tap)
-      for (int64_t k = 0; k < c.inputs; ++k)
-        for (int v = 0; v < decltype(vectors)::value; ++v, to += lanes<T>) {
-          const int64_t i = j + v * lanes<T>;
-          store(to, load_some(c.weight + (k * taps + tap) * c.outputs + i, c.outputs - i));
-        }
-  });
+void pack_reverse_convolution(const Convolution<T>& c, T* scratch) {
+  const int64_t taps = c.taps * c.taps, width = whole_vectors<T>(c.outputs);
+  for (int64_t k = 0; k < c.inputs; ++k) {
+    read_columns(c.weight + k * c.outputs * taps, taps, c.outputs, taps, nullptr, scratch, width);
+    for_each_panel(c, [&](int64_t j, auto vectors) {
+      constexpr int V = decltype(vectors)::value;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        T* to = c.packed + j * c.terms() + ((taps - 1 - tap) * c.inputs + k) * V * lanes<T>;
+        for (int v = 0; v < V; ++v) store(to + v * lanes<T>, load(scratch + tap * width + j + v * lanes<T>));
+      }
+    });
+  }
 }
 
 template <class T>
@@ -109,15 +118,16 @@ FK_INLINE void position_sums(const Convolution<T>& c, const T* x, int64_t x_row,
 template <class T>
 struct PaddedRows {
   T* data;
-  int64_t width, channels, first;  // the image's row that is the first one here
+  int64_t width, channels, top;  // the image's row that is the first one here
 
+  // with a position before the first, those of a last tile, and the vector that begins at the last value
   static int64_t size(int64_t rows, int64_t width, int64_t channels) {
     return whole_vectors<T>((rows * (width + 1) + kMostPositions + 3) * channels + kRowVectors * lanes<T>);
   }
 
   int64_t row() const { return (width + 1) * channels; }
-  T* pixels(int64_t y) const { return data + (y - first) * row() + channels; }
-  T* taps(int64_t y) const { return data + (y - 1 - first) * row(); }  // the first of 3 x 3 around the first pixel of row y
+  T* pixels(int64_t y) const { return data + (y - top) * row() + channels; }
+  T* taps(int64_t y) const { return data + (y - 1 - top) * row(); }  // the first of 3 x 3 around the first pixel of row y
 
   // Zeros before the first pixel and after the last of each of n rows
   void zero_ends(int64_t n) const {
@@ -130,7 +140,7 @@ struct PaddedRows {
 
   // n rows of an image, times `factor` by channel if there is one
   void load_from(const T* image, int64_t height, int64_t n, const T* factor = nullptr) const {
-    for (int64_t y = first; y < first + n; ++y) {
+    for (int64_t y = top; y < top + n; ++y) {
       zero_outside(y, height);
       if (y < 0 || y >= height) continue;
       const T* from = image + y * width * channels;
@@ -214,8 +224,8 @@ struct RowScratch {
   T* next;
   int64_t width, most_rows;  // rows of a band
 
-  PaddedRows<T> rows(int64_t more, int64_t channels, int64_t first) {
-    const PaddedRows<T> made{next, width, channels, first};
+  PaddedRows<T> rows(int64_t more, int64_t channels, int64_t top) {
+    const PaddedRows<T> made{next, width, channels, top};
     next += PaddedRows<T>::size(most_rows + more, width, channels);
     return made;
   }

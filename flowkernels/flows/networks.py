@@ -102,7 +102,6 @@ class ConvNet(nn.Module):
         self.conv_in = nn.Conv2d(channels + context_features, hidden_channels, 3, padding=1)
         self.conv_mid = nn.Conv2d(hidden_channels, hidden_channels, 1)
         self.conv_out = ZeroConv2d(hidden_channels, outputs)
-        self.to(memory_format=torch.channels_last)  # weights that lie otherwise are copied in every call, 4 percent of a density
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, middle, last = self.conv_in, self.conv_mid, self.conv_out

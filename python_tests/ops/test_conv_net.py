@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from flowkernels import _extension, backend
+from flowkernels.flows.networks import ConvNet
 from flowkernels.ops import conv_net
 from python_tests.battery import IMAGE_LAYOUTS, LAYOUTS, Example, OpBattery, assert_same_bits, detached, with_grad
 
@@ -46,8 +47,7 @@ class TestConvNet(OpBattery):
 
     def test_opcheck(self, case):
         rows, parameters, *_, schema, _ = case(3, torch.float32)
-        last = [p.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p for p in parameters]  # as the bare ops take them
-        x, *given = schema(rows, last)
+        x, *given = schema(rows, parameters)
         ops = torch.ops.flowkernels
         for op in (ops.conv_net, ops.conv_net_training):
             torch.library.opcheck(op.default, (x, *given))
@@ -103,6 +103,44 @@ def test_bands_and_threads_do_not_change_bits():
         assert (g - w).abs().max() <= 1e-4 * w.abs().max()
 
 
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2, 7), (0, 3), (1, 2, 3, 4, 5, 6, 7)])
+def test_what_is_frozen_asks_for_nothing(wanted):
+    x, parameters = tensors(2, 3, 4, 5, 9, 4, torch.float64)
+    found = []
+    for f in (conv_net, definition):
+        inputs = [t.clone().requires_grad_(i in wanted) for i, t in enumerate((x, *parameters))]
+        leaves = [inputs[i] for i in wanted]
+        first = torch.autograd.grad(f(*inputs).sin().sum(), leaves, create_graph=True)
+        found.append((*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)))
+        with torch.no_grad():
+            assert f(*inputs).shape == (2, 4, 4, 5)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+    plain = [t.clone().requires_grad_(i in wanted) for i, t in enumerate((x, *parameters))]
+    once = torch.autograd.grad(conv_net(*plain).sin().sum(), [plain[i] for i in wanted])
+    torch.testing.assert_close(once, found[0][: len(wanted)], rtol=1e-9, atol=1e-9)
+
+
+def test_parameters_of_a_conditioner_are_vectors_to_an_optimizer():
+    net = ConvNet(3, 8, 6)
+    with torch.no_grad():
+        net.conv_out.weight.normal_()
+    x = torch.randn(4, 3, 5, 5)
+    before = torch.nn.utils.parameters_to_vector(net.parameters()).clone()
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = net(x).square().mean()
+        loss.backward()
+        return loss
+
+    start = closure().item()
+    optimizer.step(closure)
+    assert closure().item() < start
+    assert not torch.equal(before, torch.nn.utils.parameters_to_vector(net.parameters()))
+    assert all(p.is_contiguous() and p.grad.is_contiguous() for p in net.parameters())
+
+
 def test_no_images_give_gradients_of_zero():
     for shape in ((0, 3, 4, 4), (2, 3, 0, 4)):
         x, parameters = tensors(1, 3, 4, 4, 16, 5)
@@ -134,6 +172,10 @@ def test_what_does_not_fit_is_named():
     x, parameters = tensors(2, 4, 5, 5, 8, 6)
     with pytest.raises(ValueError, match=r"x must be floating point, \[batch, channels, H, W\]; got torch.float32, \[4, 5, 5\]"):
         conv_net(x[0], *parameters)
+    for i, size in ((0, 0), (4, 0)):
+        empty = [*parameters[:i], parameters[i][:size], *parameters[i + 1 :]]
+        with pytest.raises(ValueError, match="x, weight_in and weight_out must have channels; got"):
+            conv_net(x, *empty)
     names = ("weight_in", "bias_in", "weight_mid", "bias_mid", "weight_out", "bias_out", "log_gain")
     for i, name in enumerate(names):
         for wrong in (parameters[i].double(), parameters[i][..., :-1]):

@@ -11,15 +11,17 @@ Measured against torch's convolutions with channels last and a matrix product fo
 [16, 6, 16, 16], [16, 12, 8, 8] and [16, 24, 4, 4] with 64 hidden channels: 1.4, 1.7 and 1.9 times as fast, a single image 2.1 times; with
 128 hidden channels 1.3. With gradients 1.5, 2.0 and 2.1, a single image 2.2, with 128 hidden channels 1.2. Tried wider, 256 and 512 took as
 long as torch's: networks of more than 128 hidden channels are left to torch. With AVX2 alone, torch's held to it too, forward is 1.0 to 1.2
-times as fast, with gradients 1.1 to 1.6.
+times as fast, with gradients 1.1 to 1.6. Backward finds all gradients, also where parameters are frozen: by x alone it is no faster than
+torch's.
 """
 
 import torch
 from torch import Tensor
 
+from ... import _extension
 from ..._backend import wants_reference
 from ..._library import library
-from .._autocast import any_autocast
+from .._autocast import any_autocast, autocast_off
 from .._differentiation import apply_function, needs_autograd, pulled_back, transformed
 from .reference import conv_net_backward_reference, conv_net_reference, conv_net_training_reference
 
@@ -33,21 +35,26 @@ library.define(
 _conv_net = torch.ops.flowkernels.conv_net.default
 _training = torch.ops.flowkernels.conv_net_training.default
 _backward = torch.ops.flowkernels.conv_net_backward.default
+_COMPILED = _extension.has_kernel("conv_net", "CPU")  # torch.compile cannot ask
 _MOST_HIDDEN = 128
 
 
-# the bare ops take and return images that lie channels last, [batch, H, W, channels]; so do gradients of weights, [outputs, 3, 3, inputs]
+# the bare ops take and return images that lie channels last, [batch, H, W, channels]
+@autocast_off
 def _composite(x: Tensor, *parameters: Tensor) -> Tensor:
     return _channels_last(conv_net_reference(_channels_first(x), *parameters))
 
 
+@autocast_off
 def _composite_training(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     return tuple(map(_channels_last, conv_net_training_reference(_channels_first(x), *parameters)))
 
 
+@autocast_off
 def _composite_backward(dy: Tensor, x: Tensor, first: Tensor, second: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     images = map(_channels_first, (dy, x, first, second))
-    return tuple(_channels_last(t) if t.dim() == 4 else t for t in conv_net_backward_reference(*images, *parameters))
+    dx, *gradients = conv_net_backward_reference(*images, *parameters)
+    return _channels_last(dx), *(t.contiguous() for t in gradients)
 
 
 def _channels_first(t: Tensor) -> Tensor:
@@ -74,8 +81,11 @@ def _(x: Tensor, weight_in: Tensor, _, weight_mid: Tensor, *parameters: Tensor) 
 
 @torch.library.register_fake("flowkernels::conv_net_backward", lib=library)
 def _(dy: Tensor, x: Tensor, first: Tensor, second: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-    weights = [(t.new_empty([t.shape[i] for i in (0, 2, 3, 1)]), t.new_empty(t.shape[0])) for t in parameters[:3]]
+    weights = [(t.new_empty(t.shape), t.new_empty(t.shape[0])) for t in parameters[:3]]
     return x.new_empty(x.shape), *(t for pair in weights for t in pair), parameters[-1].new_empty(parameters[-1].shape)
+
+
+_again = autocast_off(conv_net_reference)
 
 
 class _ConvNet(torch.autograd.Function):
@@ -90,11 +100,12 @@ class _ConvNet(torch.autograd.Function):
         x, *parameters, first, second = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient of the gradient is asked for
             inputs = [t.view_as(t) for t in (x, *parameters)]
-            y = conv_net_reference(_channels_first(inputs[0]), *inputs[1:]).permute(0, 2, 3, 1)
-            return tuple(pulled_back((y,), (dy,), inputs, create_graph=True))
+            y = _again(_channels_first(inputs[0]), *inputs[1:]).permute(0, 2, 3, 1)
+            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+            gradients = iter(pulled_back((y,), (dy,), wanted, create_graph=True))
+            return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)
         weight_in, _, weight_mid, _, weight_out, bias_out, log_gain = parameters
-        dx, *gradients = _backward(dy.contiguous(), x, first, second, weight_in, weight_mid, weight_out, bias_out, log_gain)
-        return dx, *(_channels_first(t) if t.dim() == 4 else t for t in gradients)
+        return _backward(dy.contiguous(), x, first, second, weight_in, weight_mid, weight_out, bias_out, log_gain)
 
 
 def conv_net(
@@ -129,17 +140,14 @@ def conv_net(
     _check(x, *parameters)
     if transformed() or not _serves(x, weight_mid):
         return conv_net_reference(x, *parameters)
-    last = torch.channels_last
-    weights = (t.contiguous(memory_format=last) for t in (weight_in, weight_mid, weight_out))
-    others = (t.contiguous() for t in (bias_in, bias_mid, bias_out))
-    tensors = (x.permute(0, 2, 3, 1).contiguous(), *(t for pair in zip(weights, others, strict=True) for t in pair), log_gain.contiguous())
+    tensors = x.permute(0, 2, 3, 1).contiguous(), *(t.contiguous() for t in parameters)
     return _channels_first(apply_function(_ConvNet, *tensors) if needs_autograd(tensors) else _conv_net(*tensors))
 
 
 def _serves(x: Tensor, weight_mid: Tensor) -> bool:
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or any_autocast() or wants_reference("conv_net", x.device):
+    if not _COMPILED or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
-    return 0 < weight_mid.shape[0] <= _MOST_HIDDEN
+    return weight_mid.shape[0] <= _MOST_HIDDEN and not any_autocast() and not wants_reference("conv_net", x.device)
 
 
 _NAMES = ("weight_in", "bias_in", "weight_mid", "bias_mid", "weight_out", "bias_out", "log_gain")
@@ -148,7 +156,10 @@ _NAMES = ("weight_in", "bias_in", "weight_mid", "bias_mid", "weight_out", "bias_
 def _check(x: Tensor, *parameters: Tensor) -> None:
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x must be floating point, [batch, channels, H, W]; got {x.dtype}, {list(x.shape)}")
-    hidden, outputs = parameters[0].shape[0], parameters[4].shape[0]
+    hidden, outputs = (t.shape[0] if t.dim() else 0 for t in (parameters[0], parameters[4]))
+    if 0 in (x.shape[1], hidden, outputs):
+        got = ", ".join(str(list(t.shape)) for t in (x, parameters[0], parameters[4]))
+        raise ValueError(f"x, weight_in and weight_out must have channels; got {got}")
     shapes = (hidden, x.shape[1], 3, 3), (hidden,), (hidden, hidden, 1, 1), (hidden,), (outputs, hidden, 3, 3), (outputs,), (outputs,)
     cast = any_autocast()  # by which dtypes may differ
     for name, t, shape in zip(_NAMES, parameters, shapes, strict=True):

@@ -59,7 +59,7 @@ def conv_net_backward_reference(
     gain = (3 * log_gain).exp()
     d = dy * gain[:, None, None]
     dsecond, dweight_out, dbias_out = _through(d, second, weight_out, 1)
-    dlog_gain = 3 * (torch.einsum("oikl,oikl->o", dweight_out, weight_out) + dbias_out * bias_out)
+    dlog_gain = 3 * ((dweight_out * weight_out).sum((1, 2, 3)) + dbias_out * bias_out)
     dfirst, dweight_mid, dbias_mid = _through(dsecond * (second > 0), first, weight_mid, 0)
     dx, dweight_in, dbias_in = _through(dfirst * (first > 0), x, weight_in, 1)
     return dx, dweight_in, dbias_in, dweight_mid, dbias_mid, dweight_out, dbias_out, dlog_gain
