@@ -31,7 +31,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 demo: install
 	$(PY) -m flowkernels demo $(DEMO_ARGS)
 
-test: lint
+test: lint $(STAMPS)/probes
 	@$(MAKE) --no-print-directory triton || echo "Triton cannot be installed here: the tests of its kernels are skipped"
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS) python_tests
 
@@ -66,6 +66,12 @@ $(PY):
 	  { echo "flowkernels needs Python 3.11 or newer: install it, or name it with make PYTHON=..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no virtual environment: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 
+# What the tests alone call: the vector mathematics, and the CUDA kernels' twins on the CPU.
+$(STAMPS)/probes: $(STAMPS)/installed
+	@echo "building the tests' library ..."
+	FLOWKERNELS_TESTS=1 $(PY) setup.py -q build_ext --inplace
+	@touch $@
+
 # Triton's kernels are tested in its interpreter, which needs no GPU.
 triton: $(STAMPS)/triton
 
@@ -81,13 +87,13 @@ sanitize: install
 	@mkdir -p build/sanitize && cd build/sanitize && rm -rf csrc flowkernels python_tests
 	tar --exclude='*.so' --exclude=_build.json -cf - csrc flowkernels python_tests setup.py pyproject.toml README.md LICENSE | tar -xf - -C build/sanitize
 	cd build/sanitize && CFLAGS="$(SANITIZERS) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -DFK_FILL_NAN" \
-	  LDFLAGS="$(SANITIZERS)" FLOWKERNELS_SKIP_CUDA=1 FLOWKERNELS_WERROR= $(abspath $(PY)) setup.py -q build_ext --inplace
+	  LDFLAGS="$(SANITIZERS)" FLOWKERNELS_SKIP_CUDA=1 FLOWKERNELS_TESTS=1 FLOWKERNELS_WERROR= $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell g++ -print-file-name=$(lib)))" \
 	  OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n $(TEST_JOBS) --dist worksteal -p no:cacheprovider $(SANITIZE_ARGS) python_tests/ops
 
 clean:
-	rm -rf build dist *.egg-info flowkernels/_build.json flowkernels/*.so $(STAMPS)/installed
+	rm -rf build dist *.egg-info flowkernels/_build.json flowkernels/*.so python_tests/*.so $(STAMPS)/installed $(STAMPS)/probes
 
 distclean: clean
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

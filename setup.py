@@ -7,6 +7,7 @@ Switches, all from the environment:
     TORCH_CUDA_ARCH_LIST     GPU architectures, "8.0;9.0+PTX" by default
     MAX_JOBS                 compiler processes at a time (with ninja)
     FLOWKERNELS_WERROR=1     compiler warnings are errors
+    FLOWKERNELS_TESTS=1      with build_ext --inplace: also python_tests/_C_tests.so, what the tests alone call (csrc/tests)
 """
 
 import json
@@ -152,6 +153,9 @@ def plan() -> tuple[list, dict, dict]:
         flags = common + system + host_flags()
         files = sources("*.cpp") + sources("cpu/*.cpp")
         extensions.append(CppExtension("flowkernels._C_cpu", files, extra_compile_args=flags, **deepcopy(options)))
+        if switch("FLOWKERNELS_TESTS") and "build_ext" in sys.argv:  # never part of a wheel
+            probes = sources("tests/*.cpp")
+            extensions.append(CppExtension("python_tests._C_tests", probes, extra_compile_args=[*flags, "-O1"], **deepcopy(options)))
     if record["cuda"] is None:
         record["cuda_version"] = nvcc_version(CUDA_HOME)
         # torch would ask the visible GPUs instead, and fail where there is none

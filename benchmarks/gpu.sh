@@ -61,7 +61,7 @@ note() {
 }
 
 arch="$("$py" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')"
-[ "$build" -eq 0 ] || step build 240 env FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$arch}" "$py" setup.py -q build_ext --inplace
+[ "$build" -eq 0 ] || step build 240 env FORCE_CUDA=1 FLOWKERNELS_TESTS=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$arch}" "$py" setup.py -q build_ext --inplace
 step info 30 "$py" -m flowkernels info
 # most of a test is compiling, which several processes do at once where pytest-xdist is there
 jobs=$(($(nproc) > 16 ? 8 : ($(nproc) + 1) / 2))

@@ -13,6 +13,11 @@ from torch import Tensor
 
 Outputs = tuple[Tensor, ...]
 
+# The library of csrc/tests, which conftest.py loads where it is
+TESTS_LIBRARY = hasattr(torch.ops.flowkernels, "_elementwise")
+WITHOUT_TESTS_LIBRARY = "the tests' library is not there: FLOWKERNELS_TESTS=1 python setup.py build_ext --inplace"
+needs_tests_library = pytest.mark.skipif(not TESTS_LIBRARY, reason=WITHOUT_TESTS_LIBRARY)
+
 
 class Example(NamedTuple):
     """One call of an op: `op(rows, parameters)` and `oracle(rows, parameters)` return the same tuple of batch-first tensors."""

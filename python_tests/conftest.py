@@ -1,6 +1,7 @@
 """What holds for every test: freshly allocated memory is NaN, so that an unwritten element cannot pass."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
+
+TESTS_LIBRARY = Path(__file__).with_name("_C_tests.so")  # FLOWKERNELS_TESTS=1 python setup.py build_ext --inplace
+if TESTS_LIBRARY.exists():
+    torch.ops.load_library(TESTS_LIBRARY)
 
 pytest.register_assert_rewrite("python_tests.battery")
 

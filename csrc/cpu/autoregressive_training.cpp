@@ -46,7 +46,7 @@ void run_backward(std::span<GradientCall<T>> calls) {
       for (size_t i = 0; i < calls.size(); ++i) FK_DISPATCH(training_backward<T>(args[i], calls[i].need_dx, r0, r1, scratch));
     });
     for (size_t i = 0; i < calls.size(); ++i) calls[i].parameters.set_rows(args[i], calls[i].contexts.from(first));
-    in_parallel(threads, threads, [&](int64_t share) {
+    for_each_task(threads, threads, [&](int64_t share) {
       for (size_t i = 0; i < calls.size(); ++i) calls[i].parameters.add_share(share, args[i]);
     });
     for (size_t i = 0; i < calls.size(); ++i) calls[i].parameters.finish_rows(args[i]);
@@ -89,7 +89,7 @@ Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tenso
     // equal tiles, as many as the rows need, in a multiple of the threads
     const int64_t most = FK_DISPATCH(solve_rows<T>()), even = ((span + most - 1) / most + call.threads - 1) / call.threads * call.threads;
     const int64_t rows = std::max<int64_t>((span + even - 1) / std::max<int64_t>(even, 1), 1);
-    in_parallel((span + rows - 1) / rows, call.threads, [&](int64_t i) {
+    for_each_task((span + rows - 1) / rows, call.threads, [&](int64_t i) {
       const int64_t r0 = i * rows, r1 = std::min((i + 1) * rows, span);
       T* scratch = static_cast<T*>(thread_scratch(FK_DISPATCH(solve_scratch_bytes<T>(args, rows))));
       FK_DISPATCH(solve_tile<T>(args, upward.data(), ends.data(), n_steps, r0, r1, scratch));
@@ -98,7 +98,7 @@ Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tenso
       for (const MaskedLinearArgs<T>& term : descent.contexts) FK_DISPATCH(masked_linear_dx<T>(term, r0, r1, int64_t(0), term.inputs, panel));
     });
     call.parameters.set_rows(args, call.contexts.from(first));
-    in_parallel(call.threads, call.threads, [&](int64_t share) { call.parameters.add_share(share, args); });
+    for_each_task(call.threads, call.threads, [&](int64_t share) { call.parameters.add_share(share, args); });
     call.parameters.finish_rows(args);
   });
   return call.outputs();

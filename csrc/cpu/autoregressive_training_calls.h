@@ -15,6 +15,7 @@
 #include "cpu/autoregressive_training_network.h"
 #include "cpu/parameter_gradients.h"
 #include "cpu/scratch.h"
+#include "cpu/shares.h"
 
 namespace flowkernels {
 namespace {
@@ -22,8 +23,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
-
-constexpr double kParallelMultiplyAdds = 4e5;  // about 10 us of one thread, against 5 us to start the others
 
 // The tensors of a conditioner, and its map
 struct Parts {
@@ -39,28 +38,12 @@ TrainingNetwork<T> read_network(const Parts& parts, int64_t features, ScalarType
   return {features, dtype, parts.network, parts.order, parts.scale.kind};
 }
 
-int64_t threads_for(double multiply_adds) {
-  return multiply_adds > kParallelMultiplyAdds ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
-}
-
-// run(i) for i < n
-template <class F>
-void in_parallel(int64_t n, int64_t threads, const F& run) {
-  auto some = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) run(i);
-  };
-  if (threads > 1 && n > 1)
-    torch::stable::parallel_for(0, n, 1, some);
-  else
-    some(0, n);
-}
-
 // run(r0, r1) over blocks of rows: no more than kRows, which a packed panel serves, and at least one for each thread
 template <class F>
 void for_each_block(int64_t batch, int64_t threads, const F& run) {
   constexpr int64_t kRows = 512;
   const int64_t rows = std::clamp<int64_t>((batch + threads - 1) / threads, 1, kRows);
-  in_parallel((batch + rows - 1) / rows, threads, [&](int64_t i) { run(i * rows, std::min((i + 1) * rows, batch)); });
+  for_each_task((batch + rows - 1) / rows, threads, [&](int64_t i) { run(i * rows, std::min((i + 1) * rows, batch)); });
 }
 
 // run(first row, rows) over spans: whole chunks of the sums over rows, a chunk for each thread. Once where there are no rows.

@@ -13,6 +13,7 @@
 
 #include "cpu/conv_net.h"
 #include "cpu/scratch.h"
+#include "cpu/shares.h"
 #include "cpu/tensor.h"
 
 #define FK_KERNEL "cpu/conv_net_targets.h"
@@ -93,26 +94,11 @@ class Packed {
   std::unique_ptr<T[]> data_;
 };
 
-constexpr double kParallelMultiplyAdds = 4e5;  // about 10 us of one thread, against 5 us to start the others
-
 template <class T>
-int64_t threads_for(const ConvNetImages<T>& images, std::initializer_list<Convolution<T>> convolutions) {
+int64_t threads_of(const ConvNetImages<T>& images, std::initializer_list<Convolution<T>> convolutions) {
   double terms = 0;
   for (const Convolution<T>& c : convolutions) terms += static_cast<double>(c.terms() * c.outputs);
-  const double pixels = static_cast<double>(images.batch * images.height * images.width);
-  return terms * pixels > kParallelMultiplyAdds ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
-}
-
-// run(i) for i < n
-template <class F>
-void in_parallel(int64_t n, int64_t threads, const F& run) {
-  const auto some = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) run(i);
-  };
-  if (n > 1 && threads > 1)
-    torch::stable::parallel_for(0, n, 1, some);
-  else
-    some(0, n);
+  return threads_for(terms * static_cast<double>(images.batch * images.height * images.width));
 }
 
 // y; and the hidden layers if `keep`, else two empty tensors
@@ -140,10 +126,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   const Packed<T> packed({&args.in, &args.mid, &args.out}, false, gains, args.out.outputs);
   args.gain = packed.gain;
   const int64_t hidden = keep ? args.mid.inputs + args.out.inputs : args.out.inputs;
-  const int64_t threads = threads_for(args, {args.in, args.mid, args.out});
+  const int64_t threads = threads_of(args, {args.in, args.mid, args.out});
   args.rows = rows_of(args, args.in.inputs + hidden, threads);
   const size_t scratch = FK_DISPATCH(conv_net_scratch_bytes<T>(args));
-  in_parallel(args.tasks(), threads, [&](int64_t task) { FK_DISPATCH(conv_net_band<T>(args, task, static_cast<T*>(thread_scratch(scratch)))); });
+  for_each_task(args.tasks(), threads, [&](int64_t task) { FK_DISPATCH(conv_net_band<T>(args, task, static_cast<T*>(thread_scratch(scratch)))); });
   return {y, first, second};
 }
 
@@ -187,8 +173,8 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const
   const Packed<T> packed({&args.in, &args.mid, &args.out}, true, gains, out.outputs);
   args.gain = packed.gain;
   const size_t scratch = FK_DISPATCH(conv_net_gradient_scratch_bytes<T>(args));
-  const int64_t threads = threads_for(args, {in, mid, out});
-  in_parallel(parts, threads, [&](int64_t part) {
+  const int64_t threads = threads_of(args, {in, mid, out});
+  for_each_task(parts, threads, [&](int64_t part) {
     T* own = args.sums + part * at.end;
     std::fill(own, own + at.end, T(0));
     for (int64_t task = part * tasks / parts; task < (part + 1) * tasks / parts; ++task)
@@ -197,7 +183,7 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const
 
   // all of them in the place of the first part, by stretches; then each where it belongs
   constexpr int64_t kStretch = 4096;
-  in_parallel((at.end + kStretch - 1) / kStretch, threads, [&](int64_t i) {
+  for_each_task((at.end + kStretch - 1) / kStretch, threads, [&](int64_t i) {
     T* own = args.sums + i * kStretch;
     FK_DISPATCH(add_conv_net_parts<T>(own, parts, at.end, std::min(kStretch, at.end - i * kStretch)));
   });

@@ -70,12 +70,6 @@ struct Product {
   double multiply_adds() const { return seen_pairs(args.visible, args.outputs) * static_cast<double>(args.batch); }
 };
 
-constexpr double kParallelMultiplyAdds = 4e5;  // about 10 us of one thread, against 5 us to start the others
-
-int64_t threads_for(double multiply_adds) {
-  return multiply_adds > kParallelMultiplyAdds ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
-}
-
 // Rows and columns of one task of a product whose output is [batch, columns], in panels of `panel` columns
 struct Split {
   int64_t rows, columns, row_tasks, column_tasks;

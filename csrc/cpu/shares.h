@@ -1,4 +1,4 @@
-// Tasks of unequal size spread over threads.
+// Tasks spread over threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -10,6 +10,25 @@
 
 namespace flowkernels {
 
+constexpr double kParallelMultiplyAdds = 4e5;  // about 10 us of one thread, against 5 us to start the others
+
+inline int64_t threads_for(double multiply_adds) {
+  return multiply_adds > kParallelMultiplyAdds ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
+}
+
+// run(i) for i < n
+template <class F>
+void for_each_task(int64_t n, int64_t threads, const F& run) {
+  const auto some = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(i);
+  };
+  if (threads > 1 && n > 1)
+    torch::stable::parallel_for(0, n, 1, some);
+  else
+    some(0, n);
+}
+
+// Of tasks of unequal size
 using Shares = std::vector<std::vector<int64_t>>;  // the numbers of each thread's tasks
 
 // Each task, that with most work first, goes to the thread that has least so far.
@@ -30,14 +49,10 @@ inline Shares share_out(const std::vector<double>& work, int64_t threads) {
 // run(task) for every task
 template <class F>
 void run_shares(const Shares& shares, const F& run) {
-  const auto some = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t task : shares[i]) run(task);
-  };
-  if (shares.size() > 1)
-    torch::stable::parallel_for(0, static_cast<int64_t>(shares.size()), 1, some);
-  else
-    some(0, 1);
+  const auto n = static_cast<int64_t>(shares.size());
+  for_each_task(n, n, [&](int64_t i) {
+    for (int64_t task : shares[i]) run(task);
+  });
 }
 
 }  // namespace flowkernels

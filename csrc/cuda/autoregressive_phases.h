@@ -1,5 +1,5 @@
 // The phases of the sequential loop's kernel: what each thread does between two barriers of its block (autoregressive_schedule.h has
-// the order of things). Device code; its twin, cpu/autoregressive_twin.cpp, runs each phase for all threads in turn.
+// the order of things). Device code; its twin, tests/autoregressive_twin.cpp, runs each phase for all threads in turn.
 //
 // The state of a tile is [unit][ROWS]: pending sums, which become the values themselves; z, which becomes x; the context; gates.
 // A panel is run by warps that own rows (autoregressive_panel.h, autoregressive_register_panel.h), a block of weights by all: a thread

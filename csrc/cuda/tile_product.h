@@ -1,5 +1,5 @@
 // Matrix products of a training step, a block of threads to a tile of the result: what their tiles share. Device code, and its twin's
-// (cpu/autoregressive_training_twin.cpp).
+// (tests/autoregressive_training_twin.cpp).
 //
 // With c counting what is summed over, a tile of the result is C[i, j] = sum_c left[i, c] right[c, j]. A chunk of c at a time lies in a slot
 // of shared memory as left[c][i] and right[c][j]; copies of single elements bring it there, so that no layout or alignment needs a case of

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import flowkernels  # noqa: F401  loads the library
 from flowkernels.ops.activation import Activation, apply_activation, parse_activation
+from python_tests.battery import TESTS_LIBRARY, WITHOUT_TESTS_LIBRARY
 
 NAMED = [
     ("identity", nn.Identity(), None),
@@ -64,9 +64,8 @@ def test_other_settings_are_refused(module: nn.Module) -> None:
         parse_activation(module)
 
 
-COMPILED = hasattr(torch.ops.flowkernels, "_elementwise")
-TARGETS = torch.ops.flowkernels._math_targets().split() if COMPILED else []
-compiled = pytest.mark.skipif(not TARGETS, reason="the compiled CPU library is missing, or has no instruction set for this CPU")
+TARGETS = torch.ops.flowkernels._math_targets().split() if TESTS_LIBRARY else []
+compiled = pytest.mark.skipif(not TARGETS, reason=f"{WITHOUT_TESTS_LIBRARY}; or this CPU has no instruction set of ours")
 
 
 @compiled

@@ -9,15 +9,14 @@ import itertools
 import pytest
 import torch
 
-from flowkernels import _extension
 from flowkernels.ops import Activation, Conditioner, MaskedLayer, check_conditioner
 from flowkernels.ops.autoregressive.loop import Lists
-from python_tests.battery import assert_same_bits
+from python_tests.battery import assert_same_bits, needs_tests_library
 from python_tests.ops import test_autoregressive, test_autoregressive_stack
 from python_tests.ops.test_autoregressive import FORMS, GATED, RESIDUAL, SCALES, WIRED, example, widened
 
 CASES = test_autoregressive.TestAutoregressive.cases  # the class itself would be collected here once more
-pytestmark = pytest.mark.skipif(not _extension.status().cpu_library, reason="the CPU library was not built")
+pytestmark = needs_tests_library
 
 # rows, elements in a slot, warps that compute, warps that copy, steps of a panel (0: by rule), threads backwards, elements of a panel,
 # whether the last layer's sums are apart, whether panels do without registers

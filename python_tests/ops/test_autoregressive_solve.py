@@ -5,11 +5,10 @@ import itertools
 import pytest
 import torch
 
-from flowkernels import _extension
 from flowkernels.ops import Activation, Conditioner, Form, ScaleMap
 from flowkernels.ops.autoregressive.mirror import mirrored_layers
 from flowkernels.ops.autoregressive.training import CUDA_LAYERS
-from python_tests.battery import assert_same_bits
+from python_tests.battery import assert_same_bits, needs_tests_library
 from python_tests.ops.test_autoregressive import FORMS, GATED, RESIDUAL, SCALES, SHARED, Part, TestAutoregressive, example, widened
 from python_tests.ops.test_autoregressive_schedule import LAYOUTS
 
@@ -17,7 +16,7 @@ from python_tests.ops.test_autoregressive_schedule import LAYOUTS
 CASES = {name: case for name, case in TestAutoregressive.cases.items() if name.endswith("inverse") and name != "wired inverse"}
 del TestAutoregressive  # or it would be collected here once more
 
-pytestmark = pytest.mark.skipif(not _extension.status().cpu_library, reason="the CPU library was not built")
+pytestmark = needs_tests_library
 
 
 def arguments(made, seed=3):

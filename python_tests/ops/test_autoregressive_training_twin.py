@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from flowkernels import _extension, backend
+from flowkernels import backend
 from flowkernels.ops import Activation, Conditioner, Form
 from flowkernels.ops.autoregressive import training
 from flowkernels.ops.autoregressive.loop import Map
 from flowkernels.ops.scale_map import ScaleMap
-from python_tests.battery import assert_same_bits
+from python_tests.battery import assert_same_bits, needs_tests_library
 from python_tests.ops.test_autoregressive import FORMS, GATED, RESIDUAL, SCALES, SHARED, WIRED, Part, TestAutoregressive, example, widened
 from python_tests.ops.test_autoregressive_products import flow_with_inputs
 
 CASES = {name: case for name, case in TestAutoregressive.cases.items() if not name.endswith("inverse")}
 del TestAutoregressive  # or it would be collected here once more
-pytestmark = pytest.mark.skipif(not _extension.status().cpu_library, reason="the CPU library was not built")
+pytestmark = needs_tests_library
 
 # multiprocessors, whether threads run backwards, bytes of deltas held together
 LAYOUTS = [(132, 0, 1 << 20), (1, 1, 0), (4, 0, 1 << 20)]

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import flowkernels  # noqa: F401  loads the library
 from flowkernels.ops.scale_map import Form, ScaleKind, ScaleMap, apply_form, invert_form, parse_form
+from python_tests.battery import TESTS_LIBRARY, WITHOUT_TESTS_LIBRARY
 
 # each map, and its sigma as papers and libraries write it
 MAPS = [
@@ -196,9 +196,8 @@ def test_parse_form() -> None:
             parse_form(unknown)
 
 
-COMPILED = hasattr(torch.ops.flowkernels, "_elementwise")
-TARGETS = torch.ops.flowkernels._math_targets().split() if COMPILED else []
-compiled = pytest.mark.skipif(not TARGETS, reason="the compiled CPU library is missing, or has no instruction set for this CPU")
+TARGETS = torch.ops.flowkernels._math_targets().split() if TESTS_LIBRARY else []
+compiled = pytest.mark.skipif(not TARGETS, reason=f"{WITHOUT_TESTS_LIBRARY}; or this CPU has no instruction set of ours")
 
 
 def packed(scale_map: ScaleMap) -> list[float]:

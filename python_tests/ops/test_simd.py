@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-import flowkernels  # noqa: F401  loads the library
+from python_tests.battery import TESTS_LIBRARY, WITHOUT_TESTS_LIBRARY
 
-if not hasattr(torch.ops.flowkernels, "_elementwise"):
-    pytest.skip("the compiled CPU library is missing, and with it the probe of its vector functions", allow_module_level=True)
+if not TESTS_LIBRARY:
+    pytest.skip(WITHOUT_TESTS_LIBRARY, allow_module_level=True)
 
 TARGETS = torch.ops.flowkernels._math_targets().split()
 if not TARGETS:

@@ -10,7 +10,7 @@
 
 #include "autoregressive_training_ops.h"
 #include "cpu/tensor.h"
-#include "cpu/twin.h"
+#include "tests/twin.h"
 
 namespace flowkernels {
 namespace {

@@ -24,7 +24,7 @@
 #include "autoregressive_network.h"
 #include "cuda/autoregressive_phases.h"
 #include "cpu/tensor.h"
-#include "cpu/training_twin.h"
+#include "tests/training_twin.h"
 
 namespace flowkernels {
 namespace {

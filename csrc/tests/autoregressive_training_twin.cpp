@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/training_twin.h"
+#include "tests/training_twin.h"
 
 namespace flowkernels {
 namespace {

@@ -32,7 +32,7 @@ struct Probe {
 }  // namespace
 }  // namespace flowkernels
 
-#define FK_KERNEL "cpu/math_probe.cpp"
+#define FK_KERNEL "tests/math_probe.cpp"
 #include "cpu/for_each_target.h"
 
 namespace flowkernels {
