@@ -16,6 +16,24 @@ FK_INLINE ValueAndLog<Vec<T>> transform(const AutoregressiveArgs<T>& args, Vec<T
   return args.inverse ? invert_form(form, args.scale, x, shift, raw) : apply_form(form, args.scale, x, shift, raw);
 }
 
+// x of n rows, one feature's; log_of(r, log-derivative)
+template <class T, class Shift, class Raw, class Log>
+FK_INLINE void transform_rows(const AutoregressiveArgs<T>& args, T* x, int64_t n, const Shift& shift, const Raw& raw, const Log& log_of) {
+  const Form form = static_cast<Form>(args.form);
+  const bool inverse = args.inverse;
+  with_scale_map<Vec<T>>(args.scale, [&](const auto& map) {
+    for (int64_t r = 0; r < n; r += lanes<T>) {
+      const Vec<T> from = load(x + r), by = shift(r);
+      const FormScale<Vec<T>> scale = form_scale(map, form, inverse, raw(r));
+      store(x + r, with_form(form, [&](auto tag) {
+              constexpr Form kForm = decltype(tag)::value;
+              return inverse ? invert_scale<kForm>(scale, from, by) : apply_scale<kForm>(scale, from, by);
+            }));
+      log_of(r, scale.log);
+    }
+  });
+}
+
 // adds the log-derivative of the p-th feature
 template <class T>
 FK_INLINE void add_log(T* chunk, T* total, Vec<T> log_derivative, int64_t p) {
@@ -101,10 +119,8 @@ void run_steps(State& state, const AutoregressiveArgs<T>& args, int64_t a, int64
 }
 
 template <class State, class T>
-void run_tile(State& state, const AutoregressiveArgs<T>& args) {
-  state.begin();
+void run_all_steps(State& state, const AutoregressiveArgs<T>& args) {
   if (args.n_steps) run_steps(state, args, int64_t(0), args.n_steps);
-  state.end();
 }
 
 }  // namespace FK_TARGET

@@ -43,8 +43,12 @@ struct RowLanes {
         to[(position ? position[c] : c) * rows + r] = r < n_rows ? row[r * from.row + c * from.column] : T(0);
   }
 
-  void begin() {
-    read(args.x, args.features, args.position, values);
+  // handed: what a map before left in columns, or null for x
+  void begin(const T* handed) {
+    if (handed)
+      copy_columns(handed, [](int64_t c) { return c; }, values, [&](int64_t c) { return position(c); });
+    else
+      read(args.x, args.features, args.position, values);
     if (args.affine) apply_affine();
     if (args.context_features) read(args.context, args.context_features, nullptr, context);
     for (int l = 1; l <= args.n_layers; ++l) {
@@ -169,19 +173,29 @@ struct RowLanes {
     for (int64_t p = p0; p < p1; ++p) {
       const int64_t column = args.output_columns.of(p);
       const Addends shift = addends(last, column, room[0]), raw = addends(last, column + (scaled ? 1 : 0), room[1]);
-      T* x = values + p * rows;
-      for (int64_t r = 0; r < rows; r += lanes<T>) {
-        const ValueAndLog<Vec<T>> out = transform(args, load(x + r), shift.at(r), scaled ? raw.at(r) : zero<T>());
-        store(x + r, out.value);
-        add_log(log + r, log_total + r, out.log, p);
-      }
+      transform_rows(
+          args, values + p * rows, rows, [&](int64_t r) { return shift.at(r); }, [&](int64_t r) { return scaled ? raw.at(r) : zero<T>(); },
+          [&](int64_t r, Vec<T> one) { add_log(log + r, log_total + r, one, p); });
     }
   }
 
-  void end() const {
-    write_columns(values, rows, n_rows, args.features, args.position, args.y + first_row * args.features, args.features);
+  int64_t position(int64_t feature) const { return args.position ? args.position[feature] : feature; }
+
+  template <class From, class To>
+  void copy_columns(const T* from, const From& from_column, T* to, const To& to_column) const {
+    for (int64_t c = 0; c < args.features; ++c)
+      for (int64_t r = 0; r < rows; r += lanes<T>) store(to + to_column(c) * rows + r, load(from + from_column(c) * rows + r));
+  }
+
+  // y in its place; or in columns, where the totals of features would be, for a map after, whose values of features do not reach so far
+  const T* end(bool hands_on) const {
+    if (hands_on)
+      copy_columns(values, [&](int64_t c) { return position(c); }, totals, [](int64_t c) { return c; });
+    else
+      write_columns(values, rows, n_rows, args.features, args.position, args.y + first_row * args.features, args.features);
     T* to = args.logabsdet + first_row;
     for (int64_t r = 0; r < n_rows; ++r) to[r] = args.adds_log ? to[r] + (log_total[r] + log[r]) : log_total[r] + log[r];
+    return hands_on ? totals : nullptr;
   }
 };
 

@@ -33,36 +33,50 @@ template <class T, int B>
 void run_few(const AutoregressiveArgs<T>& args, int64_t first_row, const int64_t* offsets, int64_t units) {
   T* scratch = static_cast<T*>(thread_scratch(UnitLanes<T, B>::scratch(args, units) * sizeof(T)));
   UnitLanes<T, B> state(args, offsets, units, first_row, scratch);
-  run_tile(state, args);
+  state.begin();
+  run_all_steps(state, args);
+  state.end();
 }
 
-// One map on n rows from `row` on, where `most` rows are those of the largest tile: what is kept for it need not grow
+// One map on n rows from `row` on. handed: what the map before handed on, which is returned
 template <class T>
-FK_CALL void run_rows(const AutoregressiveArgs<T>& args, bool few, int64_t row, int64_t n, int64_t most) {
+FK_CALL const T* run_rows(const AutoregressiveArgs<T>& args, bool few, int64_t row, int64_t n, T* scratch, const T* handed, bool hands_on) {
   const int64_t units = padded_units(args);
   int64_t* offsets = static_cast<int64_t*>(__builtin_alloca((args.n_layers + 1) * sizeof(int64_t)));
   offsets[0] = 0;
   for (int l = 0; l < args.n_layers; ++l) offsets[l + 1] = offsets[l] + (l ? args.layers[l - 1].outputs : args.features);
   if (few) {
     switch (n) {
-      case 1: return run_few<T, 1>(args, row, offsets, units);
-      case 2: return run_few<T, 2>(args, row, offsets, units);
-      case 3: return run_few<T, 3>(args, row, offsets, units);
-      default: return run_few<T, 4>(args, row, offsets, units);
+      case 1: run_few<T, 1>(args, row, offsets, units); break;
+      case 2: run_few<T, 2>(args, row, offsets, units); break;
+      case 3: run_few<T, 3>(args, row, offsets, units); break;
+      default: run_few<T, 4>(args, row, offsets, units);
     }
+    return nullptr;
   }
   const int64_t padded = (n + lanes<T> - 1) / lanes<T> * lanes<T>;
-  T* scratch = static_cast<T*>(thread_scratch(RowLanes<T>::scratch(args, units, most) * sizeof(T)));
   RowLanes<T> state(args, offsets, units, row, n, padded, scratch);
-  run_tile(state, args);
+  state.begin(handed);
+  run_all_steps(state, args);
+  return state.end(hands_on);
 }
 
-// Each tile passes through the whole stack of maps before the next begins; a map after the first reads what the one before it wrote.
+// Each tile passes through the whole stack of maps before the next begins; a map after the first takes what the one before it made.
 template <class T>
 void run_tiles(const AutoregressiveArgs<T>* maps, int64_t n_maps, const Tiling& tiling, int64_t first, int64_t last) {
+  int64_t most = 0;  // of the largest tile: scratch need not grow
+  for (int64_t i = 0; i < n_maps && !tiling.few; ++i) {
+    const int64_t own = RowLanes<T>::scratch(maps[i], padded_units(maps[i]), tiling.rows());
+    if (own > most) most = own;
+  }
   for (int64_t tile = first; tile < last; ++tile) {
     const int64_t row = tiling.begin(tile), n = smaller(tiling.begin(tile + 1), maps[0].batch) - row;
-    for (int64_t i = 0; i < n_maps && n > 0; ++i) run_rows(maps[i], tiling.few, row, n, tiling.rows());
+    T* scratch = most > 0 ? static_cast<T*>(thread_scratch(most * sizeof(T))) : nullptr;
+    const T* handed = nullptr;
+    for (int64_t i = 0; i < n_maps && n > 0; ++i) {
+      const bool hands_on = i + 1 < n_maps && maps[i + 1].y == maps[i].y;  // nobody else will see it
+      handed = run_rows(maps[i], tiling.few, row, n, scratch, handed, hands_on);
+    }
   }
 }
 

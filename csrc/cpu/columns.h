@@ -29,12 +29,17 @@ void read_columns(const T* from, int64_t ld, int64_t n, int64_t columns, const i
 // to[r][c] = from[position of c][r] for n rows
 template <class T>
 void write_columns(const T* from, int64_t rows, int64_t n, int64_t columns, const int64_t* position, T* to, int64_t ld) {
+  // rows of less than a vector, one behind the other: what is stored beyond a row, the next one stores anew
+  const int64_t whole = kSlowPartialStores && columns < lanes<T> && ld == columns ? n - (lanes<T> + columns - 1) / columns + 1 : 0;
   for (int64_t r = 0; r < n; r += lanes<T>)
     for (int64_t c = 0; c < columns; c += lanes<T>) {
       Vec<T> block[lanes<T>];
       for (int i = 0; i < lanes<T>; ++i) block[i] = c + i < columns ? load(from + (position ? position[c + i] : c + i) * rows + r) : zero<T>();
       transpose(block);
-      for (int i = 0; i < lanes<T> && r + i < n; ++i) store_some(to + (r + i) * ld + c, block[i], columns - c);
+      for (int i = 0; i < lanes<T> && r + i < n; ++i) {
+        T* at = to + (r + i) * ld + c;
+        r + i < whole ? store(at, block[i]) : store_some(at, block[i], columns - c);
+      }
     }
 }
 

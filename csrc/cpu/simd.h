@@ -87,6 +87,12 @@ FK_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+#if defined(FK_TARGET_AVX512)
+constexpr bool kSlowPartialStores = false;
+#else
+constexpr bool kSlowPartialStores = true;
+#endif
+
 #if defined(FK_TARGET_AVX2)
 
 FK_INLINE Vec<float> load_partial(const float* p, int n) { return _mm256_maskload_ps(p, (__m256i)(iota<float>() < n)); }
