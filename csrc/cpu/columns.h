@@ -38,7 +38,10 @@ void write_columns(const T* from, int64_t rows, int64_t n, int64_t columns, cons
       transpose(block);
       for (int i = 0; i < lanes<T> && r + i < n; ++i) {
         T* at = to + (r + i) * ld + c;
-        r + i < whole ? store(at, block[i]) : store_some(at, block[i], columns - c);
+        if (r + i < whole)
+          store(at, block[i]);
+        else
+          store_some(at, block[i], columns - c);
       }
     }
 }

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -19,6 +20,20 @@ from python_tests.triton import launch_probe
 from python_tests.triton.device import randn
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+# Triton's interpreter replaces members of these, and leaves them so where a kernel calls one of Triton's own functions, as tl.sum: what is
+# compiled later in this process would run into them. Kept before any test runs.
+LANGUAGE = [(part, dict(vars(part))) for part in (tl, tl.math, tl.core, tl.core.tensor, tl.core.tensor_descriptor_base, tl.core.dtype)]
+
+
+@pytest.fixture(autouse=True)
+def language() -> None:
+    for part, members in LANGUAGE:
+        for name in [name for name in vars(part) if name not in members]:
+            delattr(part, name)
+        for name, member in members.items():
+            if vars(part).get(name) is not member:
+                setattr(part, name, member)
 
 
 class Driver:
