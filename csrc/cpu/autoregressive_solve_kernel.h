@@ -17,7 +17,7 @@ constexpr int64_t kSolveRows = 4 * kRowVectors;  // vectors of rows in a tile
 template <int U, class T>
 void push_back_rows(const T* weight, int64_t ld, const T* above, T* below, int64_t rows, int64_t K) {
   int64_t r = 0;
-  const auto some = [&](auto vectors) __attribute__((always_inline)) {
+  const auto some = [&](auto vectors) FK_BODY {
     constexpr int V = decltype(vectors)::value;
     // four vectors are better two and two than three and one
     for (; r + V * lanes<T> <= rows && !(V == kRowVectors && rows - r == (V + 1) * lanes<T>); r += V * lanes<T>) {
@@ -43,7 +43,7 @@ void push_back(const T* weight, int64_t ld, const int32_t* first, const T* above
                int64_t j1) {
   for (; j0 < j1; j0 += kBlock) {
     const int64_t end = smaller(j0 + kBlock, j1);
-    const auto units = [&](int64_t k, auto count) __attribute__((always_inline)) {
+    const auto units = [&](int64_t k, auto count) FK_BODY {
       constexpr int n = decltype(count)::value;
       const int64_t shared = first[k + n - 1] > j0 ? first[k + n - 1] : j0;  // from here on, all n see
       for (int u = 0; u + 1 < n; ++u) {

@@ -29,45 +29,7 @@ struct Block {
   int64_t total() const { return checkered ? rows / 2 * n + (rows & 1) * count(0) : rows * n; }
 };
 
-FK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-template <class T>
-FK_INLINE void fill(T* to, int64_t n, T value) {
-  for (int64_t i = 0; i < n; ++i) to[i] = value;
-}
-
-// What a map works on: rows of n elements, contiguous in each row. Parameters, per_sample and terms are packed, and terms have room for
-// a vector more. Where `rest_from` is not null, as many elements are to be copied from there.
-template <class T>
-struct Streams {
-  int64_t rows, n;
-  const T* in[4];
-  T* out[3];
-  int64_t in_row[4], out_row[3];  // from one row to the next
-  const T* per_sample;
-  const T* parameters[3];
-  T* terms[2];
-  const T* rest_from;
-  T* rest_to;
-  bool far;  // Elementwise::far
-
-  // Asks for the lines that rows will need 2 KB further on, once a line: a map's arithmetic fills the window in which the processor would
-  // meet their loads by itself.
-  template <class... P>
-  FK_INLINE void fetch_ahead(int64_t i, const P*... rows) const {
-    constexpr int64_t line = 64 / sizeof(T), distance = 2048 / sizeof(T);
-    if (far && i % line == 0) (__builtin_prefetch(ahead(rows, i + distance)), ...);
-  }
-  FK_INLINE void copy_rest(int64_t i) const {
-    if (rest_from != nullptr) store(rest_to + i, load(rest_from + i));
-  }
-  FK_INLINE void copy_rest(int64_t i, int k) const {
-    if (rest_from != nullptr) store_partial(rest_to + i, load_partial(rest_from + i, k), k);
-  }
-};
-
-// Map: map(streams) transforms what they hold.
-template <class E, class Map>
+template <class E>
 class Blocks {
   using T = compute_t<E>;
   static constexpr int kPad = 64 / sizeof(T);
@@ -75,7 +37,7 @@ class Blocks {
  public:
   const Elementwise<E>& args;
 
-  Blocks(const Elementwise<E>& a, const Map& map) : args(a), map_(map) {
+  Blocks(const Elementwise<E>& a, const TileMap<T>& map) : args(a), map_(map) {
     if (a.together != Together::lists) return;
     for (int i = 0; i < a.n_inputs; ++i) list_sites(a.in[i].stride, in_list_[i]);
     for (int i = 0; i < a.n_outputs; ++i) list_sites(a.out[i].stride, out_list_[i]);
@@ -304,7 +266,7 @@ class Blocks {
     }
   }
 
-  const Map map_;
+  const TileMap<T> map_;
   static constexpr int64_t kNone = -1, kAllChannels = -2;
   int64_t sample_ = -1, parameters_of_ = kNone;  // what stands in the buffers
   List in_list_[4], out_list_[3];

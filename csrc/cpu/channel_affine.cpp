@@ -1,4 +1,4 @@
-// The per-channel affine map for CPU tensors: arguments, threads, registration. The loops are in walk.h.
+// The per-channel affine map for CPU tensors: arguments, threads, registration.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,6 +14,7 @@
 #include "cpu/channel_affine.h"
 #include "cpu/elementwise.h"
 #include "cpu/scratch.h"
+#include "cpu/tile_map.h"
 
 #define FK_KERNEL "cpu/channel_affine_kernel.h"
 #include "cpu/for_each_target.h"
@@ -93,11 +94,8 @@ Elementwise<E> describe(const Tensor& x, const Parameters<E>& parameters, const 
 
 template <class E>
 void run(const Elementwise<E>& args, bool backward, bool from_output) {
-  in_parallel(args.units, args.batch * args.channels * args.sites, [&](int64_t first, int64_t last) {
-    const size_t scratch = args.sums_columns ? 16 * args.n_terms * args.channels * sizeof(compute_t<E>) : 0;
-    auto* columns = static_cast<compute_t<E>*>(scratch > 0 ? thread_scratch(scratch) : nullptr);
-    FK_DISPATCH(run_channel_affine(args, backward, from_output, columns, first, last));
-  });
+  using T = compute_t<E>;
+  run_elementwise<E>(args, {FK_DISPATCH(choose_tile<T>(backward)), &from_output});
 }
 
 // The map on x without gaps as one plain pass over lines: of one channel where its sites are many, of whole rows of channels (and

@@ -1,64 +1,37 @@
 // The arithmetic of the per-channel affine map on packed elements. No include guard: cpu/for_each_target.h includes this once per
 // instruction set.
 
-#include "cpu/walk.h"
+#include "cpu/tile_kernel.h"
 
 namespace flowkernels {
 namespace FK_TARGET {
 
 // y = (x + before) * scale + after. parameters = {before, scale, after}; in = {x}, out = {y}.
 template <class T>
-FK_CALL void affine_tile(const Streams<T>& streams) {
-  const int64_t n = streams.n;
-  for (int64_t r = 0; r < streams.rows; ++r) {
-    const T *x = streams.in[0] + r * streams.in_row[0], *before = streams.parameters[0] + r * n;
-    const T *scale = streams.parameters[1] + r * n, *after = streams.parameters[2] + r * n;
-    T* y = streams.out[0] + r * streams.out_row[0];
-    int64_t i = 0;
-    for (; i + lanes<T> <= n; i += lanes<T>) store(y + i, fma(load(x + i) + load(before + i), load(scale + i), load(after + i)));
-    if (const int k = static_cast<int>(n - i)) {
-      store_partial(y + i, fma(load_partial(x + i, k) + load(before + i), load(scale + i), load(after + i)), k);
-    }
-  }
+FK_CALL void affine_tile(const void*, const Streams<T>& streams) {
+  const T *before = streams.parameters[0], *scale = streams.parameters[1], *after = streams.parameters[2];
+  for_each_vector<1, 1>(streams, [&](const Vec<T>* in, Vec<T>* out, int64_t at) FK_BODY {
+    out[0] = fma(in[0] + load(before + at), load(scale + at), load(after + at));
+  });
 }
 
 // in = {dy, x or y}, out = {dx}; terms = {dy, dy * (x + before) * scale}
 template <class T>
-FK_CALL void affine_gradient_tile(const Streams<T>& streams, bool from_output) {
-  const int64_t n = streams.n;
-  for (int64_t r = 0; r < streams.rows; ++r) {
-    const T *dy = streams.in[0] + r * streams.in_row[0], *kept = streams.in[1] + r * streams.in_row[1];
-    const T *before = streams.parameters[0] + r * n, *scale = streams.parameters[1] + r * n, *after = streams.parameters[2] + r * n;
-    T *dx = streams.out[0] + r * streams.out_row[0], *constant = streams.terms[0] + r * n, *linear = streams.terms[1] + r * n;
-    for (int64_t i = 0; i < n; i += lanes<T>) {
-      const bool whole = i + lanes<T> <= n;
-      const int k = static_cast<int>(n - i);
-      const Vec<T> g = whole ? load(dy + i) : load_partial(dy + i, k), v = whole ? load(kept + i) : load_partial(kept + i, k);
-      const Vec<T> dold = g * load(scale + i);
-      store(constant + i, g);
-      store(linear + i, from_output ? g * (v - load(after + i)) : dold * (v + load(before + i)));
-      if (whole) {
-        store(dx + i, dold);
-      } else {
-        store_partial(dx + i, dold, k);
-      }
-    }
-  }
+FK_CALL void affine_gradient_tile(const void* told, const Streams<T>& streams) {
+  const bool from_output = *static_cast<const bool*>(told);
+  const T *before = streams.parameters[0], *scale = streams.parameters[1], *after = streams.parameters[2];
+  T *constant = streams.terms[0], *linear = streams.terms[1];
+  for_each_vector<2, 1>(streams, [&](const Vec<T>* in, Vec<T>* out, int64_t at) FK_BODY {
+    const Vec<T> dold = in[0] * load(scale + at);
+    out[0] = dold;
+    store(constant + at, in[0]);
+    store(linear + at, from_output ? in[0] * (in[1] - load(after + at)) : dold * (in[1] + load(before + at)));
+  });
 }
 
-// Both at run time: the walk around them is the larger part of the code.
 template <class T>
-struct ChannelAffineMap {
-  bool backward, from_output;
-
-  void operator()(const Streams<T>& streams) const { backward ? affine_gradient_tile(streams, from_output) : affine_tile(streams); }
-};
-
-template <class E>
-FK_CALL void run_channel_affine(const Elementwise<E>& args, bool backward, bool from_output, compute_t<E>* columns, int64_t first,
-                                int64_t last) {
-  using T = compute_t<E>;
-  Walk<E, ChannelAffineMap<T>>(args, {backward, from_output}, columns).run(first, last);
+FK_CALL auto choose_tile(bool backward) {
+  return backward ? affine_gradient_tile<T> : affine_tile<T>;
 }
 
 template <class T>

@@ -27,7 +27,7 @@ FK_INLINE void add_products(const T* a, int64_t a_ld, const T* b, int64_t b_ld, 
 template <int V, class T>
 FK_CALL void add_product_columns(const T* a, int64_t a_ld, int64_t m, const T* b, int64_t b_ld, int64_t positions, T* out, int64_t out_ld,
                                  int64_t n) {
-  const auto some = [&](auto count) __attribute__((always_inline)) {
+  const auto some = [&](auto count) FK_BODY {
     constexpr int U = decltype(count)::value;
     add_products<U, V>(a, a_ld, b, b_ld, positions, out, out_ld, n);
     a += U, out += U * out_ld, m -= U;
@@ -44,7 +44,7 @@ template <class T>
 void add_product(const T* a, int64_t a_ld, int64_t m, const T* b, int64_t b_ld, int64_t n, int64_t positions, T* out, int64_t out_ld) {
   for (int64_t j = 0; j < n;) {
     const int64_t left = n - j;
-    const auto panel = [&](auto count) __attribute__((always_inline)) {
+    const auto panel = [&](auto count) FK_BODY {
       constexpr int64_t width = decltype(count)::value * lanes<T>;
       add_product_columns<decltype(count)::value>(a, a_ld, m, b + j, b_ld, positions, out + j, out_ld, smaller(width, left));
       j += width;

@@ -36,7 +36,7 @@ template <class T, class F>
 FK_INLINE void for_each_panel(const Convolution<T>& c, const F& run) {
   static_assert(kRowVectors == 3);
   int64_t j = 0, left = (c.outputs + lanes<T> - 1) / lanes<T>;
-  const auto panel = [&](auto vectors) __attribute__((always_inline)) {
+  const auto panel = [&](auto vectors) FK_BODY {
     run(j, vectors);
     j += decltype(vectors)::value * lanes<T>;
     left -= decltype(vectors)::value;
@@ -92,7 +92,7 @@ template <int U, int V, class T, class F>
 FK_INLINE void position_sums(const Convolution<T>& c, const T* x, int64_t x_row, int64_t j, const F& made) {
   const int64_t each = c.row_terms();
   const T* weight = c.packed + j * c.terms();
-  const auto chain = [&](const T* from, int64_t n, int64_t row, int64_t rows, const auto& use) __attribute__((always_inline)) {
+  const auto chain = [&](const T* from, int64_t n, int64_t row, int64_t rows, const auto& use) FK_BODY {
     Vec<T> sum[U][V];
     for (int u = 0; u < U; ++u)
       for (int v = 0; v < V; ++v) sum[u][v] = zero<T>();
@@ -103,11 +103,11 @@ FK_INLINE void position_sums(const Convolution<T>& c, const T* x, int64_t x_row,
   };
   if (c.terms() <= kChunk) return chain(x, each, x_row, c.taps, made);
   alignas(64) T total[U * V * lanes<T>];  // in memory, or it would take the registers of the sums
-  const auto at = [&](int u, int v) __attribute__((always_inline)) { return total + (u * V + v) * lanes<T>; };
+  const auto at = [&](int u, int v) FK_BODY { return total + (u * V + v) * lanes<T>; };
   for (int u = 0; u < U * V; ++u) store(total + u * lanes<T>, zero<T>());
   for (int64_t row = 0; row < c.taps; ++row)
     for (int64_t k = 0; k < each; k += kChunk)
-      chain(x + row * x_row + k, smaller(kChunk, each - k), 0, 1, [&](int u, int v, Vec<T> sum) __attribute__((always_inline)) {
+      chain(x + row * x_row + k, smaller(kChunk, each - k), 0, 1, [&](int u, int v, Vec<T> sum) FK_BODY {
         store(at(u, v), load(at(u, v)) + sum);
       });
   for (int u = 0; u < U; ++u)
@@ -167,7 +167,7 @@ void hidden_positions(const Convolution<T>& c, const T* x, int64_t x_row, int64_
     Vec<T> bias[V];
     for (int v = 0; v < V; ++v) bias[v] = values ? zero<T>() : load_some(c.bias + j + v * lanes<T>, c.outputs - j - v * lanes<T>);
     for (int64_t p = 0; p < n; p += U)
-      position_sums<U, V>(c, x + p * c.inputs, x_row, j, [&](int u, int v, Vec<T> sum) __attribute__((always_inline)) {
+      position_sums<U, V>(c, x + p * c.inputs, x_row, j, [&](int u, int v, Vec<T> sum) FK_BODY {
         const int64_t output = j + v * lanes<T>, at = (p + u) * c.outputs + output, left = c.outputs - output;
         store_some(to + at, values ? select(load_some(values + at, left) > 0, sum, zero<T>()) : activate<Activation::relu>(sum + bias[v]), left);
       });
@@ -188,7 +188,7 @@ void output_rows(const Convolution<T>& c, const T* x, int64_t width, int64_t n, 
     T* to = y + j;
     for (int64_t p = 0, column = 0; p < positions; p += U) {
       T outputs[U][V * lanes<T>];
-      position_sums<U, V>(c, x + p * c.inputs, (width + 1) * c.inputs, j, [&](int u, int v, Vec<T> sum) __attribute__((always_inline)) {
+      position_sums<U, V>(c, x + p * c.inputs, (width + 1) * c.inputs, j, [&](int u, int v, Vec<T> sum) FK_BODY {
         store(outputs[u] + v * lanes<T>, (sum + bias[v]) * gain[v]);
       });
       for (int64_t u = 0; u < smaller(U, positions - p); ++u) {

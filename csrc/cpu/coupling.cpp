@@ -1,4 +1,4 @@
-// Coupling for CPU tensors: arguments, threads, registration. The arithmetic is in coupling_kernel.h, the loops in walk.h.
+// Coupling for CPU tensors: arguments, registration. The arithmetic is in coupling_kernel.h.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,7 +11,7 @@
 
 #include "cpu/elementwise.h"
 #include "cpu/for_each_target.h"  // declares the codes of maps and forms
-#include "cpu/scratch.h"
+#include "cpu/tile_map.h"
 
 namespace flowkernels {
 
@@ -71,11 +71,9 @@ void set_scale_parameter(Elementwise<E>& args, const std::optional<Tensor>& a) {
 
 template <class E>
 void run(const Elementwise<E>& args, const Affine& affine, bool additive, bool backward) {
-  in_parallel(args.units, args.batch * args.channels * args.sites, [&](int64_t first, int64_t last) {
-    const size_t scratch = args.sums_columns ? 16 * args.n_terms * args.transformed * sizeof(compute_t<E>) : 0;
-    auto* columns = static_cast<compute_t<E>*>(scratch > 0 ? thread_scratch(scratch) : nullptr);
-    FK_DISPATCH(run_coupling(args, affine, additive, backward, columns, first, last));
-  });
+  using T = compute_t<E>;
+  const bool learned = args.n_parameters > 0;
+  run_elementwise<E>(args, {FK_DISPATCH(choose_tile<T>(affine, additive, learned, backward)), &affine});
 }
 
 template <class E>

@@ -1,7 +1,7 @@
 // The arithmetic of a coupling on packed elements: one function for each scale map and direction. No include guard:
 // cpu/for_each_target.h includes this once per instruction set.
 
-#include "cpu/walk.h"
+#include "cpu/tile_kernel.h"
 
 namespace flowkernels {
 namespace FK_TARGET {
@@ -17,26 +17,15 @@ inline Action action_of(const Affine& affine) {
 }
 
 // Forward: in = {x, shift, s}, out = {y}, terms = log|dy/dx|. Backward: in = {dy, x or y, shift, s}, out = {dx, dshift, ds},
-// per_sample = dlogabsdet and terms = da, of the scale parameter a, where there is one.
+// per_sample = dlogabsdet and terms = da, of the scale parameter a, where there is one. What each is told is an Affine.
 template <class T>
-using Tile = void (*)(const Affine& affine, const Streams<T>& streams);
+using Tile = decltype(TileMap<T>::tile);
 
 template <class T>
-FK_CALL void add_tile(const Affine& affine, const Streams<T>& streams) {
+FK_CALL void add_tile(const void* told, const Streams<T>& streams) {
+  const Affine& affine = *static_cast<const Affine*>(told);
   const Vec<T> sign = broadcast(divides(affine.form, affine.inverse) ? T(-1) : T(1));
-  for (int64_t r = 0; r < streams.rows; ++r) {
-    const T *x = streams.in[0] + r * streams.in_row[0], *shift = streams.in[1] + r * streams.in_row[1];
-    T* y = streams.out[0] + r * streams.out_row[0];
-    int64_t i = 0;
-    for (; i + lanes<T> <= streams.n; i += lanes<T>) {
-      store(y + i, fma(sign, load(shift + i), load(x + i)));
-      streams.copy_rest(i);
-    }
-    if (const int k = static_cast<int>(streams.n - i)) {
-      store_partial(y + i, fma(sign, load_partial(shift + i, k), load_partial(x + i, k)), k);
-      streams.copy_rest(i, k);
-    }
-  }
+  for_each_vector<2, 1>(streams, [&](const Vec<T>* in, Vec<T>* out, int64_t) FK_BODY { out[0] = fma(sign, in[1], in[0]); });
 }
 
 template <bool RECIPROCAL, class Map, class V>
@@ -52,31 +41,18 @@ FK_INLINE ValueAndLog<V> coupled(const Map& map, Action action, V x, V shift, V 
 }
 
 template <class Map, bool RECIPROCAL, class T>
-FK_CALL void forward_tile(const Affine& affine, const Streams<T>& streams) {
+FK_CALL void forward_tile(const void* told, const Streams<T>& streams) {
+  const Affine& affine = *static_cast<const Affine*>(told);
   Map map(affine.scale);
   const Action action = action_of(affine);
-  const int64_t n = streams.n;
-  for (int64_t r = 0; r < streams.rows; ++r) {
-    const T *x = streams.in[0] + r * streams.in_row[0], *shift = streams.in[1] + r * streams.in_row[1];
-    const T *s = streams.in[2] + r * streams.in_row[2], *a = streams.parameters[0] + r * n;
-    T *y = streams.out[0] + r * streams.out_row[0], *terms = streams.terms[0] + r * n;
-    int64_t i = 0;
-    for (; i + lanes<T> <= n; i += lanes<T>) {
-      streams.fetch_ahead(i, x, shift, s, y, streams.rest_from, streams.rest_to);
-      if constexpr (Map::learned) map.a = load(a + i);
-      const auto result = coupled<RECIPROCAL>(map, action, load(x + i), load(shift + i), load(s + i));
-      store(y + i, result.value);
-      store(terms + i, result.log);
-      streams.copy_rest(i);
-    }
-    if (const int k = static_cast<int>(n - i)) {
-      if constexpr (Map::learned) map.a = load(a + i);
-      const auto result = coupled<RECIPROCAL>(map, action, load_partial(x + i, k), load_partial(shift + i, k), load_partial(s + i, k));
-      store_partial(y + i, result.value, k);
-      store(terms + i, result.log);
-      streams.copy_rest(i, k);
-    }
-  }
+  const T* a = streams.parameters[0];
+  T* terms = streams.terms[0];
+  for_each_vector<3, 1>(streams, [&](const Vec<T>* in, Vec<T>* out, int64_t at) FK_BODY {
+    if constexpr (Map::learned) map.a = load(a + at);
+    const auto result = coupled<RECIPROCAL>(map, action, in[0], in[1], in[2]);
+    out[0] = result.value;
+    store(terms + at, result.log);
+  });
 }
 
 template <class V>
@@ -115,39 +91,19 @@ FK_INLINE CouplingGradients<V> coupling_gradients(const Map& map, Action action,
 }
 
 template <class Map, bool RECIPROCAL, class T>
-FK_CALL void backward_tile(const Affine& affine, const Streams<T>& streams) {
+FK_CALL void backward_tile(const void* told, const Streams<T>& streams) {
+  const Affine& affine = *static_cast<const Affine*>(told);
   Map map(affine.scale);
   const Action action = action_of(affine);
   const bool output = affine.from_output;
-  const int64_t n = streams.n;
-  for (int64_t r = 0; r < streams.rows; ++r) {
-    const T *dy = streams.in[0] + r * streams.in_row[0], *kept = streams.in[1] + r * streams.in_row[1];
-    const T *shift = streams.in[2] + r * streams.in_row[2], *s = streams.in[3] + r * streams.in_row[3];
-    const T *c = streams.per_sample + r * n, *a = streams.parameters[0] + r * n;
-    T *dx = streams.out[0] + r * streams.out_row[0], *dshift = streams.out[1] + r * streams.out_row[1];
-    T *ds = streams.out[2] + r * streams.out_row[2], *terms = streams.terms[0] + r * n;
-    int64_t i = 0;
-    for (; i + lanes<T> <= n; i += lanes<T>) {
-      streams.fetch_ahead(i, dy, kept, shift, s, dx, dshift, ds, streams.rest_from, streams.rest_to);
-      if constexpr (Map::learned) map.a = load(a + i);
-      const auto d = coupling_gradients<RECIPROCAL>(map, action, output, load(dy + i), load(kept + i), load(shift + i), load(s + i), load(c + i));
-      store(dx + i, d.dx);
-      store(dshift + i, d.dshift);
-      store(ds + i, d.ds);
-      if constexpr (Map::learned) store(terms + i, d.da);
-      streams.copy_rest(i);
-    }
-    if (const int k = static_cast<int>(n - i)) {
-      if constexpr (Map::learned) map.a = load(a + i);
-      const auto d = coupling_gradients<RECIPROCAL>(map, action, output, load_partial(dy + i, k), load_partial(kept + i, k),
-                                                    load_partial(shift + i, k), load_partial(s + i, k), load(c + i));
-      store_partial(dx + i, d.dx, k);
-      store_partial(dshift + i, d.dshift, k);
-      store_partial(ds + i, d.ds, k);
-      if constexpr (Map::learned) store(terms + i, d.da);
-      streams.copy_rest(i, k);
-    }
-  }
+  const T *a = streams.parameters[0], *c = streams.per_sample;
+  T* terms = streams.terms[0];
+  for_each_vector<4, 3>(streams, [&](const Vec<T>* in, Vec<T>* out, int64_t at) FK_BODY {
+    if constexpr (Map::learned) map.a = load(a + at);
+    const auto d = coupling_gradients<RECIPROCAL>(map, action, output, in[0], in[1], in[2], in[3], load(c + at));
+    out[0] = d.dx, out[1] = d.dshift, out[2] = d.ds;
+    if constexpr (Map::learned) store(terms + at, d.da);
+  });
 }
 
 template <class Map, class T>
@@ -157,28 +113,12 @@ Tile<T> tile_of(bool reciprocal, bool backward) {
 }
 
 template <class T>
-Tile<T> choose_tile(const Affine& affine, bool additive, bool learned, bool backward) {
+FK_CALL Tile<T> choose_tile(const Affine& affine, bool additive, bool learned, bool backward) {
   if (additive) return add_tile<T>;
   const bool reciprocal = divides(affine.form, affine.inverse);
   if (learned) return tile_of<LearnedTanhMap<Vec<T>>, T>(reciprocal, backward);
   return with_scale_map<Vec<T>>(
       affine.scale, [&](const auto& map) -> Tile<T> { return tile_of<std::decay_t<decltype(map)>, T>(reciprocal, backward); });
-}
-
-template <class T>
-struct CouplingMap {
-  Affine affine;
-  Tile<T> tile;
-
-  void operator()(const Streams<T>& streams) const { tile(affine, streams); }
-};
-
-template <class E>
-FK_CALL void run_coupling(const Elementwise<E>& args, const Affine& affine, bool additive, bool backward, compute_t<E>* columns,
-                          int64_t first, int64_t last) {
-  using T = compute_t<E>;
-  const CouplingMap<T> map{affine, choose_tile<T>(affine, additive, args.n_parameters > 0, backward)};
-  Walk<E, CouplingMap<T>>(args, map, columns).run(first, last);
 }
 
 }  // namespace FK_TARGET

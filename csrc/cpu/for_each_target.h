@@ -28,6 +28,7 @@
 
 #define FK_INLINE inline __attribute__((always_inline))
 #define FK_CALL inline __attribute__((noinline))
+#define FK_BODY __attribute__((always_inline))  // of a lambda: [&](int i) FK_BODY { ... }
 
 namespace flowkernels {
 

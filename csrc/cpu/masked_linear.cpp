@@ -15,6 +15,7 @@
 #include "cpu/staircase.h"
 #include "cpu/tensor.h"
 
+#define FK_PRODUCTS  // here
 #define FK_KERNEL "cpu/masked_linear_targets.h"
 #include "cpu/for_each_target.h"
 

@@ -39,7 +39,7 @@ void pack(const T* weight, int64_t ld, const Panel<T>& p) {
     const T* from = weight + p.k0 * ld + i;
     T* to = p.data + i;
     int64_t k = p.k0;
-    const auto rows = [&](int64_t before, auto row) __attribute__((always_inline)) {
+    const auto rows = [&](int64_t before, auto row) FK_BODY {
       for (; k < before; ++k, from += ld, to += kPanel<T>) store(to, row());
     };
     if (n == lanes<T>) rows(smaller(end, p.limits[i]), [&] { return load(from); });
@@ -216,7 +216,7 @@ void panel_rows(const MaskedLinearArgs<T>& args, const T* x, int64_t ld, const P
                 bool last) {
   const Store store = store_of(args.finish, last);
   int64_t r = r0;
-  const auto tile = [&](auto rows) __attribute__((always_inline)) {
+  const auto tile = [&](auto rows) FK_BODY {
     constexpr int U = decltype(rows)::value;
     panel_tile<U, kFrom>(args, x + r * ld, ld, p, r, j, first, store);
     r += U;
@@ -332,7 +332,7 @@ FK_CALL void dweight_tile(const T* x, const T* dy, int64_t rows, const MaskedLin
       __builtin_prefetch(ahead(out, u * args.out_ld + v * L), 1);
   for (int u = 0; u < U; ++u)
     for (int v = 0; v < kRowVectors; ++v) sum[u][v] = zero<T>();
-  const auto vectors = [&](auto from, auto to) __attribute__((always_inline)) {
+  const auto vectors = [&](auto from, auto to) FK_BODY {
     multiply<U, decltype(to)::value, decltype(from)::value>(x, 1, kUnits, dy, kPanel<T>, rows, sum);
   };
   const bool second = n > L && args.visible[j + L - 1] <= k;  // the staircase begins after the first vector, or after the second
@@ -348,7 +348,7 @@ FK_CALL void dweight_tile(const T* x, const T* dy, int64_t rows, const MaskedLin
     vectors(Count<0>{}, Count<2>{});
   else
     vectors(Count<0>{}, Count<1>{});
-  const auto store_whole = [&](auto whole) __attribute__((always_inline)) {
+  const auto store_whole = [&](auto whole) FK_BODY {
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u)
 #pragma GCC unroll 3
@@ -401,6 +401,17 @@ void masked_linear_dweight(const MaskedLinearArgs<T>& args, int64_t k0, int64_t 
     }
   }
 }
+
+// Compiled in masked_linear.cpp, called from other files too.
+#ifndef FK_PRODUCTS
+#define FK_PRODUCTS extern
+#endif
+FK_PRODUCTS template void masked_linear_forward(const MaskedLinearArgs<float>&, int64_t, int64_t, int64_t, int64_t, float*);
+FK_PRODUCTS template void masked_linear_forward(const MaskedLinearArgs<double>&, int64_t, int64_t, int64_t, int64_t, double*);
+FK_PRODUCTS template void masked_linear_dx(const MaskedLinearArgs<float>&, int64_t, int64_t, int64_t, int64_t, float*);
+FK_PRODUCTS template void masked_linear_dx(const MaskedLinearArgs<double>&, int64_t, int64_t, int64_t, int64_t, double*);
+FK_PRODUCTS template void masked_linear_dweight(const MaskedLinearArgs<float>&, int64_t, int64_t, float*);
+FK_PRODUCTS template void masked_linear_dweight(const MaskedLinearArgs<double>&, int64_t, int64_t, double*);
 
 }  // namespace FK_TARGET
 }  // namespace flowkernels

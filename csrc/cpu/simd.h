@@ -6,6 +6,13 @@
 namespace flowkernels {
 namespace FK_TARGET {
 
+FK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+FK_INLINE void fill(T* to, int64_t n, T value) {
+  for (int64_t i = 0; i < n; ++i) to[i] = value;
+}
+
 template <class T>
 struct VecOf;
 template <>

@@ -24,8 +24,6 @@ struct Count {
   static constexpr int value = N;
 };
 
-FK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <class T>
 struct Tile {
   const T* h;  // [inputs][rows]
@@ -77,7 +75,7 @@ void multiply_add_rows(const T* weight, int64_t ld, const T* h, T* acc, int64_t 
   // the weights of the units of the next cache line, which rows of weights pages apart keep from coming by themselves
   constexpr int kAhead = U > 2 ? 64 / sizeof(T) : 0;
   int64_t r = 0;
-  const auto vectors = [&](auto count) __attribute__((always_inline)) {
+  const auto vectors = [&](auto count) FK_BODY {
     constexpr int V = decltype(count)::value;
     if (U >= kUnitsOfFour && V >= kRowVectors && r > 0)  // fetched
       multiply_add<U, V, 0, RELU>(weight, 1, ld, h + r, rows, acc + r, rows, K, first, start);

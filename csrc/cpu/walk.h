@@ -9,13 +9,13 @@
 namespace flowkernels {
 namespace FK_TARGET {
 
-template <class E, class Map>
+template <class E>
 class Walk {
   using T = compute_t<E>;
 
  public:
   // columns: room for n_terms * 16 * transformed elements where args.sums_columns
-  Walk(const Elementwise<E>& a, const Map& map, T* columns) : args(a), blocks_(a, map), columns_(columns) {}
+  Walk(const Elementwise<E>& a, const TileMap<T>& map, T* columns) : args(a), blocks_(a, map), columns_(columns) {}
 
   void run(int64_t first, int64_t last) {
     if (args.one_site) {
@@ -241,10 +241,16 @@ class Walk {
   }
 
   const Elementwise<E>& args;
-  Blocks<E, Map> blocks_;
+  Blocks<E> blocks_;
   T* columns_;
   alignas(64) T terms_[2][kLine + 64];
 };
+
+// the units of work [first, last)
+template <class E>
+FK_CALL void walk(const Elementwise<E>& args, const TileMap<compute_t<E>>& map, compute_t<E>* columns, int64_t first, int64_t last) {
+  Walk<E>(args, map, columns).run(first, last);
+}
 
 }  // namespace FK_TARGET
 }  // namespace flowkernels
