@@ -84,12 +84,15 @@ class OpBattery:
     cases: ClassVar[dict[str, Callable[[int, torch.dtype], Example]]] = {}
     bare_op: ClassVar[Callable | None] = None
     layouts: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = LAYOUTS
+    dynamic_shapes: ClassVar[Sequence[bool]] = (False, True)  # with which the op is compiled
     row_bits = True  # a row's result does not depend on its batch mates (not so where BLAS is called)
 
     def pytest_generate_tests(self, metafunc) -> None:
         metafunc.parametrize("case", list(self.cases.values()), ids=list(self.cases))
         if "layout" in metafunc.fixturenames:
             metafunc.parametrize("layout", list(self.layouts.values()), ids=list(self.layouts))
+        if "dynamic" in metafunc.fixturenames:
+            metafunc.parametrize("dynamic", self.dynamic_shapes)
 
     @pytest.mark.parametrize("batch", [0, 1, 3, 37])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -181,7 +184,6 @@ class OpBattery:
             pytest.skip("no bare op")
         torch.library.opcheck(type(self).bare_op, schema(rows, parameters))
 
-    @pytest.mark.parametrize("dynamic", [False, True])
     def test_compiles_without_graph_breaks(self, case, dynamic):
         rows, parameters, op, *_ = case(5, torch.float32)
         torch._dynamo.reset()
