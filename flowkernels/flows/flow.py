@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Size, Tensor, nn
@@ -69,11 +70,11 @@ class Flow(Chain):
 
     def sample(self, n: int, context: Tensor | None = None, temperature: float = 1.0) -> Tensor:
         """n samples for each context, without gradient: [n, *context batch, *shape]. temperature scales the base noise."""
-        return self.distribution(context).sample((n,), temperature)
+        return self.distribution(context).sample(_count(n), temperature)
 
     def rsample(self, n: int, context: Tensor | None = None, temperature: float = 1.0) -> Tensor:
         """As `sample`, and gradients reach the parameters and the context (reparametrised)."""
-        return self.distribution(context).rsample((n,), temperature)
+        return self.distribution(context).rsample(_count(n), temperature)
 
     def sample_and_log_prob(self, n: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """n samples for each context and their log-densities, in one pass, without gradient."""
@@ -82,13 +83,19 @@ class Flow(Chain):
 
     def rsample_and_log_prob(self, n: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """n samples for each context and their log-densities, in one pass: [n, *context batch, *shape], [n, *context batch]."""
-        return self.distribution(context).rsample_and_log_prob((n,))
+        return self.distribution(context).rsample_and_log_prob(_count(n))
 
     def freeze(self) -> "Flow":
         """Evaluation mode for serving: what costs to prepare is prepared once and kept until `train()`, loading or moving."""
         self.eval()
         freeze_weights({name: module for name, module in self.named_modules() if isinstance(module, InvertibleConv1x1)})
         return self
+
+
+def _count(n: int) -> tuple[int]:
+    if not isinstance(n, Integral) or n < 0:
+        raise ValueError(f"n must be a number of at least 0; got {n}: distribution(context).sample takes shapes")
+    return (n,)
 
 
 def parse_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -112,10 +119,12 @@ class FlowDistribution(Distribution):
     def __init__(self, flow: Flow, context: Tensor | None = None) -> None:
         if context is None and flow.context_features:
             raise ValueError(f"context is missing: the flow takes [*batch, {flow.context_features}]")
-        if context is not None and (not flow.context_features or context.shape[-1] != flow.context_features):
+        if context is not None and (not flow.context_features or context.shape[-1:] != (flow.context_features,)):
             wanted = f"[*batch, {flow.context_features}]" if flow.context_features else "no context"
             raise ValueError(f"context must be {wanted}; got {list(context.shape)}")
         self.flow, self.context = flow, context
+        if context is not None:
+            _check_context(context, _first_parameter(flow))
         batch = Size() if context is None else context.shape[:-1]
         super().__init__(batch, Size(flow.shape), validate_args=False)
 
@@ -170,6 +179,16 @@ class FlowDistribution(Distribution):
         like = self.context if self.context is not None else _first_parameter(self.flow)
         like = torch.empty(0) if like is None else like
         return self.flow.base.sample(n, self.flow.features, like=like)
+
+
+def _check_context(context: Tensor, parameter: Tensor | None) -> None:
+    """The noise has the context's dtype: that of the flow, or half precision beside float32."""
+    if parameter is None or context.dtype == parameter.dtype or (context.dtype in _HALF and parameter.dtype == torch.float32):
+        return
+    raise ValueError(f"context must be {parameter.dtype}, like the flow's parameters; got {context.dtype}")
+
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def _first_parameter(module: nn.Module) -> Tensor | None:

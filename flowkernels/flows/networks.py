@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers._coupling_map import has_global_hooks, is_plain
 from ..ops import conv_net
 
 
@@ -85,7 +86,8 @@ class ZeroConv2d(nn.Conv2d):
 class ConvNet(nn.Module):
     """3 x 3 convolution, ReLU, 1 x 1 convolution, ReLU, and a 3 x 3 one that starts at zero (Kingma and Dhariwal 2018, section 3.3).
 
-    The authors' code also has an actnorm after each of the first two; most ports, and this one, have none.
+    The authors' code also has an actnorm after each of the first two; most ports, and this one, have none. Convolutions that are no longer
+    plain (with hooks, parametrized, or others in their place) are called one by one.
 
     Args:
         channels: channels of x.
@@ -106,6 +108,9 @@ class ConvNet(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, middle, last = self.conv_in, self.conv_mid, self.conv_out
         x = _joined(x, context)
+        plain = is_plain(first, nn.Conv2d) and is_plain(middle, nn.Conv2d) and is_plain(last, ZeroConv2d)
+        if not plain or has_global_hooks():
+            return last(F.relu(middle(F.relu(first(x)))))
         return conv_net(x, first.weight, first.bias, middle.weight, middle.bias, last.weight, last.bias, last.log_gain)
 
 

@@ -79,7 +79,7 @@ def _may_stand_between(layer: nn.Module, gap: Sequence[_Part], x: Tensor, invers
     if is_plain(layer, FlowBatchNorm):
         fits = x.dim() == 2 and x.shape[1] == layer.features
         return fits and (inverse or not layer.training) and not any(isinstance(other, FlowBatchNorm) for other, _ in gap)
-    return is_plain(layer, Permute)
+    return is_plain(layer, Permute) and x.dim() == 2 and x.shape[1] == layer.features
 
 
 def _run_stack(x: Tensor, context: Tensor | None, group: Sequence[_Part], inverse: bool) -> tuple[Tensor, Tensor]:

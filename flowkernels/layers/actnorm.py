@@ -12,7 +12,7 @@ class ActNorm(nn.Module):
 
     The first batch in training sets bias and log_scale so that each channel leaves with zero mean and unit variance; where
     torch.distributed is initialised, the batches of all ranks together do. A channel that does not vary keeps scale 1. The buffer
-    `initialised` says that this was done, and is saved, loaded and copied with the layer.
+    `initialised` says that this was done, and is saved, loaded and copied with the layer; `initialise` does it anew.
 
     Args:
         channels: number of channels C.
@@ -21,7 +21,7 @@ class ActNorm(nn.Module):
         x, z: [batch, C, *sites], any number of site dimensions; logabsdet: [batch], in nats.
 
     Raises:
-        ValueError: another channel count, or an empty first batch.
+        ValueError: another channel count, or a first batch that is empty or not finite.
         RuntimeError: used in evaluation, or in the inverse direction, before it was initialised.
     """
 
@@ -64,6 +64,8 @@ class ActNorm(nn.Module):
         # in two passes: the mean of squares less the squared mean would cancel
         mean = _sum_over_ranks(values.sum(1)) / count
         std = (_sum_over_ranks((values - mean[:, None]).square().sum(1)) / count).sqrt()
+        if not (mean + std).isfinite().all():
+            raise ValueError("x must be finite: it is the first batch, which initialises ActNorm; got NaN, infinity or an overflow")
         varies = std > 1e-6 * torch.maximum(mean.abs(), std.new_tensor(1e-6))
         self.bias.copy_(-mean)
         self.log_scale.copy_(torch.where(varies, -std.log(), 0.0))
@@ -91,7 +93,7 @@ class ActNorm(nn.Module):
     def logabsdet(self, x: Tensor) -> Tensor:
         """log|det dz/dx|, [batch]."""
         log_scale = self.log_scale.to(torch.promote_types(self.log_scale.dtype, torch.float32))
-        return (x.shape[2:].numel() * log_scale.sum()).expand(x.shape[0])
+        return (x.shape[2:].numel() * log_scale.sum()).expand(x.shape[0]).contiguous()  # whoever gets it may add to it
 
     def _per_channel(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1,) + (1,) * (x.dim() - 2)

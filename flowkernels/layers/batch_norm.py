@@ -29,11 +29,16 @@ class FlowBatchNorm(nn.Module):
         x, z: [batch, features, *sites]; logabsdet: [batch], in nats.
 
     Raises:
-        ValueError: x has another number of features, or a training batch has fewer than two values of each, and so no variance.
+        ValueError: x has another number of features or another dtype, or a training batch has fewer than two values of each, and so no
+            variance; or an argument is out of range.
     """
 
     def __init__(self, features: int, *, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True) -> None:
         super().__init__()
+        if features < 1:
+            raise ValueError(f"features must be at least 1; got {features}")
+        if not (eps > 0 and 0 <= momentum <= 1):
+            raise ValueError(f"eps must be positive and momentum between 0 and 1; got {eps} and {momentum}")
         self.features, self.eps, self.momentum = features, eps, momentum
         self.register_parameter("log_gain", nn.Parameter(torch.zeros(features)) if affine else None)
         self.register_parameter("bias", nn.Parameter(torch.zeros(features)) if affine else None)
@@ -68,9 +73,15 @@ class FlowBatchNorm(nn.Module):
     def _check(self, name: str, x: Tensor) -> None:
         if x.dim() < 2 or x.shape[1] != self.features:
             raise ValueError(f"{name} must have shape [batch, {self.features}, *sites]; got {list(x.shape)}")
+        dtype = self.running_var.dtype
+        if x.dtype != dtype and (x.dtype not in _HALF or dtype != torch.float32):
+            raise ValueError(f"{name} must be {dtype}, like the layer's statistics; got {x.dtype}")
 
     def extra_repr(self) -> str:
         return f"features={self.features}, eps={self.eps}, momentum={self.momentum}, affine={self.bias is not None}"
+
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def evaluation_affines(layers: Sequence[FlowBatchNorm], *, inverse: bool) -> tuple[Tensor, Tensor]:

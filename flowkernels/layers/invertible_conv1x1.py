@@ -16,6 +16,7 @@ class Frozen(NamedTuple):
     weight: Tensor
     logabsdet: Tensor
     inverse: Tensor
+    versions: tuple[tuple[Tensor, int], ...]  # of the parameters that this was made of
 
 
 class Folded(NamedTuple):
@@ -35,7 +36,7 @@ class InvertibleConv1x1(nn.Module):
     comes from `ops.slogdet`. W starts as a random rotation.
 
     The inverse matrix is computed in float64 at every call of `inverse`, unless `freeze` keeps it; training, loading and moving
-    drop what is kept.
+    drop what is kept, and so does every change of the parameters.
 
     Args:
         channels: number of channels C.
@@ -72,7 +73,27 @@ class InvertibleConv1x1(nn.Module):
         """What `freeze` keeps; None where a gradient has to reach the parameters."""
         if self._frozen is None or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
             return None
-        return self._frozen
+        return self._frozen if self._is_fresh() else None
+
+    def _is_fresh(self) -> bool:
+        """Whether the parameters are those that were frozen, and nobody has written into them. A compiler guards neither."""
+        if torch.compiler.is_compiling():
+            return True
+        kept = self._frozen.versions
+        return len(kept) == len(self._parameters) and all(
+            p is q and p._version == version for p, (q, version) in zip(self._parameters.values(), kept, strict=True)
+        )
+
+    def _versions(self) -> tuple[tuple[Tensor, int], ...]:
+        return tuple((p, p._version) for p in self._parameters.values())
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_frozen": self._frozen if self._frozen is not None and self._is_fresh() else None}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self._frozen is not None:  # a copy's parameters begin a count of their own
+            self._frozen = self._frozen._replace(versions=self._versions())
 
     def weight(self) -> Tensor:
         """W, [channels, channels]."""
@@ -233,7 +254,7 @@ def freeze_weights(layers: Mapping[str, InvertibleConv1x1]) -> None:
                 number = torch.linalg.cond(exact[i]).item()
                 raise ValueError(f"{name} cannot be frozen: its weight is singular, with condition number {number:.1e}")
             logabsdet = logabsdets[i].to(torch.promote_types(weights.dtype, torch.float32))
-            frozen.append((layer, Frozen(weights[i], logabsdet, inverses[i].to(weights.dtype))))
+            frozen.append((layer, Frozen(weights[i], logabsdet, inverses[i].to(weights.dtype), layer._versions())))
     for layer, kept in frozen:
         layer._frozen = kept
 
@@ -300,4 +321,4 @@ def _check_channels(x: Tensor, channels: int) -> None:
 
 
 def _over_sites(logabsdet: Tensor, x: Tensor) -> Tensor:
-    return (x.shape[2:].numel() * logabsdet).expand(x.shape[0])
+    return (x.shape[2:].numel() * logabsdet).expand(x.shape[0]).contiguous()  # whoever gets it may add to it

@@ -1,6 +1,7 @@
 """The masked autoregressive layer: MAF's in its parallel direction, IAF's in the other."""
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from ..ops.activation import Activation, parse_activation
 from ..ops.degrees import hidden_degrees, staircase
 from ..ops.scale_map import parse_form
 from .masked_linear import MaskedLinear, Unitwise
+from .mlp import parse_widths
 
 
 def _checked_scale(scale: ScaleMap | None) -> ScaleMap:
@@ -61,11 +63,9 @@ class MaskedAutoregressive(nn.Module):
         context_rule: str = "every_output",
     ) -> None:
         super().__init__()
-        widths = tuple(hidden_features)
-        if features < 1:
+        widths = parse_widths(hidden_features)
+        if not isinstance(features, Integral) or features < 1:
             raise ValueError(f"features must be at least 1; got {features}")
-        if not widths or min(widths) < 1:
-            raise ValueError(f"hidden_features must be widths of at least 1; got {widths}")
         if residual and len(set(widths)) > 1:
             raise ValueError(f"hidden_features must all be equal with residual=True; got {widths}")
         if context_features < 0:

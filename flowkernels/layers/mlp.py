@@ -8,6 +8,22 @@ import torch
 from torch import Tensor, nn
 
 
+def parse_widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
+    """The widths of hidden layers.
+
+    Raises:
+        ValueError: they are no sequence, or none, or one of them is less than 1.
+    """
+    if isinstance(hidden_features, int):
+        raise ValueError(
+            f"hidden_features must be a sequence of widths; got {hidden_features}, which for one layer is ({hidden_features},)"
+        )
+    widths = tuple(hidden_features)
+    if not widths or min(widths) < 1:
+        raise ValueError(f"hidden_features must be widths of at least 1; got {widths}")
+    return widths
+
+
 class Dense(nn.Module):
     """y = x @ weight + context @ context_weight + bias.
 
@@ -64,9 +80,7 @@ class MLP(nn.Module):
 
     def __init__(self, features: int, hidden_features: Sequence[int], outputs: int, *, context_features: int = 0) -> None:
         super().__init__()
-        if not hidden_features or min(hidden_features) < 1:
-            raise ValueError(f"hidden_features must be widths of at least 1; got {tuple(hidden_features)}")
-        first, *rest = pairwise([features, *hidden_features, outputs])
+        first, *rest = pairwise([features, *parse_widths(hidden_features), outputs])
         self.layers = nn.ModuleList([Dense(*first, context_features=context_features), *(Dense(*widths) for widths in rest)])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

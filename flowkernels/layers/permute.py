@@ -15,14 +15,19 @@ class Permute(nn.Module):
     Args:
         permutation: [features], or "descending" with `features` to reverse.
         features: number of features, needed where permutation is a word.
+
+    Raises:
+        ValueError: the permutation is none, or x has another number of features.
     """
 
     def __init__(self, permutation: str | Sequence[int] | Tensor, features: int | None = None) -> None:
         super().__init__()
         if isinstance(permutation, str) and features is None:
             raise ValueError(f"features must be given with permutation={permutation!r}; got None")
-        permutation = parse_order(permutation, len(permutation) if features is None else features)
-        self.register_buffer("permutation", permutation)
+        self.features = len(permutation) if features is None else features
+        if self.features < 1:
+            raise ValueError(f"permutation must have at least one feature; got {permutation}")
+        self.register_buffer("permutation", parse_order(permutation, self.features))
 
     @classmethod
     def random(cls, features: int, generator: torch.Generator | None = None) -> "Permute":
@@ -30,7 +35,13 @@ class Permute(nn.Module):
         return cls(torch.randperm(features, generator=generator))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check("x", x)
         return x[:, self.permutation], zero_logabsdet(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check("z", z)
         return z[:, torch.argsort(self.permutation)], zero_logabsdet(z)
+
+    def _check(self, name: str, x: Tensor) -> None:
+        if x.dim() < 2 or x.shape[1] != self.features:
+            raise ValueError(f"{name} must have shape [batch, {self.features}, *sites]; got {list(x.shape)}")

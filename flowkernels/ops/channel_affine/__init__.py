@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..._backend import register_triton, wants_reference
 from ..._library import library
-from .._differentiation import apply_function, needs_autograd, vmap_one_by_one
+from .._differentiation import apply_function, forward_mode, needs_autograd, vmap_one_by_one
 from .._layout import empty_in_layout_of, in_layout_of
 from .reference import channel_affine_backward_reference, channel_affine_reference
 
@@ -148,6 +148,8 @@ def channel_affine(
         shift = _fitted("shift", shift, x, compute)
     if bias is not None and (bias.shape != expected or bias.dtype != compute or bias.device != device):
         bias = _fitted("bias", bias, x, compute)
+    if forward_mode():
+        return _composite(x, shift, log_scale, bias, inverse)
     if needs_autograd((x, shift, log_scale, bias)):
         return apply_function(_ChannelAffine, x, shift, log_scale, bias, inverse, keep == "output")
     return _forward(x, shift, log_scale, bias, inverse)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..._backend import wants_reference
 from ..._library import library
-from .._differentiation import apply_function, needs_autograd, vmap_one_by_one
+from .._differentiation import apply_function, forward_mode, needs_autograd, vmap_one_by_one
 from .._layout import empty_in_layout_of
 from . import channel_affine, channel_affine_backward
 
@@ -90,6 +90,8 @@ def normalize_channels(x: Tensor, log_gain: Tensor | None, bias: Tensor | None, 
         z; logabsdet, [batch], of z with m and v held fixed; and v and m, [channels], without a gradient. Gradients of z and logabsdet go
         through m and v.
     """
+    if forward_mode():
+        return _composite(x, log_gain, bias, eps)
     if needs_autograd((x, log_gain, bias)):
         return apply_function(_NormalizeChannels, x, log_gain, bias, eps)
     return _forward(x, log_gain, bias, eps)

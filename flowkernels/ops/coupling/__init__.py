@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..._backend import register_triton, wants_reference
 from ..._library import library
-from .._differentiation import apply_function, needs_autograd, vmap_one_by_one
+from .._differentiation import apply_function, forward_mode, needs_autograd, vmap_one_by_one
 from .._layout import empty_in_layout_of, in_layout_of
 from ..scale_map import Form, ScaleKind, ScaleMap, parse_form
 from .part import Part, parse_part
@@ -211,6 +211,8 @@ def coupling(
     if keep not in ("input", "output"):
         raise ValueError(f"keep must be 'input' or 'output'; got {keep!r}")
     options = (int(part), int(scale.kind), *scale.packed, int(form), inverse)
+    if forward_mode():
+        return _composite(x, shift, raw_scale, scale_parameter, *options)
     if needs_autograd((x, shift, raw_scale, scale_parameter)):
         return apply_function(_Coupling, x, shift, raw_scale, scale_parameter, keep == "output", options)
     return _forward(x, shift, raw_scale, scale_parameter, options)

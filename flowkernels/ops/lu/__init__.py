@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..._backend import wants_reference
 from ..._library import library
-from .._differentiation import needs_autograd
+from .._differentiation import forward_mode, needs_autograd
 from .fold import lu_fold
 from .reference import slogdet_inverse_reference, slogdet_reference
 
@@ -101,6 +101,8 @@ def slogdet(w: Tensor, *, in_float64: bool = False) -> tuple[Tensor, Tensor]:
     """
     _check(w)
     w = w.float() if w.dtype in _HALF else w
+    if forward_mode():
+        return slogdet_reference(w, in_float64)
     if needs_autograd((w,)):
         return _SlogdetInverse.apply(w, in_float64)[:2]
     if _by_reference(w, "slogdet"):
@@ -120,7 +122,9 @@ def slogdet_inverse(w: Tensor, *, in_float64: bool = False) -> tuple[Tensor, Ten
     _check(w)
     dtype = w.dtype
     w = w.float() if dtype in _HALF else w
-    if needs_autograd((w,)):
+    if forward_mode():
+        sign, logabsdet, inverse = slogdet_inverse_reference(w, in_float64)
+    elif needs_autograd((w,)):
         sign, logabsdet, inverse = _SlogdetInverse.apply(w, in_float64)
     elif _by_reference(w, "slogdet_inverse"):
         sign, logabsdet, inverse = slogdet_inverse_reference(w, in_float64)

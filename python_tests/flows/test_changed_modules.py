@@ -1,0 +1,203 @@
+"""A fused path computes what the modules say, or it is not taken: flows whose modules somebody has changed, hooked or replaced."""
+
+import copy
+
+import pytest
+import torch
+
+from flowkernels import ScaleMap
+from flowkernels.flows import IAF, MAF, NICE, Flow, Glow, RealNVP
+from flowkernels.layers import ActNorm, AffineCoupling, DiagonalScale, FlowBatchNorm, InvertibleConv1x1, Permute
+
+
+def glow(**options) -> Glow:
+    torch.manual_seed(0)
+    flow = Glow((3, 8, 8), levels=1, steps=3, hidden_channels=8, **options)
+    for coupling in flow.layers[1].couplings:
+        torch.nn.init.normal_(coupling.conditioner.conv_out.weight, std=0.1)
+        torch.nn.init.normal_(coupling.conditioner.conv_out.bias)
+    flow(torch.randn(16, 3, 8, 8))  # initialises the actnorms
+    return flow.eval()
+
+
+def module_by_module(flow: Glow, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    squeeze, steps, *rest = flow.layers
+    x, total = squeeze(x)
+    for mixing, coupling in zip(steps.mixings, steps.couplings, strict=True):
+        x, a = mixing(x)
+        x, b = coupling(x)
+        total = total + a + b
+    for layer in rest:
+        x, logabsdet = layer(x)
+        total = total + logabsdet
+    return x, total
+
+
+def change_scale(coupling) -> None:
+    coupling.scale = ScaleMap.exp_tanh(1.0)
+
+
+def change_form(coupling) -> None:
+    coupling.form = type(coupling.form).SCALE_SHIFT
+
+
+def change_part(coupling) -> None:
+    coupling.part = type(coupling.part).FIRST_HALF
+
+
+def change_order(coupling) -> None:
+    coupling.interleaved = False
+
+
+@pytest.mark.parametrize("change", [None, change_scale, change_form, change_part, change_order])
+@pytest.mark.parametrize("which", [0, 2])
+def test_a_glow_is_its_modules(change, which):
+    flow, x = glow(), torch.randn(5, 3, 8, 8)
+    if change is not None:
+        before = flow(x)[0]
+        change(flow.layers[1].couplings[which])
+        assert not torch.allclose(flow(x)[0], before)
+    z, logabsdet = flow(x)
+    want_z, want_logabsdet = module_by_module(flow, x)
+    torch.testing.assert_close(z, want_z.flatten(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logabsdet, want_logabsdet, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(flow.inverse(z)[0], x, rtol=1e-3, atol=1e-4)
+
+
+def test_a_glow_with_another_coupling():
+    flow, x = glow(coupling="additive"), torch.randn(5, 3, 8, 8)
+    other = AffineCoupling(glow().layers[1].couplings[0].conditioner, interleaved=True)
+    flow.layers[1].couplings[0] = other
+    torch.testing.assert_close(flow(x)[0], module_by_module(flow, x)[0].flatten(1), rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_on_the_modules_of_a_glow_run():
+    flow, x, called = glow(), torch.randn(5, 3, 8, 8), []
+    want = flow(x)
+    for module in (flow.layers[1].couplings[1], flow.layers[1].mixings[0], flow.layers[1].couplings[0].conditioner.conv_mid):
+        module.register_forward_hook(lambda *_: called.append(1))
+    got = flow(x)
+    assert len(called) == 3
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("normalize", ["spectral_norm", "parametrizations.spectral_norm", "parametrizations.weight_norm"])
+def test_normalised_convolutions_in_a_glow_train(normalize):
+    flow, x = glow().train(), torch.randn(5, 3, 8, 8)
+    package = torch.nn.utils.parametrizations if "." in normalize else torch.nn.utils
+    convolution = flow.layers[1].couplings[0].conditioner.conv_mid
+    getattr(package, normalize.split(".")[-1])(convolution)
+    for _ in range(2):  # a second step meets no graph of the first
+        flow.zero_grad()
+        flow.log_prob(x).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in convolution.parameters())
+
+
+def frozen() -> Flow:
+    torch.manual_seed(0)
+    return Flow([InvertibleConv1x1(4), InvertibleConv1x1(4, parametrization="plain")], 4).freeze()
+
+
+@pytest.mark.parametrize("copied", [lambda flow: flow, copy.deepcopy])
+def test_what_is_frozen_follows_its_parameters(copied):
+    flow, x = copied(frozen()), torch.randn(6, 4)
+    with torch.no_grad():
+        assert all(layer.kept() is not None for layer in flow.layers)
+        for p in flow.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        assert all(layer.kept() is None for layer in copied(flow).layers)
+        fresh = copy.deepcopy(flow).train().eval()
+        for got, want in ((flow(x), fresh(x)), (flow.inverse(x), fresh.inverse(x))):
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_other_parameters_in_the_place_of_frozen_ones():
+    flow, x = frozen(), torch.randn(6, 4)
+    others = {name: p.detach() + 0.1 for name, p in flow.named_parameters()}
+    with torch.no_grad():
+        got = torch.func.functional_call(flow, others, (x,))
+        flow.load_state_dict(others, strict=False)
+        torch.testing.assert_close(got, flow(x), rtol=0, atol=0)
+
+
+FLOWS = {
+    "NICE": lambda: NICE(4, hidden_features=(8,)),
+    "RealNVP": lambda: RealNVP(4, hidden_features=(8,)),
+    "MAF": lambda: MAF(4, transforms=2, hidden_features=(8,)),
+    "MAF with batch norm": lambda: MAF(4, transforms=2, hidden_features=(8,), batch_norm=True),
+    "IAF": lambda: IAF(4, transforms=2, hidden_features=(8,)),
+    "scale": lambda: Flow([DiagonalScale(4), InvertibleConv1x1(4, parametrization="plain")], 4),
+}
+
+
+@pytest.mark.parametrize("make", FLOWS.values(), ids=FLOWS)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_forward_mode(make, inverse):
+    torch.manual_seed(0)
+    flow = make().double().eval()
+    x = torch.randn(4, dtype=torch.float64)
+    run = lambda a: torch.cat([t.flatten() for t in (flow.inverse if inverse else flow)(a[None])])
+    torch.testing.assert_close(torch.func.jacfwd(run)(x), torch.func.jacrev(run)(x))
+    score = lambda a: flow.log_prob(a[None])[0]
+    torch.testing.assert_close(torch.func.hessian(score)(x), torch.func.jacrev(torch.func.jacrev(score))(x))
+    names, parameters = zip(*flow.named_parameters(), strict=True)
+    by_parameters = lambda *p: torch.func.functional_call(flow, dict(zip(names, p, strict=True)), (x[None],))[1].sum()
+    tangents = tuple(torch.randn_like(p) for p in parameters)
+    _, along = torch.func.jvp(by_parameters, tuple(p.detach() for p in parameters), tangents)
+    gradients = torch.func.grad(by_parameters, argnums=tuple(range(len(parameters))))(*(p.detach() for p in parameters))
+    torch.testing.assert_close(along, sum((g * t).sum() for g, t in zip(gradients, tangents, strict=True)))
+
+
+def test_forward_mode_of_a_glow():
+    flow = glow().double()
+    x, direction = torch.randn(2, 3, 8, 8, dtype=torch.float64).unbind()
+    score = lambda a: flow.log_prob(a[None])[0]
+    _, along = torch.func.jvp(score, (x,), (direction,))
+    torch.testing.assert_close(along, (torch.func.grad(score)(x) * direction).sum())
+
+
+def test_a_log_determinant_may_be_added_to():
+    for layer in (ActNorm(3), InvertibleConv1x1(3), InvertibleConv1x1(3, parametrization="plain"), Permute([2, 0, 1])):
+        for call in (layer, layer.inverse):
+            _, logabsdet = call(torch.randn(5, 3))
+            want = logabsdet + 1
+            with torch.no_grad():
+                logabsdet += 1
+            torch.testing.assert_close(logabsdet, want)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Permute([1, 0])(torch.randn(2, 4, 3, 3)), r"x must have shape \[batch, 2, \*sites\]; got \[2, 4, 3, 3\]"),
+        (lambda: Permute([1, 0]).inverse(torch.randn(2, 4)), r"z must have shape \[batch, 2, \*sites\]; got \[2, 4\]"),
+        (lambda: Flow([*MAF(4).layers[:1], Permute([1, 0]), *MAF(4).layers[:1]], 4)(torch.randn(3, 4)), r"x must have shape \[batch, 2"),
+        (lambda: Permute([]), "permutation must have at least one feature"),
+        (lambda: ActNorm(2)(torch.full((3, 2), torch.nan)), "x must be finite: it is the first batch"),
+        (lambda: FlowBatchNorm(2)(torch.randint(0, 9, (6, 2))), "x must be torch.float32, like the layer's statistics; got torch.int64"),
+        (lambda: FlowBatchNorm(2).eval()(torch.randn(6, 2).double()), "x must be torch.float32, like the layer's statistics"),
+        (lambda: FlowBatchNorm(0), "features must be at least 1; got 0"),
+        (lambda: FlowBatchNorm(2, eps=-1.0), "eps must be positive"),
+        (lambda: MAF((1, 4, 4)), r"features must be at least 1; got \(1, 4, 4\)"),
+        (lambda: MAF(4, hidden_features=16), r"hidden_features must be a sequence of widths; got 16, which for one layer is \(16,\)"),
+        (lambda: NICE(4, hidden_features=16), "hidden_features must be a sequence of widths; got 16"),
+        (lambda: MAF(4).sample(-1), "n must be a number of at least 0; got -1"),
+        (lambda: MAF(4).sample((2, 3)), r"n must be a number of at least 0; got \(2, 3\): distribution\(context\).sample takes shapes"),
+        (lambda: MAF(4, context_features=2).sample(3, torch.ones(5, 2, dtype=torch.int64)), "context must be torch.float32"),
+        (lambda: MAF(4, context_features=2).sample(3, torch.ones(5, 2).double()), "context must be torch.float32"),
+        (lambda: MAF(4, context_features=2).distribution(torch.tensor(1.0)), r"context must be \[\*batch, 2\]; got \[\]"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_nan_in_the_first_batch_leaves_actnorm_as_it_was():
+    layer, x = ActNorm(2), torch.randn(9, 2)
+    spoilt = x.clone()
+    spoilt[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="finite"):
+        layer(spoilt)
+    assert not layer.initialised and not layer.bias.any()
+    torch.testing.assert_close(layer(x)[0].mean(0), torch.zeros(2), rtol=0, atol=1e-5)
