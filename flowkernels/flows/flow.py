@@ -86,7 +86,8 @@ class Flow(Chain):
         return self.distribution(context).rsample_and_log_prob(_count(n))
 
     def freeze(self) -> "Flow":
-        """Evaluation mode for serving: what costs to prepare is prepared once and kept until `train()`, loading or moving."""
+        """Evaluation mode for serving: what costs to prepare is prepared once and kept until `train()`, loading,
+        moving or a change of the parameters."""
         self.eval()
         freeze_weights({name: module for name, module in self.named_modules() if isinstance(module, InvertibleConv1x1)})
         return self

@@ -123,7 +123,7 @@ class InvertibleConv1x1(nn.Module):
         return conv1x1(z, inverse), _over_sites(-logabsdet, z)
 
     def freeze(self) -> None:
-        """Keep weight, log-determinant and inverse until `train()`, loading or moving."""
+        """Keep weight, log-determinant and inverse until `train()`, loading, moving or a change of the parameters."""
         freeze_weights({"InvertibleConv1x1": self})
 
     def train(self, mode: bool = True) -> "InvertibleConv1x1":
