@@ -81,11 +81,11 @@ class InvertibleConv1x1(nn.Module):
             return True
         kept = self._frozen.versions
         return len(kept) == len(self._parameters) and all(
-            p is q and p._version == version for p, (q, version) in zip(self._parameters.values(), kept, strict=True)
+            p is q and _version(p) == version for p, (q, version) in zip(self._parameters.values(), kept, strict=True)
         )
 
     def _versions(self) -> tuple[tuple[Tensor, int], ...]:
-        return tuple((p, p._version) for p in self._parameters.values())
+        return tuple((p, _version(p)) for p in self._parameters.values())
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_frozen": self._frozen if self._frozen is not None and self._is_fresh() else None}
@@ -141,6 +141,11 @@ class InvertibleConv1x1(nn.Module):
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, parametrization={self.parametrization!r}"
+
+
+def _version(t: Tensor) -> int:
+    """How often somebody has written into it; nobody counts that of inference tensors."""
+    return 0 if t.is_inference() else t._version
 
 
 class ActNormConv1x1(nn.Module):

@@ -42,7 +42,7 @@ class RunFolder:
             Whether there is a checkpoint to go on from.
 
         Raises:
-            RunError: the folder holds something else, or a run with other settings (they are named).
+            RunError: the folder holds something else, or a checkpoint of a run with other settings (they are named).
             OSError: the folder cannot be made or written.
         """
         if self.path.exists() and not self.path.is_dir():
@@ -51,9 +51,11 @@ class RunFolder:
             if not self.config_path.exists():
                 raise RunError(f"run folder {self.path} must be new, empty or a run's; it holds other files and no config.json")
             different = _differences(self.read_config(), config)
-            if different:
+            if not different:
+                return self.checkpoint_path.exists()
+            if self.checkpoint_path.exists():
                 raise RunError(f"run folder {self.path} was begun with other settings: {'; '.join(different)}. Use those, or another --out")
-            return self.checkpoint_path.exists()
+            # a run that ended before its first checkpoint, as with too large a learning rate: nothing is lost
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -93,7 +95,8 @@ class RunFolder:
             RunError: there is none yet, it is damaged, or it holds anything but tensors and plain values.
         """
         if not self.checkpoint_path.exists():
-            raise RunError(f"run folder {self.path} has no checkpoint yet; start its train command again")
+            advice = "start its train command again, with other settings where those ended it"
+            raise RunError(f"run folder {self.path} has no checkpoint yet; {advice}")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns of files that it then refuses

@@ -111,6 +111,13 @@ def test_what_is_frozen_follows_its_parameters(copied):
             torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+def test_inference_tensors_can_be_frozen():
+    with torch.inference_mode():
+        flow, x = frozen(), torch.randn(6, 4)
+        assert all(layer.kept() is not None for layer in flow.layers)
+        torch.testing.assert_close(flow.inverse(flow(x)[0])[0], x)
+
+
 def test_other_parameters_in_the_place_of_frozen_ones():
     flow, x = frozen(), torch.randn(6, 4)
     others = {name: p.detach() + 0.1 for name, p in flow.named_parameters()}

@@ -131,6 +131,13 @@ def test_a_checkpoint_of_another_run_is_refused(run, data, tmp_path):
             use()
 
 
+def test_a_run_without_a_checkpoint_takes_other_settings(run, data):
+    (run / "checkpoint.pt").unlink()
+    assert train_run(run, config(data, SETTINGS | {"hidden": [9]}), data).epoch == 3
+    with pytest.raises(RunError, match=r"other settings: hidden was \[9\], now \[8\]"):
+        train_run(run, config(data), data)
+
+
 def test_folders_that_are_no_runs(tmp_path, run, data):
     with pytest.raises(RunError, match="run folder .*gone does not exist"):
         load_model(tmp_path / "gone")
