@@ -86,6 +86,10 @@ void run_step(State& state, const AutoregressiveArgs<T>& args, int64_t s, int64_
 // of the next step wait for the newest values alone.
 template <class State, class T>
 void run_step_ahead(State& state, const AutoregressiveArgs<T>& args, int64_t s, int64_t last) {
+  for (int l = 1; l <= args.n_layers && s < last; ++l) {
+    const int source = args.layers[l - 1].source;
+    state.fetch_layer(l, step_begin(args, s + 1, source), step_end(args, s + 1, source), step_begin(args, s + 1, l), step_end(args, last, l));
+  }
   for (int l = 1; l <= args.n_layers; ++l) {
     const int64_t j0 = step_begin(args, s, l), j1 = step_end(args, s, l);
     const int source = args.layers[l - 1].source;

@@ -29,15 +29,6 @@ Tiling plan_tiles(const AutoregressiveArgs<T>& args, int64_t batch, int64_t thre
   return {false, lanes<T>, all, smaller(full, most), shares, (most + full - 1) / full};
 }
 
-template <class T, int B>
-void run_few(const AutoregressiveArgs<T>& args, int64_t first_row, const int64_t* offsets, int64_t units) {
-  T* scratch = static_cast<T*>(thread_scratch(UnitLanes<T, B>::scratch(args, units) * sizeof(T)));
-  UnitLanes<T, B> state(args, offsets, units, first_row, scratch);
-  state.begin();
-  run_all_steps(state, args);
-  state.end();
-}
-
 // One map on n rows from `row` on. handed: what the map before handed on, which is returned
 template <class T>
 FK_CALL const T* run_rows(const AutoregressiveArgs<T>& args, bool few, int64_t row, int64_t n, T* scratch, const T* handed, bool hands_on) {
@@ -46,12 +37,10 @@ FK_CALL const T* run_rows(const AutoregressiveArgs<T>& args, bool few, int64_t r
   offsets[0] = 0;
   for (int l = 0; l < args.n_layers; ++l) offsets[l + 1] = offsets[l] + (l ? args.layers[l - 1].outputs : args.features);
   if (few) {
-    switch (n) {
-      case 1: run_few<T, 1>(args, row, offsets, units); break;
-      case 2: run_few<T, 2>(args, row, offsets, units); break;
-      case 3: run_few<T, 3>(args, row, offsets, units); break;
-      default: run_few<T, 4>(args, row, offsets, units);
-    }
+    UnitLanes<T> state(args, offsets, units, row, n, static_cast<T*>(thread_scratch(UnitLanes<T>::scratch(args, units, n) * sizeof(T))));
+    state.begin();
+    run_all_steps(state, args);
+    state.end();
     return nullptr;
   }
   const int64_t padded = (n + lanes<T> - 1) / lanes<T> * lanes<T>;

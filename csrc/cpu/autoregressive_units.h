@@ -11,33 +11,13 @@ FK_INLINE void store_head(T* p, Vec<T> v, int64_t n) {
   store(p, n >= lanes<T> ? v : select(iota<T>() < static_cast<int>(n), v, load(p)));
 }
 
+// What is compiled for each number of rows, B: the product. All else is little work, and loops over them.
 template <class T, int B>
-struct UnitLanes {
+struct FewRowsProduct {
   static constexpr int kGroup = B == 1 ? 8 : B == 2 ? 4 : 2;  // values pushed together: B * kGroup broadcasts stay in registers
 
-  static constexpr int64_t kFewSteps = 16;  // so many are run one after the other
-  static constexpr bool kPushesAhead = true;
-
-  const AutoregressiveArgs<T>& args;
-  int64_t first_row;
-  int64_t units;  // of all layers, padded
-  T* values;      // [row][layer][unit]; vectors may reach past the end of a row, never past the scratch
-  T* totals;
-  T* gates;
-  T* context;
-  const int64_t* offsets;
-  T log[lanes<T>] = {}, log_total[lanes<T>] = {};
-
-  UnitLanes(const AutoregressiveArgs<T>& args, const int64_t* offsets, int64_t units, int64_t first_row, T* scratch)
-      : args(args), first_row(first_row), units(units), values(scratch), totals(values + B * units), gates(totals + B * units),
-        context(gates + (args.gated ? B * units : 0)), offsets(offsets) {}
-
-  static int64_t scratch(const AutoregressiveArgs<T>& args, int64_t units) {
-    return B * ((args.gated ? 3 : 2) * units + args.context_features) + lanes<T>;
-  }
-
   template <int K>
-  FK_INLINE void push_group(const T* const* weight, const Vec<T> (*h)[kGroup], T* acc, int64_t n) const {
+  static FK_INLINE void push_group(const T* const* weight, const Vec<T> (*h)[kGroup], T* acc, int64_t stride, int64_t n) {
     int64_t j = 0;
     if constexpr (B == 1)  // two chains hide each other's latency
       for (; j + 2 * lanes<T> <= n; j += 2 * lanes<T>) {
@@ -51,23 +31,24 @@ struct UnitLanes {
       }
     for (; j + lanes<T> <= n; j += lanes<T>) {
       Vec<T> a[B];
-      for (int b = 0; b < B; ++b) a[b] = load(acc + b * units + j);
+      for (int b = 0; b < B; ++b) a[b] = load(acc + b * stride + j);
       for (int k = 0; k < K; ++k) {
         const Vec<T> w = load(weight[k] + j);
         for (int b = 0; b < B; ++b) a[b] = fma(h[b][k], w, a[b]);
       }
-      for (int b = 0; b < B; ++b) store(acc + b * units + j, a[b]);
+      for (int b = 0; b < B; ++b) store(acc + b * stride + j, a[b]);
     }
     if (j < n)
       for (int b = 0; b < B; ++b) {
-        Vec<T> a = load(acc + b * units + j);
+        Vec<T> a = load(acc + b * stride + j);
         for (int k = 0; k < K; ++k) a = fma(h[b][k], load_partial(weight[k] + j, n - j), a);
-        store_head(acc + b * units + j, a, n - j);
+        store_head(acc + b * stride + j, a, n - j);
       }
   }
 
-  // every unit in [j0, j1) sees every input in [k0, k1); h and acc are those of row 0, other rows follow at the stride given
-  void push_dense(const T* weight, int64_t ld, const T* h, int64_t h_stride, T* acc, int64_t k0, int64_t k1, int64_t j0, int64_t j1) const {
+  // every unit in [j0, j1) sees every input in [k0, k1); h and acc are those of row 0, other rows follow at their strides
+  static void push(const T* weight, int64_t ld, const T* h, int64_t h_stride, T* acc, int64_t stride, int64_t k0, int64_t k1, int64_t j0,
+                   int64_t j1) {
     const T* rows[kGroup];
     Vec<T> value[B][kGroup];
     const int64_t n = j1 - j0;
@@ -81,13 +62,13 @@ struct UnitLanes {
       rows[filled] = weight + k * ld + j0;
       filled += !zero_everywhere;  // no branch: it would be mispredicted half of the time
       if (filled == kGroup) {
-        push_group<kGroup>(rows, value, acc + j0, n);
+        push_group<kGroup>(rows, value, acc + j0, stride, n);
         filled = 0;
       }
     }
     if constexpr (kGroup > 4)
       if (filled >= 4) {
-        push_group<4>(rows, value, acc + j0, n);
+        push_group<4>(rows, value, acc + j0, stride, n);
         for (int i = 4; i < filled; ++i) {
           rows[i - 4] = rows[i];
           for (int b = 0; b < B; ++b) value[b][i - 4] = value[b][i];
@@ -95,14 +76,39 @@ struct UnitLanes {
         filled -= 4;
       }
     if constexpr (kGroup > 2) {
-      if (filled == 3) push_group<3>(rows, value, acc + j0, n);
-      if (filled == 2) push_group<2>(rows, value, acc + j0, n);
+      if (filled == 3) push_group<3>(rows, value, acc + j0, stride, n);
+      if (filled == 2) push_group<2>(rows, value, acc + j0, stride, n);
     }
-    if (filled == 1) push_group<1>(rows, value, acc + j0, n);
+    if (filled == 1) push_group<1>(rows, value, acc + j0, stride, n);
+  }
+};
+
+template <class T>
+struct UnitLanes {
+  static constexpr int64_t kFewSteps = 16;            // so many are run one after the other
+  static constexpr int64_t kFetchedBytes = 8 * 1024;  // of a layer's weights
+  static constexpr bool kPushesAhead = true;
+
+  const AutoregressiveArgs<T>& args;
+  int64_t first_row, rows;
+  int64_t units;  // of all layers, padded
+  T* values;      // [row][layer][unit]; vectors may reach past the end of a row, never past the scratch
+  T* totals;
+  T* gates;
+  T* context;
+  const int64_t* offsets;
+  T log[lanes<T>] = {}, log_total[lanes<T>] = {};
+
+  UnitLanes(const AutoregressiveArgs<T>& args, const int64_t* offsets, int64_t units, int64_t first_row, int64_t rows, T* scratch)
+      : args(args), first_row(first_row), rows(rows), units(units), values(scratch), totals(values + rows * units), gates(totals + rows * units),
+        context(gates + (args.gated ? rows * units : 0)), offsets(offsets) {}
+
+  static int64_t scratch(const AutoregressiveArgs<T>& args, int64_t units, int64_t rows) {
+    return rows * ((args.gated ? 3 : 2) * units + args.context_features) + lanes<T>;
   }
 
   void flush_chunk(int l, int64_t j0, int64_t j1) {
-    for (int b = 0; b < B; ++b) {
+    for (int64_t b = 0; b < rows; ++b) {
       T *acc = values + b * units + offsets[l], *total = totals + b * units + offsets[l];
       for (int64_t j = j0; j < j1; ++j) {
         total[j] += acc[j];
@@ -123,13 +129,18 @@ struct UnitLanes {
       // up to where all units from j0 on see, within one chunk
       int64_t k = smaller(k1, (k0 / kChunk + 1) * kChunk);
       if (visible) k = smaller(k, visible[j0]);
-      push_dense(weight, ld, h, h_stride, acc, k0, k, j0, j1);
+      switch (rows) {
+        case 1: FewRowsProduct<T, 1>::push(weight, ld, h, h_stride, acc, units, k0, k, j0, j1); break;
+        case 2: FewRowsProduct<T, 2>::push(weight, ld, h, h_stride, acc, units, k0, k, j0, j1); break;
+        case 3: FewRowsProduct<T, 3>::push(weight, ld, h, h_stride, acc, units, k0, k, j0, j1); break;
+        default: FewRowsProduct<T, 4>::push(weight, ld, h, h_stride, acc, units, k0, k, j0, j1);
+      }
       k0 = k;
     }
   }
 
   void begin() {
-    for (int b = 0; b < B; ++b) {
+    for (int64_t b = 0; b < rows; ++b) {
       const T* x = args.x.data + (first_row + b) * args.x.row;
       T* row = values + b * units;
       for (int64_t p = 0; p < args.features; ++p) {
@@ -161,7 +172,7 @@ struct UnitLanes {
   // totals hold the context's sums; then, the gates are known, or totals hold what the sums of the layer begin with
   void finish_context(int l) {
     const MaskedLayer<T>& layer = args.layers[l - 1];
-    for (int b = 0; b < B; ++b) {
+    for (int64_t b = 0; b < rows; ++b) {
       T *total = totals + b * units + offsets[l], *gate = gates + b * units + offsets[l];
       for (int64_t j = 0; j < layer.outputs; j += lanes<T>) {
         const int64_t n = smaller(layer.outputs - j, lanes<T>);
@@ -178,11 +189,20 @@ struct UnitLanes {
     push(l, layer.weight, layer.ld, layer.visible, values + offsets[layer.source], units, k0, k1, j0, j1);
   }
 
+  // Asks for the weights of a small block before the values are known that say which rows of it are skipped. A large one is read in long
+  // runs, which need no help. Inline, as a call that only prefetches is taken for one that does nothing.
+  FK_INLINE void fetch_layer(int l, int64_t k0, int64_t k1, int64_t j0, int64_t j1) const {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    if (layer.unitwise || (k1 - k0) * (j1 - j0) * int64_t(sizeof(T)) > kFetchedBytes) return;
+    for (int64_t k = k0; k < k1; ++k)
+      for (int64_t j = j0; j < j1; j += int64_t(64 / sizeof(T))) __builtin_prefetch(layer.weight + k * layer.ld + j);
+  }
+
   void finish_hidden(int l, int64_t j0, int64_t j1) {
     const MaskedLayer<T>& layer = args.layers[l - 1];
     if (layer.joins()) return finish_joined(l, j0, j1);
     with_activation(static_cast<Activation>(layer.activation), [&](auto code) {
-      for (int b = 0; b < B; ++b) {
+      for (int64_t b = 0; b < rows; ++b) {
         T *h = values + b * units + offsets[l], *total = totals + b * units + offsets[l];
         for (int64_t j = j0; j < j1; j += lanes<T>) store_head(h + j, activate<decltype(code)::value>(load(total + j) + load(h + j)), j1 - j);
       }
@@ -193,7 +213,7 @@ struct UnitLanes {
   FK_CALL void finish_joined(int l, int64_t j0, int64_t j1) {
     const MaskedLayer<T>& layer = args.layers[l - 1];
     const Activation activation = static_cast<Activation>(layer.activation);
-    for (int b = 0; b < B; ++b) {
+    for (int64_t b = 0; b < rows; ++b) {
       T *row = values + b * units, *h = row + offsets[l];
       const T *total = totals + b * units + offsets[l], *gate = gates + b * units + offsets[l], *from = row + offsets[layer.source];
       const T* residual = layer.residual < 0 ? nullptr : row + offsets[layer.residual];
@@ -212,22 +232,28 @@ struct UnitLanes {
   }
 
   void finish_features(int64_t p0, int64_t p1) {
+    const bool scaled = args.output_columns.each == 2;
     for (int64_t p = p0; p < p1; ++p) {
-      Vec<T> x = zero<T>(), shift = zero<T>(), raw = zero<T>();
-      for (int b = 0; b < B; ++b) {
-        const int64_t at = b * units + offsets[args.n_layers] + args.output_columns.of(p);
-        x[b] = values[b * units + p];
-        shift[b] = totals[at] + values[at];
-        if (args.output_columns.each == 2) raw[b] = totals[at + 1] + values[at + 1];
-      }
+      const int64_t at = offsets[args.n_layers] + args.output_columns.of(p);
+      const Vec<T> x = of_rows([&](int64_t row) { return values[row + p]; });
+      const Vec<T> shift = of_rows([&](int64_t row) { return totals[row + at] + values[row + at]; });
+      const Vec<T> raw = scaled ? of_rows([&](int64_t row) { return totals[row + at + 1] + values[row + at + 1]; }) : zero<T>();
       const ValueAndLog<Vec<T>> out = transform(args, x, shift, raw);
       add_log(log, log_total, out.log, p);
-      for (int b = 0; b < B; ++b) values[b * units + p] = out.value[b];
+      for (int64_t b = 0; b < rows; ++b) values[b * units + p] = out.value[b];
     }
   }
 
+  // lane b is row b's; f(where the row begins in values)
+  template <class F>
+  FK_INLINE Vec<T> of_rows(const F& f) const {
+    Vec<T> v = broadcast<T>(f(0));  // one row needs no more
+    for (int64_t b = 1; b < rows; ++b) v[b] = f(b * units);
+    return v;
+  }
+
   void end() const {
-    for (int b = 0; b < B; ++b) {
+    for (int64_t b = 0; b < rows; ++b) {
       T* y = args.y + (first_row + b) * args.features;
       for (int64_t p = 0; p < args.features; ++p) y[args.order ? args.order[p] : p] = values[b * units + p];
       T& to = args.logabsdet[first_row + b];
