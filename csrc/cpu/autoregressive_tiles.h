@@ -7,9 +7,11 @@
 namespace flowkernels {
 namespace FK_TARGET {
 
-constexpr int64_t kFewRows = 4;                      // up to here, lanes are units
-constexpr int64_t kTileRows = 4 * kRowVectors;        // vectors of rows in a full tile
-constexpr int64_t kScratchBytes = 7 * 512 * 1024;     // of one thread; larger networks take narrower tiles
+constexpr int64_t kFewRows = 4;                    // up to here, lanes are units
+constexpr int64_t kTileVectors = 4 * kRowVectors;   // of rows, in a full tile
+constexpr int64_t kScratchBytes = 7 * 512 * 1024;  // of one thread; larger networks take narrower tiles
+// Small networks take wider ones: less of their time is spent between products. No more than what stays in the second-level cache.
+constexpr int64_t kWideTileRows = 384, kWideScratchBytes = 512 * 1024;
 
 template <class T>
 int64_t padded_units(const AutoregressiveArgs<T>& args) {
@@ -23,8 +25,10 @@ Tiling plan_tiles(const AutoregressiveArgs<T>& args, int64_t batch, int64_t thre
   const int64_t per_thread = (batch + threads - 1) / threads;
   if (per_thread <= kFewRows) return {true, 1, batch, per_thread, smaller(threads, batch), 1};
   const int64_t units = padded_units(args), all = (batch + lanes<T> - 1) / lanes<T>, shares = smaller(threads, all);
-  int64_t full = kTileRows;
-  while (full > 1 && RowLanes<T>::scratch(args, units, full * lanes<T>) * int64_t(sizeof(T)) > kScratchBytes) full = (full + 1) / 2;
+  const auto bytes = [&](int64_t vectors) { return RowLanes<T>::scratch(args, units, vectors * lanes<T>) * int64_t(sizeof(T)); };
+  int64_t full = kTileVectors;
+  while (full > 1 && bytes(full) > kScratchBytes) full = (full + 1) / 2;
+  while ((full + kRowVectors) * lanes<T> <= kWideTileRows && bytes(full + kRowVectors) <= kWideScratchBytes) full += kRowVectors;
   const int64_t most = (all + shares - 1) / shares;
   return {false, lanes<T>, all, smaller(full, most), shares, (most + full - 1) / full};
 }
