@@ -117,7 +117,7 @@ class _Steps(nn.Module):
         return fold(self.mixings, inverse=inverse)
 
     def _joins(self, x: Tensor) -> bool:
-        served = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+        served = x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
         if not served or has_global_hooks():
             return False
         return all(map(_is_glows, self.couplings)) and all([is_plain(mixing, ActNormConv1x1) for mixing in self.mixings])

@@ -35,7 +35,7 @@ def coupling_map(
         and type(x) in (Tensor, nn.Parameter)  # a fake one's shapes must not stay in the caches below
         and not has_global_hooks()
         and x.dim() == 2
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.dtype in (torch.float32, torch.float64)
         and part < Part.CHECKERBOARD_EVEN
         and not torch.compiler.is_compiling()

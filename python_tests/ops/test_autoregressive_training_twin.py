@@ -239,6 +239,7 @@ class OnAGpu(NamedTuple):
     """All that the choice of an implementation asks of a tensor."""
 
     device: torch.device = torch.device("cuda", 0)
+    is_cuda: bool = True
 
 
 @pytest.fixture(params=["ieee", "tf32"])
@@ -304,9 +305,7 @@ def test_what_the_loop_on_a_gpu_is_given():
         visible = [torch.empty(n, dtype=torch.int32, device="meta") for n in widths[1:]]
         return Conditioner(weights, visible, visible, [0] * layers, [])
 
-    served = lambda network, scale=SCALES[0], gpu=True: training.loop_serves(
-        network, scale, OnAGpu().device if gpu else torch.device("cpu")
-    )
+    served = lambda network, scale=SCALES[0], gpu=True: training.loop_serves(network, scale, gpu)
     assert served(network(6, 100)) and served(network(784, 32768, 3))
     assert not served(network(6, 100, 33)) and served(network(6, 100, 33), gpu=False)
     assert not served(network(8192, 200_000)) and served(network(8192, 200_000), gpu=False)  # more than its images count

@@ -60,7 +60,7 @@ class _Shape(NamedTuple):
 class _Inverse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, conditioner, scale, form, z, context, *parameters) -> tuple[Tensor, Tensor]:
-        invert = autoregressive_op if loop_serves(conditioner, scale, z.device) else _by_passes
+        invert = autoregressive_op if loop_serves(conditioner, scale, z.is_cuda) else _by_passes
         x, logabsdet = invert(z, context, conditioner, scale, form, True)
         weights, biases, visible, activations, context_weights, order, wiring, context_biases = conditioner
         ctx.save_for_backward(x, order, *visible, z, context, *parameters)

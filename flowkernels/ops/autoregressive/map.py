@@ -79,7 +79,7 @@ def autoregressive(
             y, logabsdet = inverse_with_gradient(x, conditioner, context, scale, form)
         else:
             y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse, linear=masked_linear)
-    elif wants_reference("autoregressive", x.device) or not loop_serves(conditioner, scale, x.device):
+    elif wants_reference("autoregressive", x.device) or not loop_serves(conditioner, scale, x.is_cuda):
         _check(x, conditioner, context, scale, form)
         y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse)
     else:

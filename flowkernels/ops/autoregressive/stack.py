@@ -17,7 +17,7 @@ from .map import autoregressive, check_input, check_outputs, checked
 from .training import loop_serves, serves, with_gradient
 
 # torch.compile cannot ask
-_COMPILED = frozenset(d.lower() for d in ("CPU", "CUDA") if _extension.has_kernel("autoregressive_stack", d))
+_COMPILED_FOR_CPU, _COMPILED_FOR_CUDA = (_extension.has_kernel("autoregressive_stack", d) for d in ("CPU", "CUDA"))
 
 
 def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -74,8 +74,9 @@ def _check(x: Tensor, maps: Sequence[Map], context: Tensor | None) -> None:
 def _serves(x: Tensor, maps: Sequence[Map]) -> bool:
     if x.is_cuda or torch.compiler.is_compiling():  # on a CPU a loop serves them all
         for m in maps:
-            if not loop_serves(m.conditioner, m.scale, x.device):
+            if not loop_serves(m.conditioner, m.scale, x.is_cuda):
                 return False
     if maps[0].conditioner.weights[-1].device != x.device:  # a fake kernel, which refuses nothing, would take weights without data
         return False
-    return x.device.type in _COMPILED and x.dtype in (torch.float32, torch.float64) and not transformed()
+    compiled = (_COMPILED_FOR_CPU and x.is_cpu) or (_COMPILED_FOR_CUDA and x.is_cuda)
+    return compiled and x.dtype in (torch.float32, torch.float64) and not transformed()

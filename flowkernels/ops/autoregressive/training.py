@@ -129,12 +129,12 @@ library.impl("autoregressive_training", training_by_products, "CUDA")
 library.impl("autoregressive_backward", _backward_on_cuda, "CUDA")
 
 
-def loop_serves(conditioner: Conditioner, scale: ScaleMap | PoweredMap, device: torch.device) -> bool:
-    """Whether the loop's kernel for this device takes such networks: that for GPUs has weights and outputs for every feature and takes no
-    more weights than it can count, and a learned scale is a number that no compiled graph can read."""
+def loop_serves(conditioner: Conditioner, scale: ScaleMap | PoweredMap, cuda: bool) -> bool:
+    """Whether the loop's kernel for CPUs, or that for CUDA, takes such networks: the latter has weights and outputs for every feature and
+    takes no more weights than it can count, and a learned scale is a number that no compiled graph can read."""
     if isinstance(scale, PoweredMap) and torch.compiler.is_compiling():
         return False
-    if device.type != "cuda":
+    if not cuda:
         return True
     weights, features = conditioner.weights, conditioner.features
     if len(weights) > CUDA_LAYERS or sum([w.numel() for w in weights]) > _MOST_WEIGHTS:
@@ -151,14 +151,13 @@ def _is_whole(conditioner: Conditioner, scale: ScaleMap | PoweredMap) -> bool:
 
 def serves(maps: Sequence[Map], x: Tensor) -> bool:
     """Whether `with_gradient` can take these maps: without an affine map before them, on a device that has the kernels."""
-    device = x.device
+    device, cuda = x.device, x.is_cuda  # the type of a device is text, made anew whenever it is asked for, in 0.7 us
     if transformed() or wants_reference("autoregressive", device):
         return False
-    cuda = device.type == "cuda"
-    if not (cuda or (_COMPILED and device.type == "cpu")):
+    if not (cuda or (_COMPILED and x.is_cpu)):
         return False
     for network, scale, _, inverse, affine in maps:
-        if affine is not None or not loop_serves(network, scale, device):
+        if affine is not None or not loop_serves(network, scale, cuda):
             return False
         if inverse and (isinstance(scale, PoweredMap) or not _is_whole(network, scale)):
             return False

@@ -145,7 +145,7 @@ def conv_net(
 
 
 def _serves(x: Tensor, weight_mid: Tensor) -> bool:
-    if not _COMPILED or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    if not (_COMPILED and x.is_cpu) or x.dtype not in (torch.float32, torch.float64):
         return False
     return weight_mid.shape[0] <= _MOST_HIDDEN and not any_autocast() and not wants_reference("conv_net", x.device)
 
