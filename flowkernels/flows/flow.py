@@ -10,6 +10,7 @@ from torch.distributions import Distribution, constraints
 
 from ..layers import Chain
 from ..layers.invertible_conv1x1 import InvertibleConv1x1, freeze_weights
+from ..layers.mlp import parse_context_features
 from .base import Base, StandardNormal
 
 
@@ -36,7 +37,7 @@ class Flow(Chain):
         super().__init__(layers)
         self.shape = parse_shape(shape)
         self.features = math.prod(self.shape)
-        self.context_features = context_features
+        self.context_features = parse_context_features(context_features)
         self.base = StandardNormal() if base is None else base
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers._coupling_map import has_global_hooks, is_plain
+from ..layers.mlp import parse_context_features
 from ..ops import conv_net
 
 
@@ -53,7 +54,7 @@ class ResNet(nn.Module):
 
     def __init__(self, channels: int, hidden_channels: int, outputs: int, blocks: int, *, context_features: int = 0) -> None:
         super().__init__()
-        self.conv_in = WeightNormConv2d(channels + context_features, hidden_channels, 3)
+        self.conv_in = WeightNormConv2d(channels + parse_context_features(context_features), hidden_channels, 3)
         self.blocks = nn.Sequential(*(_Block(hidden_channels) for _ in range(blocks)))
         self.norm_out, self.conv_out = nn.BatchNorm2d(hidden_channels), WeightNormConv2d(hidden_channels, outputs, 1)
 
@@ -73,7 +74,7 @@ class ZeroConv2d(nn.Conv2d):
     """
 
     def __init__(self, inputs: int, outputs: int, *, context_features: int = 0) -> None:
-        super().__init__(inputs + context_features, outputs, 3, padding=1)
+        super().__init__(inputs + parse_context_features(context_features), outputs, 3, padding=1)
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
         self.log_gain = nn.Parameter(torch.zeros(outputs))
@@ -101,7 +102,7 @@ class ConvNet(nn.Module):
 
     def __init__(self, channels: int, hidden_channels: int, outputs: int, *, context_features: int = 0) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(channels + context_features, hidden_channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels + parse_context_features(context_features), hidden_channels, 3, padding=1)
         self.conv_mid = nn.Conv2d(hidden_channels, hidden_channels, 1)
         self.conv_out = ZeroConv2d(hidden_channels, outputs)
 

@@ -11,7 +11,7 @@ from ..ops.activation import Activation, parse_activation
 from ..ops.degrees import hidden_degrees, staircase
 from ..ops.scale_map import parse_form
 from .masked_linear import MaskedLinear, Unitwise
-from .mlp import parse_widths
+from .mlp import parse_context_features, parse_widths
 
 
 def _checked_scale(scale: ScaleMap | None) -> ScaleMap:
@@ -68,8 +68,7 @@ class MaskedAutoregressive(nn.Module):
             raise ValueError(f"features must be at least 1; got {features}")
         if residual and len(set(widths)) > 1:
             raise ValueError(f"hidden_features must all be equal with residual=True; got {widths}")
-        if context_features < 0:
-            raise ValueError(f"context_features must be at least 0; got {context_features}")
+        parse_context_features(context_features)
         if context_rule not in ("every_output", "all_but_first"):
             raise ValueError(f"context_rule must be 'every_output' or 'all_but_first'; got {context_rule!r}")
         every_output = context_features > 0 and context_rule == "every_output"

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import masked_linear
+from ..ops.degrees import check_staircase
 from ..ops.masked_linear.reference import staircase_mask
 
 
@@ -28,9 +29,7 @@ class MaskedLinear(nn.Module):
     def __init__(self, visible: Tensor, in_features: int, *, context_features: int = 0, context_bias: bool = False) -> None:
         super().__init__()
         out_features = len(visible)
-        counts = visible.tolist()
-        if counts != sorted(counts) or (counts and not 0 <= counts[0] <= counts[-1] <= in_features):
-            raise ValueError(f"visible must ascend from 0 to at most {in_features}; got {counts}")
+        check_staircase(visible, in_features)
         self.register_buffer("visible", visible.to(torch.int32))
         self.weight = nn.Parameter(torch.empty(in_features, out_features))
         self.bias = nn.Parameter(torch.empty(out_features))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,17 @@ def parse_widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
     if not widths or min(widths) < 1:
         raise ValueError(f"hidden_features must be widths of at least 1; got {widths}")
     return widths
+
+
+def parse_context_features(context_features: int) -> int:
+    """The width of a context; 0 is none.
+
+    Raises:
+        ValueError: it is less than 0, or no integer.
+    """
+    if not isinstance(context_features, Integral) or context_features < 0:
+        raise ValueError(f"context_features must be at least 0; got {context_features}")
+    return context_features
 
 
 class Dense(nn.Module):
@@ -80,6 +92,7 @@ class MLP(nn.Module):
 
     def __init__(self, features: int, hidden_features: Sequence[int], outputs: int, *, context_features: int = 0) -> None:
         super().__init__()
+        parse_context_features(context_features)
         first, *rest = pairwise([features, *parse_widths(hidden_features), outputs])
         self.layers = nn.ModuleList([Dense(*first, context_features=context_features), *(Dense(*widths) for widths in rest)])
 

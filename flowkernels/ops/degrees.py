@@ -57,3 +57,14 @@ def staircase(below: Tensor, above: Tensor, *, strict: bool) -> Tensor:
         if (degrees.diff() < 0).any():
             raise ValueError(f"degrees of the units {name} must ascend; got {degrees.tolist()}")
     return torch.searchsorted(below, above, right=not strict).to(torch.int32)
+
+
+def check_staircase(visible: Tensor, inputs: int) -> None:
+    """Check what a masked layer is given; reads the values.
+
+    Raises:
+        ValueError: visible does not ascend, or exceeds the inputs.
+    """
+    counts = visible.tolist()
+    if counts != sorted(counts) or (counts and not 0 <= counts[0] <= counts[-1] <= inputs):
+        raise ValueError(f"visible must ascend from 0 to at most {inputs}; got {counts}")

@@ -1,6 +1,7 @@
 """A fused path computes what the modules say, or it is not taken: flows whose modules somebody has changed, hooked or replaced."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -188,6 +189,17 @@ def test_a_log_determinant_may_be_added_to():
         (lambda: MAF((1, 4, 4)), r"features must be at least 1; got \(1, 4, 4\)"),
         (lambda: MAF(4, hidden_features=16), r"hidden_features must be a sequence of widths; got 16, which for one layer is \(16,\)"),
         (lambda: NICE(4, hidden_features=16), "hidden_features must be a sequence of widths; got 16"),
+        *(
+            (functools.partial(flow, shape, context_features=-1, **settings), "context_features must be at least 0; got -1")
+            for flow, shape, settings in [
+                (MAF, 4, {}),
+                (NICE, 4, {}),
+                (RealNVP, 4, {}),
+                (RealNVP, (1, 4, 4), {}),
+                (Glow, (3, 8, 8), {"levels": 2, "steps": 1}),
+            ]
+        ),
+        (lambda: Flow([Permute([1, 0])], 2, context_features=0.5), "context_features must be at least 0; got 0.5"),
         (lambda: MAF(4).sample(-1), "n must be a number of at least 0; got -1"),
         (lambda: MAF(4).sample((2, 3)), r"n must be a number of at least 0; got \(2, 3\): distribution\(context\).sample takes shapes"),
         (lambda: MAF(4, context_features=2).sample(3, torch.ones(5, 2, dtype=torch.int64)), "context must be torch.float32"),

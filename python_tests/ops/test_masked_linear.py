@@ -136,8 +136,10 @@ def test_a_bad_staircase_does_not_reach_memory(visible):
     visible = torch.tensor(visible, dtype=torch.int32)
     x, weight, dy = torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(2, 3)
     ops = torch.ops.flowkernels
+    with pytest.raises(ValueError, match=rf"visible must ascend from 0 to at most 3; got \[{', '.join(map(str, visible.tolist()))}\]"):
+        masked_linear(x, weight, None, visible)
     for call in (
-        lambda: masked_linear(x, weight, None, visible),
+        lambda: ops.masked_linear.default(x, weight, None, visible),
         lambda: ops.masked_linear_dx(dy, weight, visible),
         lambda: ops.masked_linear_dweight(x, dy, visible),
     ):

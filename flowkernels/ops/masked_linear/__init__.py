@@ -16,7 +16,8 @@ from torch import Tensor
 from ..._backend import register_triton, wants_reference
 from ..._library import library
 from .._autocast import any_autocast, cast
-from .._differentiation import apply_function, forward_mode, needs_autograd, vmap_one_by_one
+from .._differentiation import apply_function, forward_mode, needs_autograd, transformed, vmap_one_by_one
+from ..degrees import check_staircase
 from .reference import masked_linear_dweight_reference, masked_linear_dx_reference, masked_linear_reference
 
 _DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
@@ -195,7 +196,8 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tenso
         y, [*, outputs], with the dtype of x.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError: a shape, dtype or device does not fit; or, where a CPU's kernel serves, which reads it, visible does not ascend or
+            exceeds the inputs.
     """
     if any_autocast() and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -216,4 +218,10 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tenso
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and (value.dtype != dtype or value.device != device):
             raise ValueError(f"{name} must be {dtype} on {device}, like x; got {value.dtype} on {value.device}")
-    return _product(x, weight, bias, visible)
+    if torch.compiler.is_compiling() or transformed():
+        return _product(x, weight, bias, visible)
+    try:
+        return _product(x, weight, bias, visible)
+    except RuntimeError:  # the kernel reads the staircase anyway
+        check_staircase(visible, weight.shape[0])
+        raise
