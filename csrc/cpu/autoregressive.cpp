@@ -12,9 +12,11 @@
 #include <span>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/autoregressive.h"
+#include "cpu/kept_stacks.h"
 #include "cpu/network.h"
 #include "cpu/scratch.h"
 #include "cpu/tensor.h"
@@ -119,38 +121,51 @@ std::tuple<Tensor, Tensor> autoregressive(Tensor x, std::optional<Tensor> contex
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> stack(const Tensor& x, const std::optional<Tensor>& context, const NetworkParts& all, std::span<const Tensor> orders,
-                                         std::span<const Tensor> affines, std::span<const int64_t> stages, std::span<const double> scales,
-                                         bool keep) {
-  const size_t n = orders.size();
+double learned_number(const Tensor& t) {
+  const ScalarType dtype = sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
+  check_network(t.numel() == 1 && t.scalar_type() == dtype && t.is_cpu(), "a learned scale does not fit x");
+  return *static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> stack(const Tensor& x, const std::optional<Tensor>& context, const StackLists& lists, Tensor* between) {
+  const size_t n = lists.orders.size();
   check_network(x.dim() == 2, "x must have two dimensions");
-  check_network(n >= 1 && affines.size() == n && stages.size() == MapNumbers::kNumbers * n && scales.size() == 2 * n,
+  check_network(n >= 1 && lists.affines.size() == n && lists.stages.size() == MapNumbers::kNumbers * n && lists.scales.size() == 2 * n,
                 "every map needs its entries in each list");
+  check_network(lists.factors.empty() || lists.factors.size() == n, "factors must have one entry for each map");
   const int64_t batch = x.size(0), features = x.size(1);
-  Networks networks(all);
+  Networks networks({lists.weights, lists.biases, lists.context_weights, lists.context_biases, lists.visible, lists.activations, lists.wiring});
   Tensor y = empty(x, {batch, features}), logabsdet = empty(x, {batch});
-  Tensor kept = empty(x, {keep ? static_cast<int64_t>(n) - 1 : 0, batch, features});
+  if (between) *between = empty(x, {static_cast<int64_t>(n) - 1, batch, features});
 
   std::vector<Map<T>> maps;
   std::vector<AutoregressiveArgs<T>> args;
   maps.reserve(n);
   args.reserve(n);
   for (size_t i = 0; i < n; ++i) {
-    const MapNumbers numbers(stages, i);
-    const ScaleMapParams scale{static_cast<int>(numbers.scale_kind), scales[2 * i], scales[2 * i + 1]};
-    const Tensor* affine = affines[i].numel() ? &affines[i] : nullptr;
-    maps.emplace_back(x, context, networks.next(numbers), &orders[i], affine, scale, static_cast<int>(numbers.form), numbers.inverse != 0);
+    const MapNumbers numbers(lists.stages, i);
+    const double factor = lists.factors.empty() || lists.factors[i].numel() == 0 ? 1 : learned_number<T>(lists.factors[i]);
+    const ScaleMapParams scale{static_cast<int>(numbers.scale_kind), lists.scales[2 * i] * factor, lists.scales[2 * i + 1]};
+    const Tensor* affine = lists.affines[i].numel() ? &lists.affines[i] : nullptr;
+    maps.emplace_back(x, context, networks.next(numbers), &lists.orders[i], affine, scale, static_cast<int>(numbers.form), numbers.inverse != 0);
     AutoregressiveArgs<T>& map = args.emplace_back(maps.back().args);
     if (i > 0) {
       map.x = {args[i - 1].y, features, 1};
       map.adds_log = true;
     }
     map.y = static_cast<T*>(y.mutable_data_ptr());
-    if (keep && i + 1 < n) map.y = static_cast<T*>(kept.mutable_data_ptr()) + static_cast<int64_t>(i) * batch * features;
+    if (between && i + 1 < n) map.y = static_cast<T*>(between->mutable_data_ptr()) + static_cast<int64_t>(i) * batch * features;
     map.logabsdet = static_cast<T*>(logabsdet.mutable_data_ptr());
   }
   run<T>(args);
-  return {y, logabsdet, kept};
+  return {y, logabsdet};
+}
+
+// between: what all maps but the last gave, [maps - 1, batch, features], where it is asked for
+std::tuple<Tensor, Tensor> stack_of_any(const Tensor& x, const std::optional<Tensor>& context, const StackLists& lists, Tensor* between) {
+  check_network(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double, "x must be float32 or float64");
+  return (x.scalar_type() == ScalarType::Float ? stack<float> : stack<double>)(x, context, lists, between);
 }
 
 std::tuple<Tensor, Tensor, Tensor> autoregressive_stack(Tensor x, std::optional<Tensor> context, std::vector<Tensor> weights, std::vector<Tensor> biases,
@@ -158,9 +173,30 @@ std::tuple<Tensor, Tensor, Tensor> autoregressive_stack(Tensor x, std::optional<
                                                         std::vector<Tensor> visible, std::vector<Tensor> orders, std::vector<Tensor> affines,
                                                         std::vector<int64_t> activations, std::vector<int64_t> wiring, std::vector<int64_t> stages,
                                                         std::vector<double> scales, bool keep) {
-  check_network(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double, "x must be float32 or float64");
-  auto go = x.scalar_type() == ScalarType::Float ? stack<float> : stack<double>;
-  return go(x, context, {weights, biases, context_weights, context_biases, visible, activations, wiring}, orders, affines, stages, scales, keep);
+  const StackLists lists{std::move(weights), std::move(biases),      std::move(context_weights), std::move(context_biases), std::move(visible), std::move(orders),
+                         std::move(affines), std::move(activations), std::move(wiring),          std::move(stages),         std::move(scales),         {}};
+  Tensor between;
+  const auto [y, logabsdet] = stack_of_any(x, context, lists, keep ? &between : nullptr);
+  return {y, logabsdet, keep ? between : empty(x, {0, x.size(0), x.size(1)})};
+}
+
+KeptStacks& kept_stacks() {
+  static auto* const all = new KeptStacks;  // never freed: torch may be gone when a process ends
+  return *all;
+}
+
+int64_t keep_stack(std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> context_weights, std::vector<Tensor> context_biases,
+                   std::vector<Tensor> visible, std::vector<Tensor> orders, std::vector<Tensor> affines, std::vector<int64_t> activations,
+                   std::vector<int64_t> wiring, std::vector<int64_t> stages, std::vector<double> scales, std::vector<Tensor> factors) {
+  return kept_stacks().keep({std::move(weights), std::move(biases), std::move(context_weights), std::move(context_biases), std::move(visible),
+                             std::move(orders), std::move(affines), std::move(activations), std::move(wiring), std::move(stages), std::move(scales),
+                             std::move(factors)});
+}
+
+void release_stack(int64_t stack) { kept_stacks().release(stack); }
+
+std::tuple<Tensor, Tensor> autoregressive_kept(Tensor x, std::optional<Tensor> context, int64_t stack) {
+  return stack_of_any(x, context, *kept_stacks().at(stack), nullptr);
 }
 
 }  // namespace
@@ -170,4 +206,10 @@ STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
   if (flowkernels::hardware_target() == flowkernels::Target::none) return;
   m.impl("autoregressive", TORCH_BOX(&flowkernels::autoregressive));
   m.impl("autoregressive_stack", TORCH_BOX(&flowkernels::autoregressive_stack));
+  m.impl("autoregressive_kept", TORCH_BOX(&flowkernels::autoregressive_kept));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flowkernels, CompositeExplicitAutograd, m) {
+  m.impl("_keep_stack", TORCH_BOX(&flowkernels::keep_stack));
+  m.impl("_release_stack", TORCH_BOX(&flowkernels::release_stack));
 }

@@ -1,5 +1,6 @@
 """Couplings of vectors as maps of `ops.autoregressive_stack`, which runs their network and their map in one kernel."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -65,12 +66,17 @@ def coupling_map(
     if learned and scale_parameter.numel() != 1:
         return None
     gradient = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
-    large = sum(w.numel() for w in weights) > _LARGE
-    if (gradient and (inverse or large)) or (large and len(x) > _FEW_ROWS):
+    most = most_rows(weights)
+    if (gradient and (inverse or most is not None)) or (most is not None and len(x) > most):
         return None
     visible = [_whole(*w.shape) for w in weights]
     network = Conditioner(weights, biases, visible, _activations(len(weights)), context_weights, _order(part, features))
     return Map(network, PoweredMap(scale, scale_parameter) if learned else scale, form, inverse)
+
+
+def most_rows(weights: Sequence[Tensor]) -> int | None:
+    """The batch up to which a network of these weights runs inside the kernel; None for any."""
+    return _FEW_ROWS if sum([w.numel() for w in weights]) > _LARGE else None
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Map, autoregressive_stack
-from ._coupling_map import has_global_hooks, is_plain
+from ._coupling_map import has_global_hooks, is_plain, most_rows
+from ._programs import Step
 from .batch_norm import FlowBatchNorm, evaluation_affines
 from .coupling import AdditiveCoupling, AffineCoupling
 from .inverse import Inverse
@@ -17,11 +18,17 @@ from .permute import Permute
 _Part = tuple[nn.Module, Map | None]  # a layer, and the map that it is where it can be one
 
 
-def run(layers: Sequence[nn.Module], x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Apply layers in the order given, all forward or all inverse: the result, and the sum of their log|det|s."""
+def run(
+    layers: Sequence[nn.Module], x: Tensor, context: Tensor | None, *, inverse: bool, steps: list[Step] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Apply layers in the order given, all forward or all inverse: the result, and the sum of their log|det|s. What is run is appended to
+    `steps`, and an empty step where something between maps was joined to them, or might be another time."""
     together = not has_global_hooks()
     if together and (plain := _autoregressive_alone(layers, inverse)):  # a small flow feels every detour
-        return _run_maps(x, context, [Map(layer.conditioner(), layer.scale, layer.form, own) for layer, own in plain])
+        maps = [Map(layer.conditioner(), layer.scale, layer.form, own) for layer, own in plain]
+        if steps is not None:
+            steps.append(Step(layers, maps))
+        return _run_maps(x, context, maps)
     total = None
     group: list[_Part] = []  # layers that run together: the first and the last are maps
     gap: list[_Part] = []  # what has come since, if it may stand between two maps
@@ -32,6 +39,11 @@ def run(layers: Sequence[nn.Module], x: Tensor, context: Tensor | None, *, inver
         total = logabsdet if total is None else total + logabsdet
 
     def apply_all() -> None:
+        if steps is not None:
+            if group:
+                steps.append(_step(group))
+            if gap:
+                steps.append(Step())
         if group:
             apply(_run_stack, group, inverse)
         for layer, _ in gap:
@@ -47,9 +59,26 @@ def run(layers: Sequence[nn.Module], x: Tensor, context: Tensor | None, *, inver
         else:
             apply_all()
             group, gap = [], []
+            if steps is not None:
+                steps.append(Step() if isinstance(layer, FlowBatchNorm) else Step([layer]))
             apply(layer.inverse if inverse else layer)
     apply_all()
     return x, total
+
+
+def _step(group: Sequence[_Part]) -> Step:
+    maps = [own for _, own in group if own is not None]
+    if len(maps) < len(group):
+        return Step()
+    couplings = [own for layer, own in group if not isinstance(_direct(layer), MaskedAutoregressive)]
+    limits = [most for own in couplings if (most := most_rows(own.conditioner.weights)) is not None]
+    return Step([layer for layer, _ in group], maps, min(limits, default=None))
+
+
+def _direct(layer: nn.Module) -> nn.Module:
+    while isinstance(layer, Inverse):
+        layer = layer.layer
+    return layer
 
 
 def _autoregressive_alone(layers: Sequence[nn.Module], inverse: bool) -> list[tuple[MaskedAutoregressive, bool]]:

@@ -4,10 +4,11 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from ._programs import KeepsPrograms, Programs, Step
 from ._stack import run
 
 
-class Chain(nn.Module):
+class Chain(KeepsPrograms):
     """z = layer_n(... layer_1(x)); logabsdet is the sum of theirs. The inverse goes back through them.
 
     Autoregressive layers that follow one another, with permutations and with batch norms in evaluation between them, run as one call
@@ -22,12 +23,14 @@ class Chain(nn.Module):
         self.layers = nn.ModuleList(layers)
         if not self.layers:
             raise ValueError("layers must hold at least one layer; got none")
+        self._programs = Programs()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return run(self._each(), x, context, inverse=False)
+        return self._programs.run(self, x, context, inverse=False, by_modules=self._by_modules)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return run(self._each()[::-1], z, context, inverse=True)
+        return self._programs.run(self, z, context, inverse=True, by_modules=self._by_modules)
 
-    def _each(self) -> list[nn.Module]:
-        return list(self.layers._modules.values())  # a module list finds each by its number, at a microsecond and more
+    def _by_modules(self, x: Tensor, context: Tensor | None, *, inverse: bool, steps: list[Step] | None) -> tuple[Tensor, Tensor]:
+        layers = list(self.layers._modules.values())  # a module list finds each by its number, at a microsecond and more
+        return run(layers[::-1] if inverse else layers, x, context, inverse=inverse, steps=steps)

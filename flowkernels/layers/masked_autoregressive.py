@@ -6,10 +6,11 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from ..ops import Conditioner, MaskedLayer, ScaleMap, autoregressive, check_conditioner
+from ..ops import Conditioner, Map, MaskedLayer, ScaleMap, autoregressive, check_conditioner
 from ..ops.activation import Activation, parse_activation
 from ..ops.degrees import hidden_degrees, staircase
 from ..ops.scale_map import parse_form
+from ._programs import KeepsPrograms, Programs, Step
 from .masked_linear import MaskedLinear, Unitwise
 from .mlp import parse_context_features, parse_widths
 
@@ -20,7 +21,7 @@ def _checked_scale(scale: ScaleMap | None) -> ScaleMap:
     return ScaleMap.softclip() if scale is None else scale
 
 
-class MaskedAutoregressive(nn.Module):
+class MaskedAutoregressive(KeepsPrograms):
     """Affine autoregressive transform with a MADE as its conditioner (Papamakarios et al. 2017; Germain et al. 2015).
 
         forward:  z_i = x_i * sigma(s_i) + shift_i,   (shift_i, s_i) = MADE(x generated before i, context)
@@ -113,6 +114,7 @@ class MaskedAutoregressive(nn.Module):
         self._activations, self._wiring = network.activations, network.wiring
         self._contexts = [i for i, m in enumerate(modules) if getattr(m, "context_weight", None) is not None]
         self._context_biases = bool(network.context_biases)
+        self._programs = Programs()
 
     def conditioner(self) -> Conditioner:
         """The network as the op takes it."""
@@ -134,10 +136,17 @@ class MaskedAutoregressive(nn.Module):
         return Conditioner(weights, biases, visible, self._activations, contexts, self._buffers["order"], self._wiring, context_biases)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return autoregressive(x, self.conditioner(), context, scale=self.scale, form=self.form)
+        return self._programs.run(self, x, context, inverse=False, by_modules=self._by_modules)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return autoregressive(z, self.conditioner(), context, scale=self.scale, form=self.form, inverse=True)
+        return self._programs.run(self, z, context, inverse=True, by_modules=self._by_modules)
+
+    def _by_modules(self, x: Tensor, context: Tensor | None, *, inverse: bool, steps: list[Step] | None) -> tuple[Tensor, Tensor]:
+        conditioner = self.conditioner()
+        if steps is not None:
+            whole = type(self) is MaskedAutoregressive and "conditioner" not in vars(self)
+            steps.append(Step([self], [Map(conditioner, self.scale, self.form, inverse)]) if whole else Step())
+        return autoregressive(x, conditioner, context, scale=self.scale, form=self.form, inverse=inverse)
 
     def extra_repr(self) -> str:
         activations = [Activation(a).name.lower() for a in dict.fromkeys(self._activations[:-1])]

@@ -1,0 +1,193 @@
+"""What layers keep of their calls without gradient: on a CPU a small flow spends more time on finding and handing over its tensors than in
+its loop. As long as nothing of a module has been replaced, a call gives C++ its input and the number of a stack that C++ knows."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import attrgetter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from .._backend import prefers_compiled
+from ..ops import Map
+from ..ops._autocast import any_autocast
+from ..ops._differentiation import transformed
+from ..ops.autoregressive.kept import CAN_KEEP, KeptStack
+from ._coupling_map import has_global_hooks
+from .masked_linear import MaskedLinear, Unitwise
+
+Result = tuple[Tensor, Tensor]
+_NEVER_CALLED = (nn.ModuleList, MaskedLinear, Unitwise)
+_HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_STORES = attrgetter("_parameters", "_buffers", "_modules")
+
+
+class Step(NamedTuple):
+    """Part of a call: maps that run together, each of one layer, or, without maps, one layer that is called.
+
+    most_rows: the batch up to which the layers are these maps; None for any.
+    """
+
+    layers: Sequence[nn.Module] = ()
+    maps: Sequence[Map] = ()
+    most_rows: int | None = None
+
+
+def _settings(attributes: dict) -> tuple:
+    get = attributes.get
+    return get("scale"), get("form"), get("part"), get("interleaved")
+
+
+class Watch:
+    """Whether modules are as they were: their tensors, parts and settings the same, no attribute put before one of its class, no hooks.
+    What is written into the tensors is not looked at.
+
+    Of the module that keeps this object, `owner`, nothing is kept here but its stores, so that both end together.
+    """
+
+    def __init__(self, owner: nn.Module, modules: Sequence[nn.Module]) -> None:
+        others = [module for module in modules if module is not owner]
+        stores = [store for module in (owner, *others) for store in _STORES(module) if store]
+        self._values = [store.values() for store in stores]  # live views
+        self._expected = [*chain.from_iterable(self._values)]
+        called = [module for module in others if not isinstance(module, _NEVER_CALLED)]
+        self._hooks = [hooks for module in called for hooks in _HOOKS(module)]
+        self._attributes = [vars(module) for module in called]
+        self._counts = [*map(len, self._attributes)]
+        self._settings = [(a, _settings(a)) for a in self._attributes if "scale" in a or "part" in a]
+        self._owner, self._own_count, self._own_settings = weakref.ref(owner), len(vars(owner)), _settings(vars(owner))
+
+    def holds(self, owner: nn.Module) -> bool:
+        try:
+            # lists are compared by whether items are the same, in a tenth of the time of asking for each. Only where they are not, they are
+            # compared themselves: tensors of one equal number serve each other, and all others raise
+            if [*chain.from_iterable(self._values)] != self._expected or any(self._hooks):
+                return False
+        except Exception:
+            return False
+        if [*map(len, self._attributes)] != self._counts:
+            return False
+        for attributes, settings in self._settings:
+            if _settings(attributes) != settings:
+                return False
+        own = vars(owner)
+        return self._owner() is owner and len(own) == self._own_count and _settings(own) == self._own_settings
+
+    def knows(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are tensors of the modules, not made of them for one call."""
+        known = {id(t) for t in self._expected}
+        return all(id(t) in known and type(t) in (Tensor, nn.Parameter) for t in tensors)
+
+
+class Program:
+    """The steps of one direction of a module, with what C++ keeps of them."""
+
+    def __init__(self, watch: Watch, steps: Sequence[Step], dtype: torch.dtype, inverse: bool) -> None:
+        maps = [map_ for step in steps for map_ in step.maps]
+        limits = [step.most_rows for step in steps if step.most_rows is not None]
+        self.watch, self.dtype, self.inverse = watch, dtype, inverse
+        self.takes_context = all(map_.conditioner.context_weights for map_ in maps)
+        self.most_rows = min(limits, default=None)
+        self.calls = 0
+        self.steps: list[KeptStack | nn.Module] = [KeptStack(step.maps) if step.maps else step.layers[0] for step in steps]
+
+    def fits(self, x: Tensor, context: Tensor | None) -> bool:
+        if self.most_rows is not None and x.shape[0] > self.most_rows:
+            return False
+        return x.dtype is self.dtype and (context is None or self.takes_context)
+
+    def __call__(self, x: Tensor, context: Tensor | None) -> Result:
+        total = None
+        for step in self.steps:
+            call = step.inverse if self.inverse and isinstance(step, nn.Module) else step
+            x, logabsdet = call(x, context)
+            total = logabsdet if total is None else total + logabsdet
+        return x, total
+
+
+class Programs:
+    """The programs of a module in both directions. Copies and pickles of the module begin with none."""
+
+    def __init__(self) -> None:
+        self._of: dict[bool, Program] = {}
+        self._calls, self._patience = 0, 1
+
+    def __reduce__(self) -> tuple:
+        return Programs, ()
+
+    def clear(self) -> None:
+        self._of.clear()
+        self._calls, self._patience = 0, 1
+
+    def run(self, owner: nn.Module, x: Tensor, context: Tensor | None, *, inverse: bool, by_modules: Callable[..., Result]) -> Result:
+        """by_modules(x, context, inverse=inverse, steps=None), or the same by a program. `steps` is a list to which by_modules appends the
+        steps it makes, and an empty one for what no program can do."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_plain_call(x):
+            return by_modules(x, context, inverse=inverse, steps=None)
+        program = self._of.get(inverse)
+        if program is not None and program.fits(x, context):
+            if program.watch.holds(owner):
+                program.calls += 1
+                try:
+                    return program(x, context)
+                except RuntimeError:  # the modules say what does not fit, or make it fit
+                    pass
+            self._forget(inverse)
+        self._calls += 1
+        if self._calls <= self._patience:
+            return by_modules(x, context, inverse=inverse, steps=None)
+        steps: list[Step] = []
+        result = by_modules(x, context, inverse=inverse, steps=steps)
+        self._learn(owner, steps, x.dtype, inverse)
+        return result
+
+    def _forget(self, inverse: bool) -> None:
+        program = self._of.pop(inverse, None)  # another thread may have been here
+        if program is not None:
+            # getting to know tensors takes as long as finding them some ten times: where they change all the time, it is done ever less
+            self._calls, self._patience = 0, 1 if program.calls > 20 else 2 * self._patience
+
+    def _learn(self, owner: nn.Module, steps: Sequence[Step], dtype: torch.dtype, inverse: bool) -> None:
+        if not all(step.layers for step in steps) or not any(step.maps for step in steps):
+            return
+        modules = [module for step in steps if step.maps for layer in step.layers for module in layer.modules()]
+        watch = Watch(owner, modules if owner in modules else [*owner.children(), *modules])
+        if watch.knows([t for step in steps for map_ in step.maps for t in _tensors(map_)]):
+            self._of[inverse] = Program(watch, steps, dtype, inverse)
+
+
+class KeepsPrograms(nn.Module):
+    """A module that forgets its programs when it is moved, cast or loaded. That may exchange what its tensors are made of, which torch
+    refuses where somebody else holds them (torch.utils.swap_tensors)."""
+
+    _programs: Programs
+
+    def _apply(self, *args, **kwargs):
+        self._programs.clear()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._programs.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def _is_plain_call(x: Tensor) -> bool:
+    return (
+        CAN_KEEP
+        and type(x) is Tensor
+        and x.is_cpu
+        and x.dtype in (torch.float32, torch.float64)
+        and prefers_compiled()
+        and not any_autocast()
+        and not transformed()
+        and not has_global_hooks()
+        and _get_current_dispatch_mode() is None
+    )
+
+
+def _tensors(map_: Map) -> list[Tensor]:
+    network = map_.conditioner
+    return [*network.weights, *network.biases, *network.context_weights, *network.context_biases]

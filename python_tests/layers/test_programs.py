@@ -1,0 +1,459 @@
+"""What layers keep of their calls without gradient: the same results, whatever somebody does to their modules between two calls."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import flowkernels
+from flowkernels import ScaleMap
+from flowkernels.flows import IAF, MAF, NICE, Flow, RealNVP
+from flowkernels.layers import MLP, AffineCoupling, DiagonalScale, FlowBatchNorm, Inverse, MaskedAutoregressive
+from flowkernels.layers.mlp import Dense
+from flowkernels.ops import autoregressive
+from flowkernels.ops.autoregressive.kept import CAN_KEEP
+
+pytestmark = pytest.mark.skipif(not CAN_KEEP, reason="no compiled library")
+
+MAKE = {
+    "layer": lambda: MaskedAutoregressive(4, (9, 7)),
+    "MAF": lambda: MAF(4, transforms=3, hidden_features=(9, 7)),
+    "IAF": lambda: IAF(4, transforms=2, hidden_features=(9, 7), gate=True),
+    "conditional": lambda: MAF(4, context_features=3, transforms=2, hidden_features=(9,), residual=True),
+    "NICE": lambda: NICE(4, hidden_features=(8,)),
+    "RealNVP": lambda: RealNVP(4, hidden_features=(8,), transforms=3, batch_norm=False),
+    "parts": lambda: Flow([DiagonalScale(4), *MAF(4, transforms=2, hidden_features=(9,)).layers, nn_coupling()], 4),
+}
+
+
+def nn_coupling() -> AffineCoupling:
+    return AffineCoupling(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4)))
+
+
+def make(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    module = MAKE[name]()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def arguments(name: str, rows: int = 5) -> tuple[torch.Tensor, ...]:
+    return (torch.randn(rows, 4), torch.randn(rows, 3)) if name == "conditional" else (torch.randn(rows, 4),)
+
+
+def both(module: nn.Module, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    with torch.no_grad():
+        return *module(*args), *module.inverse(*args)
+
+
+def programs(module: nn.Module) -> dict:
+    return module._programs._of
+
+
+def learn(module: nn.Module, *args: torch.Tensor) -> None:
+    for _ in range(4):
+        both(module, *args)
+    assert set(programs(module)) == {False, True}
+
+
+def fresh(module: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(module)
+    assert not programs(copied)
+    return copied
+
+
+def equal(got, want) -> None:
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 300])
+@pytest.mark.parametrize("name", MAKE)
+def test_the_same_bits(name, rows):
+    module, args = make(name), arguments(name, rows)
+    want = both(module, *args)
+    learn(module, *args)
+    equal(both(module, *args), want)
+    equal(both(module, *(torch.randn(2 * rows, a.shape[1] * 2)[::2, ::2].copy_(a) for a in args)), want)
+
+
+def first(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    return next(m for m in module.modules() if isinstance(m, kind))
+
+
+def owner_of_a_weight(module: nn.Module) -> nn.Module:
+    return next(m for m in module.modules() if isinstance(m._parameters.get("weight"), nn.Parameter))
+
+
+def replace_parameter(module):
+    owner = owner_of_a_weight(module)
+    owner.weight = nn.Parameter(owner.weight.detach() + 0.5)
+
+
+def write_in_place(module):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1)
+
+
+def write_data(module):
+    for parameter in module.parameters():
+        parameter.data = parameter.data + 0.1
+
+
+def load(module):
+    module.load_state_dict({k: v + 0.1 if v.is_floating_point() else v for k, v in module.state_dict().items()})
+
+
+def assign(module):
+    module.load_state_dict({k: v + 0.1 if v.is_floating_point() else v for k, v in module.state_dict().items()}, assign=True)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def parametrize(module):
+    nn.utils.parametrize.register_parametrization(owner_of_a_weight(module), "weight", Doubled())
+
+
+CHANGES = [replace_parameter, write_in_place, write_data, load, assign, parametrize]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", MAKE)
+def test_tensors_change(name, change):
+    module, args = make(name), arguments(name)
+    learn(module, *args)
+    before = both(module, *args)
+    change(module)
+    want = both(fresh(module), *args)
+    assert not torch.equal(want[0], before[0])
+    for _ in range(6):
+        equal(both(module, *args), want)
+
+
+def change_scale(layer):
+    layer.scale = ScaleMap.exp_tanh(0.5)
+
+
+def change_form(layer):
+    layer.form = type(layer.form).DIVIDE
+
+
+def change_part(layer):
+    kind = type(layer.part)
+    layer.part = kind.EVEN if layer.part != kind.EVEN else kind.ODD
+
+
+def change_interleaved(layer):
+    layer.interleaved = False
+
+
+def change_forward(layer):
+    forward = layer.forward
+    layer.forward = lambda x, context=None: tuple(2 * t for t in forward(x, context))
+
+
+def add_hook(layer):
+    layer.register_forward_hook(lambda module, args, output: tuple(2 * t for t in output))
+
+
+def replace_number(layer):
+    # equal, but another: what is written into it must be seen
+    layer.scale_parameter = nn.Parameter(layer.scale_parameter.detach().clone())
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("layer", change_scale),
+        ("layer", change_form),
+        *(("MAF", change) for change in (change_scale, change_form, change_forward, add_hook)),
+        *(("RealNVP", c) for c in (change_scale, change_form, change_part, change_interleaved, change_forward, add_hook, replace_number)),
+        ("NICE", change_part),
+    ],
+)
+def test_settings_change(name, change):
+    module, args = make(name), arguments(name)
+    learn(module, *args)
+    before = both(module, *args)
+    layer = module if name == "layer" else module.layers[1]
+    change(layer)
+    if change is replace_number:
+        equal(both(module, *args), before)
+        with torch.no_grad():
+            layer.scale_parameter.add_(1.0)
+    want = both(fresh(module), *args)
+    assert not torch.equal(want[0], before[0])
+    for _ in range(6):
+        equal(both(module, *args), want)
+
+
+def test_hooks_of_parts_run():
+    module, x, called = make("RealNVP"), torch.randn(5, 4), []
+    learn(module, x)
+    first(module, MLP).layers[0].register_forward_hook(lambda *_: called.append("dense"))
+    both(module, x)
+    assert len(called) == 2
+    module = make("MAF")
+    learn(module, x)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: called.append("any"))
+    try:
+        both(module, x)
+    finally:
+        handle.remove()
+    assert called.count("any") > 3
+
+
+@pytest.mark.parametrize("kind", [Dense, MLP, Inverse])
+def test_a_part_is_given_a_forward_of_its_own(kind):
+    module, x, called = make("IAF" if kind is Inverse else "RealNVP"), torch.randn(5, 4), []
+    learn(module, x)
+    part = first(module, kind)
+    forward = part.forward
+    part.forward = lambda *args: called.append(1) or forward(*args)
+    with torch.no_grad():
+        module(x)
+    assert called == [1]
+
+
+@pytest.mark.parametrize("name", ["layer", "MAF", "RealNVP"])
+def test_computed_weights_are_computed_anew(name):
+    module, x = make(name), torch.randn(5, 4)
+    parametrize(module)
+    for _ in range(5):
+        before = both(module, x)
+    with torch.no_grad():
+        first(module, nn.utils.parametrize.ParametrizationList).original.add_(0.1)
+    assert not torch.equal(both(module, x)[0], before[0])
+    equal(both(module, x), both(fresh(module), x))
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_tensors_can_be_swapped(name):
+    module, args = make(name), arguments(name)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        learn(module, *args)
+        module.double().float()
+        learn(module, *args)
+        module.load_state_dict(module.state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    equal(both(module, *args), both(fresh(module), *args))
+
+
+def test_layers_change():
+    module, x = make("MAF"), torch.randn(5, 4)
+    learn(module, x)
+    module.layers[1] = Inverse(make("layer"))
+    for change in (lambda: None, lambda: module.layers.append(make("layer")), lambda: module.layers.pop(0)):
+        change()
+        want = both(fresh(module), x)
+        for _ in range(6):
+            equal(both(module, x), want)
+
+
+def test_large_networks_are_run_by_rows():
+    torch.manual_seed(0)
+    module = NICE(4, hidden_features=(800, 800))
+    few, many = torch.randn(3, 4), torch.randn(100, 4)
+    learn(module, few)
+    kept = dict(programs(module))
+    for x in (many, few, many):
+        equal(both(module, x), both(fresh(module), x))
+    assert programs(module) == kept
+
+
+def test_a_subclass_is_asked():
+    class Shifted(MaskedAutoregressive):
+        def conditioner(self):
+            return super().conditioner()._replace(biases=[b + 1 for b in (m.bias for m in self.layers)])
+
+    torch.manual_seed(0)
+    layer, x = Shifted(4, (9, 7)), torch.randn(5, 4)
+    want = both(layer, x)
+    for _ in range(6):
+        equal(both(layer, x), want)
+    assert not programs(layer)
+
+
+def test_a_layer_is_given_a_network_of_its_own():
+    layer, x = make("layer"), torch.randn(5, 4)
+    learn(layer, x)
+    before, network = both(layer, x), layer.conditioner()
+    with torch.no_grad():
+        network = network._replace(biases=[b + 1 for b in network.biases])
+    layer.conditioner = lambda: network
+    want = autoregressive(x, network, scale=layer.scale, form=layer.form)
+    for _ in range(6):
+        equal(both(layer, x)[:2], want)
+    assert not torch.equal(want[0], before[0])
+
+
+@pytest.mark.parametrize("change", ["form", "layers"])
+def test_a_shallow_copy_is_another_module(change):
+    layer, x = make("layer"), torch.randn(5, 4)
+    learn(layer, x)
+    other = copy.copy(layer)
+    if change == "form":
+        other.form = type(layer.form).DIVIDE
+    else:
+        other._modules = {"layers": MaskedAutoregressive(4, (9, 7)).layers}
+    want = both(fresh(layer), x), both(fresh(other), x)
+    for _ in range(6):
+        equal((both(layer, x), both(other, x)), want)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_other_parameters_for_one_call(name):
+    module, args = make(name), arguments(name)
+    learn(module, *args)
+    mine = both(module, *args)
+    others = {key: p.detach() + 0.1 for key, p in module.named_parameters()}
+    changed = fresh(module)
+    changed.load_state_dict(others, strict=False)
+    want = both(changed, *args)[:2]
+    for _ in range(4):
+        with torch.no_grad():
+            equal(torch.func.functional_call(module, others, args), want)
+        equal(both(module, *args), mine)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_other_ways_to_call(name):
+    module, args = make(name), arguments(name)
+    learn(module, *args)
+    want = both(module, *args)
+    with torch.no_grad():
+        with flowkernels.backend("reference"):
+            equal(both(module, *args), both(fresh(module), *args))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = module(*args)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            equal(got, fresh(module)(*args))
+        rows = torch.func.vmap(lambda *row: module(*(r[None] for r in row)))(*args)
+        torch.testing.assert_close(rows[0][:, 0], want[0], rtol=1e-4, atol=1e-5)
+        tangents = tuple(torch.randn_like(a) for a in args)
+        equal(torch.func.jvp(module, args, tangents), torch.func.jvp(fresh(module), args, tangents))
+        other = fresh(module)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert module(*(mode.from_tensor(a) for a in args))[0].shape == (5, 4)
+            for _ in range(4 if name != "RealNVP" else 0):  # its learned scale is read, which this mode refuses
+                assert other(*args)[0].shape == (5, 4)
+        equal(both(other, *args), want)
+    with torch.inference_mode():
+        equal(both(module, *args), want)
+    z, logabsdet = module(*args)
+    assert z.requires_grad and logabsdet.requires_grad
+    equal(both(pickle.loads(pickle.dumps(module)), *args), want)
+    module.double()
+    for _ in range(4):
+        got = both(module, *(a.double() for a in args))
+    torch.testing.assert_close(got, tuple(t.double() for t in want), rtol=1e-4, atol=1e-5)
+    with pytest.raises((ValueError, RuntimeError)) as want:
+        both(fresh(module), *args)
+    with pytest.raises(want.type) as got:
+        both(module, *args)
+    assert str(got.value) == str(want.value)
+
+
+class Recorded(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        recorded.append(getattr(function, "__name__", ""))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+recorded: list[str] = []
+
+
+def test_tensors_of_a_subclass_see_the_parts():
+    module, x = make("RealNVP"), torch.randn(5, 4)
+    learn(module, x)
+    with torch.no_grad():
+        module(x.as_subclass(Recorded))
+    assert "addmm" in recorded
+
+
+def test_bad_input_is_named():
+    module, args = make("conditional"), arguments("conditional")
+    learn(module, *args)
+    plain = make("MAF")
+    learn(plain, args[0])
+    layer = make("layer")
+    learn(layer, args[0])
+    for call, message in [
+        (lambda: module(args[0]), "context is missing"),
+        (lambda: module(args[0], args[1][:, :2]), "context must be"),
+        (lambda: module(args[0], args[1].double()), "context must be torch.float32"),
+        (lambda: plain(*args), "context"),
+        (lambda: layer(*args), "context was given"),
+        (lambda: layer(args[0][:, :3]), r"x must have shape \[batch, 4\]"),
+        (lambda: layer(args[0][0]), r"x must have shape \[batch, 4\]"),
+        (lambda: layer(args[0].long()), "x must be float64, float32"),
+    ]:
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_nothing_outlives_its_module(name):
+    module, args = make(name), arguments(name)
+    learn(module, *args)
+    gone = [weakref.ref(p) for p in module.parameters()]
+    gc.collect()
+    gc.disable()
+    try:
+        del module
+        assert not any(p() is not None for p in gone)
+    finally:
+        gc.enable()
+
+
+def test_statistics_are_read_anew():
+    module, x = RealNVP(4, hidden_features=(8,), transforms=2), torch.randn(50, 4)
+    for training in (True, False, True, False, False):
+        module.train(training)
+        got = [both(module, x) for _ in range(3)]
+        if not training:
+            equal(got[2], both(fresh(module), x))
+            first(module, FlowBatchNorm).running_mean.data += 0.3
+            assert not torch.equal(both(module, x)[0], got[2][0])
+
+
+def test_tensors_that_change_at_every_call_are_asked_for_ever_less():
+    module, x = make("MAF"), torch.randn(5, 4)
+    learned = 0
+    with torch.no_grad():
+        for _ in range(200):
+            replace_parameter(module)
+            module(x)
+            learned += bool(programs(module))
+    assert 0 < learned < 10
+
+
+def test_threads():
+    module, x = make("MAF"), torch.randn(5, 4)
+    want, wrong = both(module, x), []
+
+    def work():
+        for _ in range(100):
+            if any(not torch.equal(a, b) for a, b in zip(both(module, x), want, strict=True)):
+                wrong.append(1)
+            module._programs.clear()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
