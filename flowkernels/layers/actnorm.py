@@ -39,6 +39,8 @@ class ActNorm(nn.Module):
     def ready(self) -> bool:
         """Whether the layer was initialised. The buffer is read only as long as it was not: others may have copied into it."""
         if not self._ready:
+            if self.initialised.is_meta:  # it has no value, and shapes alone are asked for
+                return True
             self._ready = bool(self.initialised)
         return self._ready
 

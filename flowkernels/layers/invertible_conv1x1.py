@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import lu_fold, slogdet, slogdet_inverse
+from ._building import built_on_cpu
 from .actnorm import ActNorm
 
 
@@ -49,6 +50,7 @@ class InvertibleConv1x1(nn.Module):
         ValueError: another channel count, or an unknown parametrization.
     """
 
+    @built_on_cpu
     def __init__(self, channels: int, *, parametrization: str = "lu") -> None:
         super().__init__()
         if channels < 1:

@@ -10,6 +10,7 @@ from ..ops import Conditioner, Map, MaskedLayer, ScaleMap, autoregressive, check
 from ..ops.activation import Activation, parse_activation
 from ..ops.degrees import hidden_degrees, staircase
 from ..ops.scale_map import parse_form
+from ._building import built_on_cpu
 from ._programs import KeepsPrograms, Programs, Step
 from .masked_linear import MaskedLinear, Unitwise
 from .mlp import parse_context_features, parse_widths
@@ -49,6 +50,7 @@ class MaskedAutoregressive(KeepsPrograms):
         x, z: [batch, features]; context: [batch, context_features]; logabsdet: [batch], in nats.
     """
 
+    @built_on_cpu
     def __init__(
         self,
         features: int,
@@ -213,6 +215,6 @@ def parse_order(order: str | Sequence[int] | Tensor, features: int) -> Tensor:
         ascending = torch.arange(features)
         return ascending if order == "ascending" else ascending.flip(0)
     permutation = torch.as_tensor(order, dtype=torch.int64).clone()
-    if permutation.shape != (features,) or permutation.sort().values.ne(torch.arange(features)).any():
+    if sorted(permutation.flatten().tolist()) != list(range(features)) or permutation.dim() != 1:
         raise ValueError(f"order must be a permutation of 0..{features - 1}; got {permutation.tolist()}")
     return permutation

@@ -76,6 +76,16 @@ class Unitwise(nn.Module):
             self.register_buffer("weight", torch.empty(0), persistent=False)
             self.register_buffer("bias", torch.empty(0), persistent=False)
 
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        # no state dict holds these, so they survive the meta device and to_empty
+        for name in self._non_persistent_buffers_set:
+            buffer = self._buffers[name]
+            device = "cpu" if buffer.is_meta else buffer.device
+            units = torch.arange(1, len(buffer) + 1, device=device)
+            self._buffers[name] = units.to(buffer.dtype)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight + self.bias if self.weight.numel() else x
 

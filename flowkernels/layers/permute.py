@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ._building import built_on_cpu
 from ._zero import zero_logabsdet
 from .masked_autoregressive import parse_order
 
@@ -20,6 +21,7 @@ class Permute(nn.Module):
         ValueError: the permutation is none, or x has another number of features.
     """
 
+    @built_on_cpu
     def __init__(self, permutation: str | Sequence[int] | Tensor, features: int | None = None) -> None:
         super().__init__()
         if isinstance(permutation, str) and features is None:
@@ -32,7 +34,8 @@ class Permute(nn.Module):
     @classmethod
     def random(cls, features: int, generator: torch.Generator | None = None) -> "Permute":
         """A permutation drawn uniformly."""
-        return cls(torch.randperm(features, generator=generator))
+        device = "cpu" if generator is None else generator.device
+        return cls(torch.randperm(features, generator=generator, device=device))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check("x", x)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _extension
-from ..._library import library
+from ..._library import library, register_fake
 from ..scale_map import PoweredMap
 from .loop import Lists, Map
 
@@ -24,7 +24,7 @@ _autoregressive_kept = torch.ops.flowkernels.autoregressive_kept.default
 CAN_KEEP = _extension.has_kernel("autoregressive_kept", "CPU")
 
 
-@torch.library.register_fake("flowkernels::autoregressive_kept", lib=library)
+@register_fake("autoregressive_kept")
 def _(x: Tensor, *_) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[:1])
 

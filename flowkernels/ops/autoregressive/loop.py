@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._library import library
+from ..._library import library, register_fake
 from ..scale_map import Form, PoweredMap, ScaleMap
 from .conditioner import Conditioner
 from .reference import autoregressive_reference
@@ -52,7 +52,7 @@ def _composite(
 library.impl("autoregressive", _composite, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("flowkernels::autoregressive", lib=library)
+@register_fake("autoregressive")
 def _(x: Tensor, *_) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[:1])
 
@@ -167,6 +167,6 @@ def _composite_stack(x: Tensor, context: Tensor | None, *lists_and_keep) -> tupl
 library.impl("autoregressive_stack", _composite_stack, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("flowkernels::autoregressive_stack", lib=library)
+@register_fake("autoregressive_stack")
 def _(x: Tensor, context, weights, biases, context_weights, context_biases, visible, orders, *rest) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[:1]), x.new_empty((len(orders) - 1 if rest[-1] else 0, *x.shape))

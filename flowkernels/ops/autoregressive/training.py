@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ... import _extension
 from ..._backend import wants_reference
-from ..._library import library
+from ..._library import library, register_fake
 from .._differentiation import apply_function, each_cotangent, pulled_back, transformed
 from ..activation import Activation
 from ..masked_linear import masked_linear
@@ -61,8 +61,8 @@ _LARGE_PRODUCT = 1 << 32  # multiply-adds, some 0.2 ms of an H200 in float32: wh
 _MOST_WEIGHTS = 1 << 31  # of a network, as the GPU's loop packs them: it counts 34 GB, their staircases' paddings among them
 
 
-@torch.library.register_fake("flowkernels::_autoregressive_training", lib=library)
-@torch.library.register_fake("flowkernels::autoregressive_training", lib=library)
+@register_fake("_autoregressive_training")
+@register_fake("autoregressive_training")
 def _(x, context, *lists) -> tuple[Tensor, Tensor, list[Tensor]]:
     layers = [m.conditioner.layers for m in Lists.without_affines(*lists).maps()]
     kept = [x.new_empty(x.shape[0], x.shape[1] + sum(map(_columns, own))) for own in layers]
@@ -77,13 +77,13 @@ def _columns(layer: MaskedLayer) -> int:
     return layer.visible.shape[0] * (1 + (layer.activation in needs_pre) + layer.gate + term)
 
 
-@torch.library.register_fake("flowkernels::_autoregressive_backward", lib=library)
+@register_fake("_autoregressive_backward")
 def _(*arguments) -> list[Tensor]:
     dx, dcontext, *gradients = _like_backward(*arguments[:-1])
     return [dx, dcontext if arguments[-1] else dcontext.new_empty((0, *dcontext.shape[1:])), *gradients]
 
 
-@torch.library.register_fake("flowkernels::autoregressive_backward", lib=library)
+@register_fake("autoregressive_backward")
 def _like_backward(
     dy, dlogabsdet, kept, context, weights, biases, context_weights, context_biases, visible, orders, *numbers
 ) -> list[Tensor]:
@@ -94,7 +94,7 @@ def _like_backward(
     return [dx, *_gradients_like(dy, context, weights, biases, context_weights, context_biases), *bounds]
 
 
-@torch.library.register_fake("flowkernels::autoregressive_inverse_backward", lib=library)
+@register_fake("autoregressive_inverse_backward")
 def _(dx, dlogabsdet, x, context, weights, biases, context_weights, context_biases, *_) -> list[Tensor]:
     return [x.new_empty(x.shape), *_gradients_like(x, context, weights, biases, context_weights, context_biases)]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._backend import register_triton, wants_reference
-from ..._library import library
+from ..._library import library, register_fake
 from .._differentiation import apply_function, forward_mode, needs_autograd, vmap_one_by_one
 from .._layout import empty_in_layout_of, in_layout_of
 from .reference import channel_affine_backward_reference, channel_affine_reference
@@ -43,12 +43,12 @@ _channel_affine = torch.ops.flowkernels.channel_affine.default
 _channel_affine_backward = torch.ops.flowkernels.channel_affine_backward.default
 
 
-@torch.library.register_fake("flowkernels::channel_affine", lib=library)
+@register_fake("channel_affine")
 def _(x: Tensor, shift: Tensor | None, log_scale: Tensor, *_) -> tuple[Tensor, Tensor]:
     return empty_in_layout_of(x), log_scale.new_empty(x.shape[:1])
 
 
-@torch.library.register_fake("flowkernels::channel_affine_backward", lib=library)
+@register_fake("channel_affine_backward")
 def _(dy: Tensor, dlogabsdet: Tensor, kept: Tensor, shift: Tensor | None, log_scale: Tensor, *_) -> tuple[Tensor, ...]:
     return empty_in_layout_of(dy), *(log_scale.new_empty(log_scale.shape) for _ in range(3))
 

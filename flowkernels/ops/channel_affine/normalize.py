@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._backend import wants_reference
-from ..._library import library
+from ..._library import library, register_fake
 from .._differentiation import apply_function, forward_mode, needs_autograd, vmap_one_by_one
 from .._layout import empty_in_layout_of
 from . import channel_affine, channel_affine_backward
@@ -60,14 +60,14 @@ _normalize = torch.ops.flowkernels.channel_normalize.default
 _normalize_backward = torch.ops.flowkernels.channel_normalize_backward.default
 
 
-@torch.library.register_fake("flowkernels::channel_normalize", lib=library)
+@register_fake("channel_normalize")
 def _(x: Tensor, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
     logabsdet, variance, mean = (x.new_empty(n, dtype=compute) for n in (x.shape[0], x.shape[1], x.shape[1]))
     return empty_in_layout_of(x), logabsdet, variance, mean
 
 
-@torch.library.register_fake("flowkernels::channel_normalize_backward", lib=library)
+@register_fake("channel_normalize_backward")
 def _(dz: Tensor, dlogabsdet: Tensor, x: Tensor, log_gain: Tensor | None, variance: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
     return empty_in_layout_of(x), *(variance.new_empty(variance.shape) for _ in range(2))
 

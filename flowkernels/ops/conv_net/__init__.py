@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ... import _extension
 from ..._backend import wants_reference
-from ..._library import library
+from ..._library import library, register_fake
 from .._autocast import any_autocast, autocast_off
 from .._differentiation import apply_function, needs_autograd, pulled_back, transformed
 from .reference import conv_net_backward_reference, conv_net_reference, conv_net_training_reference
@@ -69,17 +69,17 @@ for _name, _function in (("", _composite), ("_training", _composite_training), (
     library.impl(f"conv_net{_name}", _function, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("flowkernels::conv_net", lib=library)
+@register_fake("conv_net")
 def _(x: Tensor, *parameters: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:3], parameters[-1].shape[0]))
 
 
-@torch.library.register_fake("flowkernels::conv_net_training", lib=library)
+@register_fake("conv_net_training")
 def _(x: Tensor, weight_in: Tensor, _, weight_mid: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty((*x.shape[:3], t.shape[0])) for t in (parameters[-1], weight_in, weight_mid))
 
 
-@torch.library.register_fake("flowkernels::conv_net_backward", lib=library)
+@register_fake("conv_net_backward")
 def _(dy: Tensor, x: Tensor, first: Tensor, second: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     weights = [(t.new_empty(t.shape), t.new_empty(t.shape[0])) for t in parameters[:3]]
     return x.new_empty(x.shape), *(t for pair in weights for t in pair), parameters[-1].new_empty(parameters[-1].shape)

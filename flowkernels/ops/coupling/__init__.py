@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._backend import register_triton, wants_reference
-from ..._library import library
+from ..._library import library, register_fake
 from .._differentiation import apply_function, forward_mode, needs_autograd, vmap_one_by_one
 from .._layout import empty_in_layout_of, in_layout_of
 from ..scale_map import Form, ScaleKind, ScaleMap, parse_form
@@ -58,12 +58,12 @@ _coupling = torch.ops.flowkernels.coupling.default
 _coupling_backward = torch.ops.flowkernels.coupling_backward.default
 
 
-@torch.library.register_fake("flowkernels::coupling", lib=library)
+@register_fake("coupling")
 def _(x: Tensor, *_) -> tuple[Tensor, Tensor]:
     return empty_in_layout_of(x), x.new_empty(x.shape[:1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-@torch.library.register_fake("flowkernels::coupling_backward", lib=library)
+@register_fake("coupling_backward")
 def _(dy: Tensor, dlogabsdet: Tensor, kept: Tensor, shift: Tensor, raw_scale: Tensor, scale_parameter: Tensor | None, *_):
     dparameter = shift.new_empty(0) if scale_parameter is None else torch.empty_like(scale_parameter, memory_format=torch.contiguous_format)
     return empty_in_layout_of(dy), empty_in_layout_of(shift), empty_in_layout_of(raw_scale), dparameter

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._backend import wants_reference
-from ..._library import library
+from ..._library import library, register_fake
 from .._differentiation import apply_function, needs_autograd, transformed
 from .reference import glow_step_backward_reference, glow_step_reference
 
@@ -47,12 +47,12 @@ _glow_step = torch.ops.flowkernels.glow_step.default
 _glow_step_backward = torch.ops.flowkernels.glow_step_backward.default
 
 
-@torch.library.register_fake("flowkernels::glow_step", lib=library)
+@register_fake("glow_step")
 def _(x: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[:1]), x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-@torch.library.register_fake("flowkernels::glow_step_backward", lib=library)
+@register_fake("glow_step_backward")
 def _(dy: Tensor, dlogabsdet: Tensor, dpassing: Tensor | None, *inputs):
     like = zip(inputs[:4], _NONE, strict=True)
     return tuple(dy.new_empty(missing if t is None else t.shape) for t, missing in like)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._backend import wants_reference
-from ..._library import library
+from ..._library import library, register_fake
 from .._differentiation import forward_mode, needs_autograd
 from .fold import lu_fold
 from .reference import slogdet_inverse_reference, slogdet_reference
@@ -27,12 +27,12 @@ _slogdet_inverse_op = torch.ops.flowkernels.slogdet_inverse.default
 LARGEST = 256  # beyond it a blocked factorisation with a tuned matmul wins: torch.linalg's
 
 
-@torch.library.register_fake("flowkernels::slogdet", lib=library)
+@register_fake("slogdet")
 def _(w: Tensor, in_float64: bool) -> tuple[Tensor, Tensor]:
     return w.new_empty(w.shape[:-2]), w.new_empty(w.shape[:-2])
 
 
-@torch.library.register_fake("flowkernels::slogdet_inverse", lib=library)
+@register_fake("slogdet_inverse")
 def _(w: Tensor, in_float64: bool) -> tuple[Tensor, Tensor, Tensor]:
     return w.new_empty(w.shape[:-2]), w.new_empty(w.shape[:-2]), w.new_empty(w.shape)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._backend import wants_reference
-from ..._library import library
+from ..._library import library, register_fake
 from .._differentiation import apply_function, needs_autograd, transformed
 from .reference import lu_fold_backward_reference, lu_fold_reference
 
@@ -41,13 +41,13 @@ _lu_fold = torch.ops.flowkernels.lu_fold.default
 _lu_fold_backward = torch.ops.flowkernels.lu_fold_backward.default
 
 
-@torch.library.register_fake("flowkernels::lu_fold", lib=library)
+@register_fake("lu_fold")
 def _(factors: Sequence[Tensor], *_) -> tuple[Tensor, Tensor]:
     like = factors[0]
     return like.new_empty(len(factors), *like.shape), like.new_empty(len(factors))
 
 
-@torch.library.register_fake("flowkernels::lu_fold_backward", lib=library)
+@register_fake("lu_fold_backward")
 def _(dweight: Tensor, dlogabsdet: Tensor, weight: Tensor, factors, log_diagonal, log_scale, *_):
     diagonal = weight.shape[1:]
     return weight.new_empty(weight.shape), weight.new_empty(len(factors), *diagonal[:1]), weight.new_empty(len(log_scale), *diagonal[:1])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._backend import register_triton, wants_reference
-from ..._library import library
+from ..._library import library, register_fake
 from .._autocast import any_autocast, cast
 from .._differentiation import apply_function, forward_mode, needs_autograd, transformed, vmap_one_by_one
 from ..degrees import check_staircase
@@ -33,17 +33,17 @@ register_triton("masked_linear_dx", f"{__name__}.kernels", masked_linear_dx_refe
 register_triton("masked_linear_dweight", f"{__name__}.kernels", masked_linear_dweight_reference)
 
 
-@torch.library.register_fake("flowkernels::masked_linear", lib=library)
+@register_fake("masked_linear")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
 
-@torch.library.register_fake("flowkernels::masked_linear_dx", lib=library)
+@register_fake("masked_linear_dx")
 def _(dy: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
     return dy.new_empty((*dy.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("flowkernels::masked_linear_dweight", lib=library)
+@register_fake("masked_linear_dweight")
 def _(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
     return x.new_empty((x.shape[-1], dy.shape[-1]))
 

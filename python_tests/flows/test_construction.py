@@ -1,0 +1,71 @@
+"""Flows built without memory, on the meta device, and given a trained flow's tensors."""
+
+import copy
+
+import pytest
+import torch
+
+from flowkernels.flows import IAF, MAF, NICE, Flow, Glow, RealNVP
+from flowkernels.layers import InvertibleConv1x1, MaskedAutoregressive, Permute
+
+MAKE = {
+    "NICE": lambda: NICE(4, hidden_features=(8,)),
+    "RealNVP": lambda: RealNVP(4, hidden_features=(8,)),
+    "RealNVP of images": lambda: RealNVP((1, 4, 4), levels=1, blocks=1, hidden_channels=4),
+    "Glow": lambda: Glow((3, 4, 4), levels=1, steps=2, hidden_channels=4),
+    "MAF": lambda: MAF(4, hidden_features=(8,), context_features=2, batch_norm=True),
+    "residual": lambda: MAF(4, hidden_features=(8, 8), residual=True),
+    "IAF": lambda: IAF(4, hidden_features=(8,), gate=True),
+    "layers": lambda: Flow([Permute("descending", 4), InvertibleConv1x1(4, parametrization="plain"), Permute.random(4)], 4),
+}
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_built_on_the_meta_device(make, assign):
+    torch.manual_seed(0)
+    real = make()
+    x = torch.randn(5, *real.shape)
+    context = (torch.randn(5, real.context_features),) if real.context_features else ()
+    real.train()(x, *context)  # initialises actnorms
+    with torch.device("meta"):
+        flow = make()
+    assert all(t.is_meta for t in flow.state_dict().values())
+    if not assign:
+        flow.to_empty(device="cpu")
+    flow.load_state_dict(copy.deepcopy(real.state_dict()), assign=assign)
+    with torch.no_grad():
+        want = real.eval()(x, *context)
+        torch.testing.assert_close(flow.eval()(x, *context), want, rtol=0, atol=0)
+        torch.testing.assert_close(flow.inverse(want[0], *context), real.inverse(want[0], *context), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["NICE", "MAF", "Glow"])
+def test_what_has_no_data_is_not_computed_with(name):
+    with torch.device("meta"):
+        flow = MAKE[name]()
+    x = torch.randn(5, *flow.shape)
+    context = (torch.randn(5, flow.context_features),) if flow.context_features else ()
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError), match="meta"):
+        flow.eval()(x, *context)
+    assert flow(x.to("meta"), *(c.to("meta") for c in context))[0].is_meta
+
+
+def test_an_op_refuses_a_part_without_data():
+    layer = MaskedAutoregressive(4, (8,))
+    layer.layers[0].visible = layer.layers[0].visible.to("meta")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="autoregressive got tensors on cpu and tensors on the meta device"):
+        layer(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda order: MaskedAutoregressive(3, (4,), order=order),
+        lambda order: Permute(order, 3),
+    ],
+)
+@pytest.mark.parametrize("order", [[0, 1], [0, 1, 1], [1, 2, 3], [[0, 1, 2]]])
+def test_an_order_that_is_none(call, order):
+    with pytest.raises(ValueError, match=r"order must be a permutation of 0\.\.2; got \["):
+        call(order)
