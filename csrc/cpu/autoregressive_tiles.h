@@ -8,7 +8,7 @@ namespace flowkernels {
 namespace FK_TARGET {
 
 constexpr int64_t kFewRows = 4;                    // up to here, lanes are units
-constexpr int64_t kTileVectors = 4 * kRowVectors;   // of rows, in a full tile
+constexpr int64_t kTileVectors = 4 * kRowVectors;  // of rows, in a full tile
 constexpr int64_t kScratchBytes = 7 * 512 * 1024;  // of one thread; larger networks take narrower tiles
 // Small networks take wider ones: less of their time is spent between products. No more than what stays in the second-level cache.
 constexpr int64_t kWideTileRows = 384, kWideScratchBytes = 512 * 1024;

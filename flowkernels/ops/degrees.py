@@ -59,12 +59,13 @@ def staircase(below: Tensor, above: Tensor, *, strict: bool) -> Tensor:
     return torch.searchsorted(below, above, right=not strict).to(torch.int32)
 
 
-def check_staircase(visible: Tensor, inputs: int) -> None:
-    """Check what a masked layer is given; reads the values.
+def check_staircase(visible: Tensor, inputs: int, where: str = "") -> list[int]:
+    """Check what a masked layer is given, and return it: reads the values. `where` begins the message.
 
     Raises:
         ValueError: visible does not ascend, or exceeds the inputs.
     """
     counts = visible.tolist()
     if counts != sorted(counts) or (counts and not 0 <= counts[0] <= counts[-1] <= inputs):
-        raise ValueError(f"visible must ascend from 0 to at most {inputs}; got {counts}")
+        raise ValueError(f"{where}visible must ascend from 0 to at most {inputs}; got {counts}")
+    return counts

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..activation import Activation
+from ..degrees import check_staircase
 from ..scale_map import PoweredMap, ScaleKind, ScaleMap
 
 
@@ -203,13 +204,11 @@ def check_conditioner(conditioner: Conditioner, scale: ScaleMap | None = None) -
         source, residual, *_ = Wiring.of(number, layer)
         if not 0 <= source <= number or not -1 <= residual <= number:
             raise ValueError(f"layer {number} must read values 0 to {number}; got source {source} and residual {residual}")
-        visible = layer.visible.tolist()
         inputs = widths[source]
         if source == 0 and not layer.unitwise:
             inputs = min(inputs, layer.weight.shape[0])
         _check_shapes(number, layer, inputs, context_features(conditioner))
-        if visible != sorted(visible) or (visible and not 0 <= visible[0] <= visible[-1] <= inputs):
-            raise ValueError(f"layer {number}: visible must ascend from 0 to at most {inputs}; got {visible}")
+        visible = check_staircase(layer.visible, inputs, f"layer {number}: ")
         if residual >= 0 and widths[residual] != len(visible):
             raise ValueError(f"layer {number}: residual must be {len(visible)} wide, like the layer; got {widths[residual]}")
         widths.append(len(visible))
