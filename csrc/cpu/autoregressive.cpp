@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -89,10 +90,12 @@ void run(const std::vector<AutoregressiveArgs<T>>& maps) {
   auto go = [&](int64_t first, int64_t last) {
     FK_DISPATCH(run_tiles<T>(maps.data(), static_cast<int64_t>(maps.size()), tiling, first, last));
   };
-  if (tiling.tiles() == 1)
-    go(0, 1);
-  else
-    torch::stable::parallel_for(0, tiling.tiles(), 1, go);
+  const int64_t tiles = tiling.tiles();
+  if (tiles == 1) return go(0, 1);
+  std::atomic<int64_t> next{0};  // a core that others use too, or a slower one, takes fewer tiles
+  torch::stable::parallel_for(0, std::min(threads, tiles), 1, [&](int64_t, int64_t) {
+    for (int64_t tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < tiles;) go(tile, tile + 1);
+  });
 }
 
 template <class T>
