@@ -14,7 +14,8 @@ struct RowLanes {
   T* values;                        // [layer][unit][row]: pending sums, then the values themselves; layer 0 is the features
   T* totals;
   const int64_t* offsets;           // first unit of each layer in values
-  T *gates, *context, *log, *log_total;
+  T *gates, *context, *log, *log_total, *starts;
+  bool shares_context;  // all rows have the same, row stride 0
 
   RowLanes(const AutoregressiveArgs<T>& args, const int64_t* offsets, int64_t units, int64_t first_row, int64_t n_rows, int64_t rows,
            T* scratch)
@@ -23,14 +24,20 @@ struct RowLanes {
     context = gates + (args.gated ? units * rows : 0);
     log = context + args.context_features * rows;
     log_total = log + rows;
+    starts = log_total + rows;
+    shares_context = args.context_features > 0 && args.context.row == 0 && rows > lanes<T>;
   }
 
   static int64_t scratch(const AutoregressiveArgs<T>& args, int64_t units, int64_t rows) {
-    return rows * ((args.gated ? 3 : 2) * units + args.context_features + 2);
+    return rows * ((args.gated ? 3 : 2) * units + args.context_features + 2) + (args.context_features ? units : 0);
   }
 
   // what a layer's totals begin with; null where the context's sums stand in them
-  static const T* start(const MaskedLayer<T>& layer) { return layer.context_weight && !layer.gate ? nullptr : layer.bias; }
+  const T* start(int l) const {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    if (!layer.context_weight || layer.gate) return layer.bias;
+    return shares_context ? starts + offsets[l] : nullptr;
+  }
   T* layer_values(int l) const { return values + offsets[l] * rows; }
   T* layer_gates(int l) const { return gates + offsets[l] * rows; }
   T* layer_totals(int l) const { return totals + offsets[l] * rows; }
@@ -50,20 +57,56 @@ struct RowLanes {
     else
       read(args.x, args.features, args.position, values);
     if (args.affine) apply_affine();
-    if (args.context_features) read(args.context, args.context_features, nullptr, context);
-    for (int l = 1; l <= args.n_layers; ++l) {
-      const MaskedLayer<T>& layer = args.layers[l - 1];
-      if (layer.unitwise || !layer.context_weight) continue;
-      const Tile<T> tile{context, layer_values(l), layer_totals(l), rows, nullptr, false};
-      fill(tile.total, layer.own_context_term() ? layer.context_bias : layer.bias, layer.outputs);
-      push<T>(layer.context_weight, layer.context_ld, nullptr, tile, 0, args.context_features, 0, layer.outputs);
-      flush_chunk(tile, 0, layer.outputs, false);
-      if (layer.own_context_term()) finish_context(l, tile.total);
-    }
+    if (shares_context)
+      begin_shared_context();
+    else if (args.context_features)
+      begin_context();
     for (int64_t r = 0; r < rows; r += lanes<T>) {
       store(log + r, zero<T>());
       store(log_total + r, zero<T>());
     }
+  }
+
+  void begin_context() {
+    read(args.context, args.context_features, nullptr, context);
+    for (int l = 1; l <= args.n_layers; ++l) {
+      const MaskedLayer<T>& layer = args.layers[l - 1];
+      if (layer.unitwise || !layer.context_weight) continue;
+      add_context(l, rows);
+      if (layer.own_context_term()) finish_context(l, layer_totals(l));
+    }
+  }
+
+  // For rows of one context a network has but other biases: what is made of it is made for one vector of rows.
+  void begin_shared_context() {
+    for (int64_t c = 0; c < args.context_features; ++c) store(context + c * lanes<T>, broadcast<T>(args.context.data[c * args.context.column]));
+    alignas(64) T room[lanes<T>];
+    for (int l = 1; l <= args.n_layers; ++l) {
+      const MaskedLayer<T>& layer = args.layers[l - 1];
+      if (layer.unitwise || !layer.context_weight) continue;
+      add_context(l, lanes<T>);
+      for (int64_t j = 0; j < layer.outputs; ++j) {
+        Vec<T> v = load(layer_totals(l) + j * lanes<T>);
+        if (layer.own_context_term()) v = activate(static_cast<Activation>(layer.context_activation), v);
+        if (layer.gate) {
+          for (int64_t r = 0; r < rows; r += lanes<T>) store(layer_gates(l) + j * rows + r, v);
+          continue;
+        }
+        store(room, layer.own_context_term() ? broadcast<T>(layer.bias[j]) + v : v);
+        starts[offsets[l] + j] = room[0];
+      }
+    }
+  }
+
+  // a layer's context sums in its totals, for so many rows
+  void add_context(int l, int64_t rows) const {
+    const MaskedLayer<T>& layer = args.layers[l - 1];
+    const Tile<T> tile{context, layer_values(l), layer_totals(l), rows, nullptr, false};
+    const T* from = layer.own_context_term() ? layer.context_bias : layer.bias;
+    for (int64_t j = 0; j < layer.outputs; ++j)
+      for (int64_t r = 0; r < rows; r += lanes<T>) store(tile.total + j * rows + r, broadcast<T>(from ? from[j] : T(0)));
+    push<T>(layer.context_weight, layer.context_ld, nullptr, tile, 0, args.context_features, 0, layer.outputs);
+    flush_chunk(tile, 0, layer.outputs, false);
   }
 
   void apply_affine() const {
@@ -73,11 +116,6 @@ struct RowLanes {
       T* x = values + p * rows;
       for (int64_t r = 0; r < rows; r += lanes<T>) store(x + r, (load(x + r) + before) * factor + after);
     }
-  }
-
-  void fill(T* to, const T* units, int64_t n) const {  // null: zeros
-    for (int64_t j = 0; j < n; ++j)
-      for (int64_t r = 0; r < rows; r += lanes<T>) store(to + j * rows + r, broadcast<T>(units ? units[j] : T(0)));
   }
 
   // total holds the context's sums; then, the gates are known, or total holds what the sums of the layer begin with
@@ -97,14 +135,14 @@ struct RowLanes {
   void push_layer(int l, int64_t k0, int64_t k1, int64_t j0, int64_t j1, bool relu = false) {
     const MaskedLayer<T>& layer = args.layers[l - 1];
     if (layer.unitwise) return;
-    const Tile<T> tile{layer_values(layer.source), layer_values(l), layer_totals(l), rows, start(layer), relu};
+    const Tile<T> tile{layer_values(layer.source), layer_values(l), layer_totals(l), rows, start(l), relu};
     push<T>(layer.weight, layer.ld, layer.visible, tile, k0, k1, j0, j1);
   }
 
   // the last inputs of hidden units and what becomes of their sums, where that can be one: else false, and nothing is done
   bool push_and_finish(int l, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
     const MaskedLayer<T>& layer = args.layers[l - 1];
-    if (layer.joins() || static_cast<Activation>(layer.activation) != Activation::relu || !start(layer)) return false;
+    if (layer.joins() || static_cast<Activation>(layer.activation) != Activation::relu || !start(l)) return false;
     if (k0 >= k1 || k1 > kChunk || layer.visible[j0] != k1 || layer.visible[j1 - 1] != k1) return false;
     push_layer(l, k0, k1, j0, j1, true);
     return true;
@@ -120,7 +158,7 @@ struct RowLanes {
   // room: for a vector
   FK_INLINE Addends addends(int l, int64_t j, T* room) const {
     const MaskedLayer<T>& layer = args.layers[l - 1];
-    const T* from = start(layer);
+    const T* from = start(l);
     const bool one = from && layer.visible[j] <= kChunk, seen = layer.visible[j] > 0;
     if (one) store(room, broadcast<T>(from[j]));
     return {one ? room : layer_totals(l) + j * rows, seen ? layer_values(l) + j * rows : kZeros<T>, one ? 0 : 1, seen ? 1 : 0};

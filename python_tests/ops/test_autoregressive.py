@@ -256,6 +256,35 @@ def test_sizes_beyond_one_chunk(features, parts, context, inverse, dtype):
             assert all(torch.equal(p, w[begin:end]) for p, w in zip(part, whole, strict=True))
 
 
+@pytest.mark.parametrize(
+    "features, parts, context",
+    [
+        (5, (11, 8), 2),
+        (40, (300, 520), 3),
+        (20, (600,), 300),
+        (4, RESIDUAL, 3),
+        (10, widened(RESIDUAL, 270), 300),
+        (4, GATED, 2),
+        (10, widened(GATED, 270), 3),
+        (5, [*SHARED, Part(0)], 2),
+        (5, [Part(9, "relu", context="tanh"), Part(9, "relu", context="sigmoid+"), Part(0, context="add")], 2),
+    ],
+)
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_one_context_for_all_rows(features, parts, context, inverse, dtype):
+    """A context that is expanded, without memory of its own for each row, gives the bits of one that is written out."""
+    (x, contexts), parameters, op, *_ = example(features, parts, context=context, inverse=inverse)(500, dtype)
+    one = contexts[3:4].clone()
+    with torch.no_grad():
+        for batch in (1, 3, 6, 17, 101, 500):
+            expanded = one.expand(batch, context)
+            assert expanded.stride(0) == 0 or batch == 1
+            want = op([x[:batch], expanded.contiguous()], parameters)
+            for c in (expanded, torch.stack([one, one], 2)[..., 0].expand(batch, context)):
+                assert all(torch.equal(g, w) for g, w in zip(op([x[:batch], c], parameters), want, strict=True))
+
+
 @pytest.fixture
 def restored_threads():
     threads = torch.get_num_threads()
