@@ -1,5 +1,5 @@
-"""Sampling as a user asks for it: a million samples of a MAF(5), of one density or of a hundred posteriors, and small batches; and
-what it gains to send each tile of rows through all five layers in one call.
+"""Sampling as a user asks for it: a million samples of a MAF(5), of one density or of a hundred posteriors, one posterior, and small
+batches; and what it gains to send each tile of rows through all five layers in one call.
 """
 
 import time
@@ -28,8 +28,10 @@ def _cases(quick: bool, device: torch.device) -> Iterator[Case]:
     what = f"MAF({TRANSFORMS}), D={FEATURES}, H={HIDDEN[0]}x{len(HIDDEN)}"
     targets = (Target("speedup", 20, 40, "zuko"), Target("speedup", 25, 40, "nflows"))
     million, scaled = (10_000, 10) if quick else (1_000_000, 20)
-    for n, contexts, divisor in ((1, 0, 1), (10_000, 0, 1), (million, 0, scaled), (million // 100, 100, scaled)):
-        each = f"{contexts} contexts of {CONTEXT_FEATURES} x {n:,} samples" if contexts else f"{n:,} sample{'s' * (n > 1)}"
+    for n, contexts, divisor in ((1, 0, 1), (10_000, 0, 1), (10_000, 1, 1), (million, 0, scaled), (million // 100, 100, scaled)):
+        each = f"{n:,} sample{'s' * (n > 1)}"
+        if contexts:
+            each = f"{contexts} context{'s' * (contexts > 1)} of {CONTEXT_FEATURES} x {each}"
         builders = {OURS: _ours, "zuko": _zuko, "nflows": _nflows}
         competitors = [_competitor(name, make, n, contexts, 1 if name == OURS else divisor, device) for name, make in builders.items()]
         held_to = targets if n in (1, 10_000) and not contexts else ()
