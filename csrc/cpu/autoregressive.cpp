@@ -196,7 +196,7 @@ int64_t keep_stack(std::vector<Tensor> weights, std::vector<Tensor> biases, std:
                              std::move(factors)});
 }
 
-void release_stack(int64_t stack) { kept_stacks().release(stack); }
+int64_t release_stack(int64_t stack) { return kept_stacks().release(stack); }
 
 std::tuple<Tensor, Tensor> autoregressive_kept(Tensor x, std::optional<Tensor> context, int64_t stack) {
   return stack_of_any(x, context, *kept_stacks().at(stack), nullptr);

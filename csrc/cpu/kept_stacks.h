@@ -31,14 +31,15 @@ class KeptStacks {
     return last_;
   }
 
-  // Calls that use it at this moment go on.
-  void release(int64_t number) {
+  // How many stacks are left. Calls that use the one released at this moment go on.
+  int64_t release(int64_t number) {
     std::shared_ptr<const StackLists> stack;  // its tensors are freed outside of the lock
     const std::lock_guard lock(mutex_);
     if (const auto found = stacks_.find(number); found != stacks_.end()) {
       stack = std::move(found->second);
       stacks_.erase(found);
     }
+    return static_cast<int64_t>(stacks_.size());
   }
 
   std::shared_ptr<const StackLists> at(int64_t number) {

@@ -413,10 +413,17 @@ def test_nothing_outlives_its_module(name):
     gc.collect()
     gc.disable()
     try:
+        kept = torch.ops.flowkernels._release_stack(0)
         del module
         assert not any(p() is not None for p in gone)
+        assert torch.ops.flowkernels._release_stack(0) <= kept - 2
     finally:
         gc.enable()
+
+
+def test_a_stack_that_is_not_kept():
+    with pytest.raises(RuntimeError, match="no stack has the number 0"):
+        torch.ops.flowkernels.autoregressive_kept(torch.randn(5, 4), None, 0)
 
 
 def test_statistics_are_read_anew():

@@ -16,7 +16,7 @@ library.define(
     "_keep_stack(Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] context_biases, Tensor[] visible, "
     "Tensor[] orders, Tensor[] affines, int[] activations, int[] wiring, int[] stages, float[] scales, Tensor[] factors) -> int"
 )
-library.define("_release_stack(int stack) -> ()")
+library.define("_release_stack(int stack) -> int")  # how many are left
 library.define("autoregressive_kept(Tensor x, Tensor? context, int stack) -> (Tensor, Tensor)")
 _keep, _release = torch.ops.flowkernels._keep_stack.default, torch.ops.flowkernels._release_stack.default
 _autoregressive_kept = torch.ops.flowkernels.autoregressive_kept.default
