@@ -15,17 +15,17 @@ struct RowLanes {
   T* totals;
   const int64_t* offsets;           // first unit of each layer in values
   T *gates, *context, *log, *log_total, *starts;
-  bool shares_context;  // all rows have the same, row stride 0
+  bool shares_context;  // all rows have the same
 
   RowLanes(const AutoregressiveArgs<T>& args, const int64_t* offsets, int64_t units, int64_t first_row, int64_t n_rows, int64_t rows,
-           T* scratch)
+           T* scratch, bool one_context)
       : args(args), first_row(first_row), n_rows(n_rows), rows(rows), values(scratch), totals(values + units * rows), offsets(offsets) {
     gates = totals + units * rows;
     context = gates + (args.gated ? units * rows : 0);
     log = context + args.context_features * rows;
     log_total = log + rows;
     starts = log_total + rows;
-    shares_context = args.context_features > 0 && args.context.row == 0 && rows > lanes<T>;
+    shares_context = args.context_features > 0 && one_context;
   }
 
   static int64_t scratch(const AutoregressiveArgs<T>& args, int64_t units, int64_t rows) {
@@ -79,7 +79,8 @@ struct RowLanes {
 
   // For rows of one context a network has but other biases: what is made of it is made for one vector of rows.
   void begin_shared_context() {
-    for (int64_t c = 0; c < args.context_features; ++c) store(context + c * lanes<T>, broadcast<T>(args.context.data[c * args.context.column]));
+    const T* row = args.context.data + first_row * args.context.row;
+    for (int64_t c = 0; c < args.context_features; ++c) store(context + c * lanes<T>, broadcast<T>(row[c * args.context.column]));
     alignas(64) T room[lanes<T>];
     for (int l = 1; l <= args.n_layers; ++l) {
       const MaskedLayer<T>& layer = args.layers[l - 1];

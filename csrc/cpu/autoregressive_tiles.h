@@ -33,9 +33,29 @@ Tiling plan_tiles(const AutoregressiveArgs<T>& args, int64_t batch, int64_t thre
   return {false, lanes<T>, all, smaller(full, most), shares, (most + full - 1) / full};
 }
 
+// Whether these rows have the same context, bit for bit: samples given one observation, or some observations in turn. All maps that take a
+// context take the same.
+template <class T>
+bool have_one_context(const AutoregressiveArgs<T>* maps, int64_t n_maps, int64_t row, int64_t n) {
+  for (int64_t i = 0; i < n_maps; ++i) {
+    const int64_t columns = maps[i].context_features;
+    if (columns == 0) continue;
+    const Strided<T>& context = maps[i].context;
+    const T* first = context.data + row * context.row;
+    for (int64_t r = 1; r < n && context.row != 0; ++r) {
+      const T* other = first + r * context.row;
+      for (int64_t c = 0; c < columns; ++c)
+        if (__builtin_memcmp(other + c * context.column, first + c * context.column, sizeof(T)) != 0) return false;
+    }
+    return true;
+  }
+  return false;
+}
+
 // One map on n rows from `row` on. handed: what the map before handed on, which is returned
 template <class T>
-FK_CALL const T* run_rows(const AutoregressiveArgs<T>& args, bool few, int64_t row, int64_t n, T* scratch, const T* handed, bool hands_on) {
+FK_CALL const T* run_rows(const AutoregressiveArgs<T>& args, bool few, int64_t row, int64_t n, T* scratch, bool one_context, const T* handed,
+                          bool hands_on) {
   const int64_t units = padded_units(args);
   int64_t* offsets = static_cast<int64_t*>(__builtin_alloca((args.n_layers + 1) * sizeof(int64_t)));
   offsets[0] = 0;
@@ -48,7 +68,7 @@ FK_CALL const T* run_rows(const AutoregressiveArgs<T>& args, bool few, int64_t r
     return nullptr;
   }
   const int64_t padded = (n + lanes<T> - 1) / lanes<T> * lanes<T>;
-  RowLanes<T> state(args, offsets, units, row, n, padded, scratch);
+  RowLanes<T> state(args, offsets, units, row, n, padded, scratch, one_context);
   state.begin(handed);
   run_all_steps(state, args);
   return state.end(hands_on);
@@ -65,10 +85,11 @@ void run_tiles(const AutoregressiveArgs<T>* maps, int64_t n_maps, const Tiling& 
   for (int64_t tile = first; tile < last; ++tile) {
     const int64_t row = tiling.begin(tile), n = smaller(tiling.begin(tile + 1), maps[0].batch) - row;
     T* scratch = most > 0 ? static_cast<T*>(thread_scratch(most * sizeof(T))) : nullptr;
+    const bool one_context = !tiling.few && n > lanes<T> && have_one_context(maps, n_maps, row, n);
     const T* handed = nullptr;
     for (int64_t i = 0; i < n_maps && n > 0; ++i) {
       const bool hands_on = i + 1 < n_maps && maps[i + 1].y == maps[i].y;  // nobody else will see it
-      handed = run_rows(maps[i], tiling.few, row, n, scratch, handed, hands_on);
+      handed = run_rows(maps[i], tiling.few, row, n, scratch, one_context, handed, hands_on);
     }
   }
 }

@@ -163,7 +163,7 @@ class FlowDistribution(Distribution):
     def rsample(self, sample_shape: Size | tuple = (), temperature: float = 1.0) -> Tensor:
         batch = self._sample_batch(sample_shape)
         z = self._noise(batch.numel())
-        x, _ = self.flow.inverse(z * temperature if temperature != 1.0 else z, self._rows(batch))
+        x, _ = self._from_noise(z * temperature if temperature != 1.0 else z, batch)
         shape = batch + self.event_shape
         return x if x.shape == shape else x.view(shape)
 
@@ -171,8 +171,20 @@ class FlowDistribution(Distribution):
         """Samples and their log-densities in one pass."""
         batch = self._sample_batch(sample_shape)
         z = self._noise(batch.numel())
-        x, logabsdet = self.flow.inverse(z, self._rows(batch))
+        x, logabsdet = self._from_noise(z, batch)
         return x.view(batch + self.event_shape), (self.flow.base.log_prob(z) - logabsdet).view(batch)
+
+    def _from_noise(self, z: Tensor, batch: Size) -> tuple[Tensor, Tensor]:
+        """The inverse of the flow for noise of a batch shape, whose contexts take turns from row to row."""
+        contexts = self.batch_shape.numel()
+        if contexts < 2 or len(z) < _LONG * contexts or not z.is_cpu or torch.is_grad_enabled():
+            return self.flow.inverse(z, self._rows(batch))
+        # rows of one context put together: kernels make what belongs to the context once for all of them
+        n = len(z) // contexts
+        turn = lambda rows, a, b: rows.unflatten(0, (a, b)).transpose(0, 1).flatten(0, 1)
+        context = self.context.reshape(contexts, 1, -1).expand(contexts, n, -1).flatten(0, 1)
+        x, logabsdet = self.flow.inverse(turn(z, n, contexts), context)
+        return turn(x, contexts, n), turn(logabsdet, contexts, n)
 
     def _sample_batch(self, sample_shape: Size | tuple) -> Size:
         return Size(sample_shape) + self.batch_shape
@@ -191,6 +203,7 @@ def _check_context(context: Tensor, parameter: Tensor | None) -> None:
 
 
 _HALF = (torch.float16, torch.bfloat16)
+_LONG = 512  # samples of a context, from where on putting them together pays: more than a tile of the kernels'
 
 
 def _first_parameter(module: nn.Module) -> Tensor | None:

@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from flowkernels.flows import MAF
+from flowkernels.flows import IAF, MAF, RealNVP
 
 
 def shaken(flow):
@@ -106,6 +106,29 @@ class TestMAF:
 def test_orders_alternate():
     flow = MAF(3, transforms=3, hidden_features=(4,))
     assert [layer.order.tolist() for layer in flow.layers] == [[0, 1, 2], [2, 1, 0], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("flow", [MAF, IAF, RealNVP])
+@pytest.mark.parametrize("n", [3, 700])
+@pytest.mark.parametrize("batch", [(), (1,), (3,), (2, 3)])
+def test_samples_of_many_contexts(flow, n, batch):
+    """Sample i of context c is made of row i, c of the noise, however the rows are put together."""
+    torch.manual_seed(0)
+    flow = flow(4, context_features=2, transforms=2, hidden_features=(9,)).eval()
+    context = torch.randn(*batch, 2)
+    torch.manual_seed(1)
+    x, log_prob = flow.sample_and_log_prob(n, context)
+    torch.manual_seed(1)
+    again = flow.sample(n, context)
+    torch.manual_seed(1)
+    rows = context.expand(n, *batch, 2).reshape(-1, 2)
+    with torch.no_grad():
+        z = torch.randn(len(rows), 4)
+        want, logabsdet = flow.inverse(z, rows)
+    for got in (x, again):
+        assert got.shape == (n, *batch, 4) and got.is_contiguous()
+        torch.testing.assert_close(got.reshape(-1, 4), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(log_prob.flatten(), flow.base.log_prob(z) - logabsdet, rtol=1e-5, atol=1e-5)
 
 
 def test_freeze_is_evaluation():

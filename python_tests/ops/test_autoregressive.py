@@ -273,16 +273,19 @@ def test_sizes_beyond_one_chunk(features, parts, context, inverse, dtype):
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_one_context_for_all_rows(features, parts, context, inverse, dtype):
-    """A context that is expanded, without memory of its own for each row, gives the bits of one that is written out."""
+    """Rows of one context, expanded or written out, have the bits that they have among rows of other contexts."""
     (x, contexts), parameters, op, *_ = example(features, parts, context=context, inverse=inverse)(500, dtype)
     one = contexts[3:4].clone()
     with torch.no_grad():
+        # every second row has another context, so that no tile has one alone
+        mixed = op([x.repeat_interleave(2, 0), torch.stack([one.expand(500, context), contexts], 1).flatten(0, 1)], parameters)
         for batch in (1, 3, 6, 17, 101, 500):
             expanded = one.expand(batch, context)
-            assert expanded.stride(0) == 0 or batch == 1
-            want = op([x[:batch], expanded.contiguous()], parameters)
-            for c in (expanded, torch.stack([one, one], 2)[..., 0].expand(batch, context)):
-                assert all(torch.equal(g, w) for g, w in zip(op([x[:batch], c], parameters), want, strict=True))
+            for c in (expanded, expanded.contiguous(), torch.stack([one, one], 2)[..., 0].expand(batch, context)):
+                assert all(torch.equal(g, w[::2][:batch]) for g, w in zip(op([x[:batch], c], parameters), mixed, strict=True))
+        blocks = op([x, torch.cat([one.expand(230, context), contexts[:40], one.expand(230, context)])], parameters)
+        for g, w in zip(blocks, mixed, strict=True):
+            assert torch.equal(g[:230], w[::2][:230]) and torch.equal(g[270:], w[::2][270:])
 
 
 @pytest.fixture

@@ -39,8 +39,8 @@ def autoregressive(
     Args:
         x: input of the map that is applied: data, or noise with `inverse`; [batch, features].
         conditioner: the network, plain, residual or gated by the context; `check_conditioner` tells whether it is autoregressive.
-        context: [batch, context features] where the network takes one. One row expanded to the batch, without memory of its own for each,
-            costs next to nothing on a CPU.
+        context: [batch, context features] where the network takes one. On a CPU, rows of the same context that stand together share what
+            is made of it.
         scale: scale map from raw scale to sigma; `ScaleMap.softclip()` by default. With `ScaleMap.unit()` the network gives shifts alone.
         form: "scale_shift" x*sigma + shift, "shift_scale" (x + shift)*sigma, "divide" (x - shift)/sigma, or
             "gate" sigma*x + (1 - sigma)*shift.
