@@ -2,13 +2,14 @@
 its loop. As long as nothing of a module has been replaced, a call gives C++ its input and the number of a stack that C++ knows."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .._backend import prefers_compiled
@@ -20,6 +21,8 @@ from ._coupling_map import has_global_hooks
 from .masked_linear import MaskedLinear, Unitwise
 
 Result = tuple[Tensor, Tensor]
+_END = (object(),)
+_OVERRIDDEN = {"forward", "inverse", "conditioner", "as_map"}
 _NEVER_CALLED = (nn.ModuleList, MaskedLinear, Unitwise)
 _HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _STORES = attrgetter("_parameters", "_buffers", "_modules")
@@ -42,8 +45,8 @@ def _settings(attributes: dict) -> tuple:
 
 
 class Watch:
-    """Whether modules are as they were: their tensors, parts and settings the same, no attribute put before one of its class, no hooks.
-    What is written into the tensors is not looked at.
+    """Whether modules are as they were: the same tensors, parts, classes and settings, no more attributes and no hooks. What is written
+    into the tensors is not looked at.
 
     Of the module that keeps this object, `owner`, nothing is kept here but its stores, so that both end together.
     """
@@ -52,23 +55,19 @@ class Watch:
         others = [module for module in modules if module is not owner]
         stores = [store for module in (owner, *others) for store in _STORES(module) if store]
         self._values = [store.values() for store in stores]  # live views
-        self._expected = [*chain.from_iterable(self._values)]
-        called = [module for module in others if not isinstance(module, _NEVER_CALLED)]
-        self._hooks = [hooks for module in called for hooks in _HOOKS(module)]
-        self._attributes = [vars(module) for module in called]
+        self._expected = [*self._now()]
+        self._called = [module for module in others if not isinstance(module, _NEVER_CALLED)]
+        self._classes = [*map(type, self._called)]
+        self._hooks = [hooks for module in self._called for hooks in _HOOKS(module)]
+        self._attributes = [vars(module) for module in self._called]
         self._counts = [*map(len, self._attributes)]
         self._settings = [(a, _settings(a)) for a in self._attributes if "scale" in a or "part" in a]
         self._owner, self._own_count, self._own_settings = weakref.ref(owner), len(vars(owner)), _settings(vars(owner))
 
     def holds(self, owner: nn.Module) -> bool:
-        try:
-            # lists are compared by whether items are the same, in a tenth of the time of asking for each. Only where they are not, they are
-            # compared themselves: tensors of one equal number serve each other, and all others raise
-            if [*chain.from_iterable(self._values)] != self._expected or any(self._hooks):
-                return False
-        except Exception:
+        if any(self._hooks) or not all(map(is_, self._now(), self._expected)):
             return False
-        if [*map(len, self._attributes)] != self._counts:
+        if [*map(len, self._attributes)] != self._counts or [*map(type, self._called)] != self._classes:
             return False
         for attributes, settings in self._settings:
             if _settings(attributes) != settings:
@@ -81,42 +80,56 @@ class Watch:
         known = {id(t) for t in self._expected}
         return all(id(t) in known and type(t) in (Tensor, nn.Parameter) for t in tensors)
 
+    def _now(self) -> Iterator:
+        return chain(chain.from_iterable(self._values), _END)
+
 
 class Program:
     """The steps of one direction of a module, with what C++ keeps of them."""
 
-    def __init__(self, watch: Watch, steps: Sequence[Step], dtype: torch.dtype, inverse: bool) -> None:
+    def __init__(self, owner: nn.Module, watch: Watch, steps: Sequence[Step], dtype: torch.dtype, inverse: bool) -> None:
         maps = [map_ for step in steps for map_ in step.maps]
         limits = [step.most_rows for step in steps if step.most_rows is not None]
         self.watch, self.dtype, self.inverse = watch, dtype, inverse
         self.takes_context = all(map_.conditioner.context_weights for map_ in maps)
         self.most_rows = min(limits, default=None)
-        self.calls = 0
-        self.steps: list[KeptStack | nn.Module] = [KeptStack(step.maps) if step.maps else step.layers[0] for step in steps]
+        self.calls, self.failed = 0, False
+        others = lambda layers: [layer for layer in layers if layer is not owner]
+        self.steps = [(KeptStack(step.maps) if step.maps else None, others(step.layers)) for step in steps]
 
     def fits(self, x: Tensor, context: Tensor | None) -> bool:
         if self.most_rows is not None and x.shape[0] > self.most_rows:
             return False
         return x.dtype is self.dtype and (context is None or self.takes_context)
 
-    def __call__(self, x: Tensor, context: Tensor | None) -> Result:
+    def __call__(self, x: Tensor, context: Tensor | None) -> Result | None:
+        """None where the owner itself has to be asked, which is its only step."""
+        self.calls += 1
         total = None
-        for step in self.steps:
-            call = step.inverse if self.inverse and isinstance(step, nn.Module) else step
-            x, logabsdet = call(x, context)
-            total = logabsdet if total is None else total + logabsdet
+        for kept, layers in self.steps:
+            calls: Sequence[Callable[..., Result]] = [layer.inverse for layer in layers] if self.inverse else layers
+            if kept is not None and not self.failed:
+                try:
+                    x, logabsdet = kept(x, context)
+                except RuntimeError:  # the layers say what does not fit, or make it fit
+                    self.failed = True
+                    if not layers:
+                        return None
+                else:
+                    total = logabsdet if total is None else total + logabsdet
+                    continue
+            for call in calls:
+                x, logabsdet = call(x, context)
+                total = logabsdet if total is None else total + logabsdet
         return x, total
 
 
 class Programs:
-    """The programs of a module in both directions. Copies and pickles of the module begin with none."""
+    """The programs of a module in both directions."""
 
     def __init__(self) -> None:
         self._of: dict[bool, Program] = {}
         self._calls, self._patience = 0, 1
-
-    def __reduce__(self) -> tuple:
-        return Programs, ()
 
     def clear(self) -> None:
         self._of.clear()
@@ -125,52 +138,83 @@ class Programs:
     def run(self, owner: nn.Module, x: Tensor, context: Tensor | None, *, inverse: bool, by_modules: Callable[..., Result]) -> Result:
         """by_modules(x, context, inverse=inverse, steps=None), or the same by a program. `steps` is a list to which by_modules appends the
         steps it makes, and an empty one for what no program can do."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_plain_call(x):
-            return by_modules(x, context, inverse=inverse, steps=None)
         program = self._of.get(inverse)
         if program is not None and program.fits(x, context):
-            if program.watch.holds(owner):
-                program.calls += 1
-                try:
-                    return program(x, context)
-                except RuntimeError:  # the modules say what does not fit, or make it fit
-                    pass
-            self._forget(inverse)
+            result = program(x, context) if program.watch.holds(owner) else None
+            if result is None or program.failed:
+                self._forget(inverse)
+            if result is not None:
+                return result
         self._calls += 1
         if self._calls <= self._patience:
             return by_modules(x, context, inverse=inverse, steps=None)
         steps: list[Step] = []
         result = by_modules(x, context, inverse=inverse, steps=steps)
-        self._learn(owner, steps, x.dtype, inverse)
+        if any(step.maps for step in steps):
+            program = _learn(owner, steps, x.dtype, inverse)
+            if program is None:
+                self._wait()
+            else:
+                self._of[inverse] = program
         return result
 
     def _forget(self, inverse: bool) -> None:
         program = self._of.pop(inverse, None)  # another thread may have been here
-        if program is not None:
-            # getting to know tensors takes as long as finding them some ten times: where they change all the time, it is done ever less
-            self._calls, self._patience = 0, 1 if program.calls > 20 else 2 * self._patience
+        if program is None or program.calls > 20:
+            self._calls, self._patience = 0, 1
+        else:
+            self._wait()
 
-    def _learn(self, owner: nn.Module, steps: Sequence[Step], dtype: torch.dtype, inverse: bool) -> None:
-        if not all(step.layers for step in steps) or not any(step.maps for step in steps):
-            return
-        modules = [module for step in steps if step.maps for layer in step.layers for module in layer.modules()]
-        watch = Watch(owner, modules if owner in modules else [*owner.children(), *modules])
-        if watch.knows([t for step in steps for map_ in step.maps for t in _tensors(map_)]):
-            self._of[inverse] = Program(watch, steps, dtype, inverse)
+    def _wait(self) -> None:
+        # getting to know tensors takes as long as finding them some ten times: where that is for nothing, it is done ever less
+        self._calls, self._patience = 0, min(2 * self._patience, 1024)
+
+
+def _learn(owner: nn.Module, steps: Sequence[Step], dtype: torch.dtype, inverse: bool) -> Program | None:
+    """The program of these steps, or None where their tensors or their classes' methods are not the modules' own."""
+    if not all(step.layers for step in steps):
+        return None
+    modules = [module for step in steps if step.maps for layer in step.layers for module in layer.modules()]
+    if any(is_parametrized(module) or _OVERRIDDEN & vars(module).keys() for module in modules):
+        return None
+    watch = Watch(owner, modules if owner in modules else [owner.layers, *modules])
+    if not watch.knows([t for step in steps for map_ in step.maps for t in _tensors(map_)]):
+        return None
+    return Program(owner, watch, steps, dtype, inverse)
 
 
 class KeepsPrograms(nn.Module):
-    """A module that forgets its programs when it is moved, cast or loaded. That may exchange what its tensors are made of, which torch
-    refuses where somebody else holds them (torch.utils.swap_tensors)."""
+    """A module that keeps programs of its calls. Copies and pickles begin with none.
 
-    _programs: Programs
+    It forgets them when it is moved, cast or loaded: that may exchange what its tensors are made of, which torch refuses where somebody
+    else holds them (torch.utils.swap_tensors).
+    """
+
+    _programs: Programs | None = None
+
+    def _run(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> Result:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_plain_call(x):
+            return self._by_modules(x, context, inverse=inverse, steps=None)
+        if self._programs is None:
+            self._programs = Programs()
+        return self._programs.run(self, x, context, inverse=inverse, by_modules=self._by_modules)
+
+    def _by_modules(self, x: Tensor, context: Tensor | None, *, inverse: bool, steps: list[Step] | None) -> Result:
+        raise NotImplementedError
+
+    def _forget_programs(self) -> None:
+        if self._programs is not None:
+            self._programs.clear()
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "_programs"}
 
     def _apply(self, *args, **kwargs):
-        self._programs.clear()
+        self._forget_programs()
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._programs.clear()
+        self._forget_programs()
         super()._load_from_state_dict(*args, **kwargs)
 
 
@@ -185,6 +229,7 @@ def _is_plain_call(x: Tensor) -> bool:
         and not transformed()
         and not has_global_hooks()
         and _get_current_dispatch_mode() is None
+        and torch._C._get_tracing_state() is None
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from ._programs import KeepsPrograms, Programs, Step
+from ._programs import KeepsPrograms, Step
 from ._stack import run
 
 
@@ -12,7 +12,8 @@ class Chain(KeepsPrograms):
     """z = layer_n(... layer_1(x)); logabsdet is the sum of theirs. The inverse goes back through them.
 
     Autoregressive layers that follow one another, with permutations and with batch norms in evaluation between them, run as one call
-    of `ops.autoregressive_stack`; layers of a subclass and layers with hooks are called one by one.
+    of `ops.autoregressive_stack`; layers of a subclass and layers with hooks are called one by one. Without gradient, on a CPU, what was
+    found of the layers is kept from call to call, unless there are permutations or batch norms between autoregressive ones.
 
     Args:
         layers: modules with `forward(x, context)` and `inverse(z, context)`, each returning (output, logabsdet [batch]).
@@ -23,13 +24,12 @@ class Chain(KeepsPrograms):
         self.layers = nn.ModuleList(layers)
         if not self.layers:
             raise ValueError("layers must hold at least one layer; got none")
-        self._programs = Programs()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._programs.run(self, x, context, inverse=False, by_modules=self._by_modules)
+        return self._run(x, context, inverse=False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._programs.run(self, z, context, inverse=True, by_modules=self._by_modules)
+        return self._run(z, context, inverse=True)
 
     def _by_modules(self, x: Tensor, context: Tensor | None, *, inverse: bool, steps: list[Step] | None) -> tuple[Tensor, Tensor]:
         layers = list(self.layers._modules.values())  # a module list finds each by its number, at a microsecond and more

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from ..ops import Conditioner, Map, MaskedLayer, ScaleMap, autoregressive, check_conditioner
 from ..ops.activation import Activation, parse_activation
 from ..ops.degrees import hidden_degrees, staircase
-from ..ops.scale_map import parse_form
+from ..ops.scale_map import Form, parse_form
 from ._building import built_on_cpu
-from ._programs import KeepsPrograms, Programs, Step
+from ._programs import KeepsPrograms, Step
 from .masked_linear import MaskedLinear, Unitwise
 from .mlp import parse_context_features, parse_widths
 
@@ -116,7 +116,6 @@ class MaskedAutoregressive(KeepsPrograms):
         self._activations, self._wiring = network.activations, network.wiring
         self._contexts = [i for i, m in enumerate(modules) if getattr(m, "context_weight", None) is not None]
         self._context_biases = bool(network.context_biases)
-        self._programs = Programs()
 
     def conditioner(self) -> Conditioner:
         """The network as the op takes it."""
@@ -138,15 +137,15 @@ class MaskedAutoregressive(KeepsPrograms):
         return Conditioner(weights, biases, visible, self._activations, contexts, self._buffers["order"], self._wiring, context_biases)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._programs.run(self, x, context, inverse=False, by_modules=self._by_modules)
+        return self._run(x, context, inverse=False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._programs.run(self, z, context, inverse=True, by_modules=self._by_modules)
+        return self._run(z, context, inverse=True)
 
     def _by_modules(self, x: Tensor, context: Tensor | None, *, inverse: bool, steps: list[Step] | None) -> tuple[Tensor, Tensor]:
         conditioner = self.conditioner()
         if steps is not None:
-            whole = type(self) is MaskedAutoregressive and "conditioner" not in vars(self)
+            whole = type(self) is MaskedAutoregressive and isinstance(self.form, Form) and isinstance(self.scale, ScaleMap)
             steps.append(Step([self], [Map(conditioner, self.scale, self.form, inverse)]) if whole else Step())
         return autoregressive(x, conditioner, context, scale=self.scale, form=self.form, inverse=inverse)
 

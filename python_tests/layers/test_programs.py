@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkernels
 from flowkernels import ScaleMap
@@ -54,7 +55,7 @@ def both(module: nn.Module, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def programs(module: nn.Module) -> dict:
-    return module._programs._of
+    return {} if module._programs is None else module._programs._of
 
 
 def learn(module: nn.Module, *args: torch.Tensor) -> None:
@@ -297,6 +298,116 @@ def test_a_layer_is_given_a_network_of_its_own():
     for _ in range(6):
         equal(both(layer, x)[:2], want)
     assert not torch.equal(want[0], before[0])
+
+
+class Loud(nn.Module):
+    """A user's layer, equal to all others of its kind."""
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor, self.calls, self.error = factor, 0, None
+
+    def __eq__(self, other):
+        return isinstance(other, Loud)
+
+    __hash__ = nn.Module.__hash__
+
+    def forward(self, x, context=None):
+        self.calls += 1
+        if self.error is not None:
+            raise self.error
+        return self.factor * x, x.new_zeros(len(x))
+
+    inverse = forward
+
+
+def test_layers_of_a_user_are_called_once():
+    layers = make("MAF").layers
+    flow, x = Flow([layers[0], Loud(), layers[1], Loud()], 4), torch.randn(5, 4)
+    learn(flow, x)
+    flow.layers[1].calls = 0
+    flow.layers[3].error = RuntimeError("as it likes")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="as it likes"):
+        flow(x)
+    assert flow.layers[1].calls == 1 and programs(flow)
+    flow.layers[3].error = None
+    flow.layers[3] = Loud(3.0)
+    equal(both(flow, x), both(fresh(flow), x))
+    learn(flow, x)
+    flow.layers[1].forward = lambda x, context=None: (x.double(), x.new_zeros(len(x)))  # which the kernel of the next layer refuses
+    with torch.no_grad(), pytest.raises(ValueError, match="must be torch.float32"):
+        flow(x)
+
+
+def test_another_class():
+    class Additive(AffineCoupling):
+        def as_map(self, x, *, inverse):
+            return None
+
+        def _apply_map(self, x, context, *, inverse):
+            return x, x.new_zeros(len(x))
+
+    module, x = make("RealNVP"), torch.randn(5, 4)
+    learn(module, x)
+    for layer in module.layers:
+        layer.__class__ = Additive
+    with torch.no_grad():
+        equal(module(x)[0], x)
+
+
+def test_a_parametrization_that_does_nothing_today():
+    layer, x = make("layer"), torch.randn(5, 4)
+    nn.utils.parametrize.register_parametrization(layer.layers[0], "weight", nn.Dropout(0.5))
+    layer.eval()
+    for _ in range(5):
+        before = both(layer, x)
+    layer.train()
+    assert not torch.equal(both(layer, x)[0], before[0])
+
+
+def test_settings_by_word():
+    layer, x = make("layer"), torch.randn(5, 4)
+    layer.form = "divide"
+    want = both(layer, x)
+    for _ in range(4):
+        equal(both(layer, x), want)
+
+
+def test_what_cannot_be_kept_is_looked_at_ever_less(monkeypatch):
+    from flowkernels.layers import _programs
+
+    looked, learn_once = [], _programs._learn
+    monkeypatch.setattr(_programs, "_learn", lambda *args: looked.append(1) or learn_once(*args))
+    layer, x = make("layer"), torch.randn(5, 4)
+    parametrize(layer)
+    with torch.no_grad():
+        for _ in range(200):
+            layer(x)
+    assert 0 < len(looked) < 10
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_nobody_who_records_ops_sees_a_number():
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    module, other, x = make("MAF"), make("MAF"), torch.randn(5, 4)
+    learn(module, x)
+    learn(other, x)
+    kept = torch.ops.flowkernels._release_stack(0)
+    with torch.no_grad():
+        with Names():
+            module(x)
+            del other
+        assert seen and not any("kept" in name or "release" in name for name in seen)
+        traced = torch.jit.trace(module, x, check_trace=False)
+        assert "kept" not in str(traced.inlined_graph)
+        equal(traced(x), module(x))
+    learn(make("NICE"), x)
+    assert torch.ops.flowkernels._release_stack(0) <= kept - 2
 
 
 @pytest.mark.parametrize("change", ["form", "layers"])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ... import _extension
 from ..._library import library, register_fake
@@ -40,8 +41,20 @@ class KeptStack:
         none = maps[0].conditioner.weights[-1].new_empty(0)
         factors = [m.scale.a if isinstance(m.scale, PoweredMap) else none for m in maps]
         plain = [m._replace(scale=m.scale.scale) if isinstance(m.scale, PoweredMap) else m for m in maps]
+        while _late:
+            _release(_late.pop())
         self.number = _keep(*Lists.of(plain), factors)
-        weakref.finalize(self, _release, self.number).atexit = False
+        weakref.finalize(self, _let_go, self.number).atexit = False
 
     def __call__(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return _autoregressive_kept(x, context, self.number)
+
+
+_late: list[int] = []  # stacks that went while somebody recorded the ops that are called
+
+
+def _let_go(number: int) -> None:
+    if torch._C._get_tracing_state() is not None or _get_current_dispatch_mode() is not None:
+        _late.append(number)
+    else:
+        _release(number)
