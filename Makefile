@@ -13,6 +13,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 TRITON ?= triton==3.7.1
+CLANG ?= ziglang==0.17.1
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
@@ -26,13 +27,14 @@ HELD := -c $(STAMPS)/torch.txt
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test lint format bench triton sanitize clean distclean
+.PHONY: install demo test lint format bench triton clang sanitize clean distclean
 
 demo: install
 	$(PY) -m flowkernels demo $(DEMO_ARGS)
 
 test: lint $(STAMPS)/probes
 	@$(MAKE) --no-print-directory triton || echo "Triton cannot be installed here: the tests of its kernels are skipped"
+	@$(MAKE) --no-print-directory clang || echo "clang cannot be installed here: whether it takes the sources is not tested"
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS) python_tests
 
 lint: install
@@ -79,14 +81,23 @@ $(STAMPS)/triton: $(STAMPS)/installed
 	$(PIP) install $(HELD) "$(TRITON)"
 	@touch $@
 
+# clang for Linux and macOS, with the headers of both: whether it takes the sources is tested, no code is made.
+clang: $(STAMPS)/clang
+
+$(STAMPS)/clang: $(STAMPS)/installed
+	$(PIP) install $(HELD) "$(CLANG)"
+	@touch $@
+
 # In a copy of the tree, so that neither build disturbs the other. Memory that kernels leave unwritten is NaN there (FK_FILL_NAN). What
-# Python does around the ops (compile, opcheck, functorch) meets no other memory, and takes long under the sanitizers.
+# Python does around the ops (compile, opcheck, functorch) meets no other memory, and takes long under the sanitizers. With
+# SANITIZE_DEFINES="-DFK_FILL_NAN -DFK_NARROW_VECTORS", on vectors as short as NEON's, which this machine may not have.
 SANITIZERS := -fsanitize=address,undefined
+SANITIZE_DEFINES ?= -DFK_FILL_NAN
 SANITIZE_ARGS ?= -k "not compil and not opcheck and not functorch and not autocast"
 sanitize: install
 	@mkdir -p build/sanitize && cd build/sanitize && rm -rf csrc flowkernels python_tests
 	tar --exclude='*.so' --exclude=_build.json -cf - csrc flowkernels python_tests setup.py pyproject.toml README.md LICENSE | tar -xf - -C build/sanitize
-	cd build/sanitize && CFLAGS="$(SANITIZERS) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -DFK_FILL_NAN" \
+	cd build/sanitize && CFLAGS="$(SANITIZERS) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g $(SANITIZE_DEFINES)" \
 	  LDFLAGS="$(SANITIZERS)" FLOWKERNELS_SKIP_CUDA=1 FLOWKERNELS_TESTS=1 FLOWKERNELS_WERROR= $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell g++ -print-file-name=$(lib)))" \

@@ -21,8 +21,10 @@ std::string compiler() {
 }
 
 std::string compiled_targets() {
-#if defined(FK_X86)
+#if defined(FK_HAS_AVX512)
   return std::string(target_name(Target::avx2)) + " " + target_name(Target::avx512);
+#elif defined(FK_X86)
+  return target_name(Target::avx2);
 #elif defined(FK_NEON)
   return target_name(Target::neon);
 #else

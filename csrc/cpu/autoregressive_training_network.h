@@ -60,7 +60,8 @@ class TrainingNetwork {
     no_first_.assign(contexts, 0);
     layers.reserve(network_.layers.size());
     for (const MaskedLayer<T>& layer : network_.layers) {
-      TrainingLayer<T>& own = layers.emplace_back(layer);
+      layers.push_back({layer, {}, {}, {}});
+      TrainingLayer<T>& own = layers.back();
       if (!own.takes_context) continue;
       own.whole_context.assign(own.outputs, static_cast<int32_t>(contexts));
       if (!own.context_bias || own.apart()) continue;

@@ -42,16 +42,14 @@ FK_CALL void add_product_columns(const T* a, int64_t a_ld, int64_t m, const T* b
 // The same for all m of a and n of b
 template <class T>
 void add_product(const T* a, int64_t a_ld, int64_t m, const T* b, int64_t b_ld, int64_t n, int64_t positions, T* out, int64_t out_ld) {
-  for (int64_t j = 0; j < n;) {
-    const int64_t left = n - j;
+  for (int64_t j = 0; j < n; j += 3 * lanes<T>) {
     const auto panel = [&](auto count) FK_BODY {
       constexpr int64_t width = decltype(count)::value * lanes<T>;
-      add_product_columns<decltype(count)::value>(a, a_ld, m, b + j, b_ld, positions, out + j, out_ld, smaller(width, left));
-      j += width;
+      add_product_columns<decltype(count)::value>(a, a_ld, m, b + j, b_ld, positions, out + j, out_ld, smaller(width, n - j));
     };
-    if (left > 2 * lanes<T>)
+    if (n - j > 2 * lanes<T>)
       panel(Count<3>{});
-    else if (left > lanes<T>)
+    else if (n - j > lanes<T>)
       panel(Count<2>{});
     else
       panel(Count<1>{});

@@ -117,8 +117,7 @@ FK_CALL Tile<T> choose_tile(const Affine& affine, bool additive, bool learned, b
   if (additive) return add_tile<T>;
   const bool reciprocal = divides(affine.form, affine.inverse);
   if (learned) return tile_of<LearnedTanhMap<Vec<T>>, T>(reciprocal, backward);
-  return with_scale_map<Vec<T>>(
-      affine.scale, [&](const auto& map) -> Tile<T> { return tile_of<std::decay_t<decltype(map)>, T>(reciprocal, backward); });
+  return with_scale_map<Vec<T>>(affine.scale, [&](const auto& map) { return tile_of<std::decay_t<decltype(map)>, T>(reciprocal, backward); });
 }
 
 }  // namespace FK_TARGET

@@ -4,6 +4,9 @@
 //   #include "cpu/for_each_target.h"            // outside any namespace, after every other include
 //   ... FK_DISPATCH(run<float>(x, y)) ...       // calls avx512::run<float>(x, y) or avx2::run<float>(x, y) or neon::...
 //
+// With -DFK_NARROW_VECTORS, a build for tests, avx2 is given vectors of 16 bytes and the tiles of 32 registers, as NEON has: what a kernel
+// takes for granted of their size shows on x86 too.
+//
 // A kernel header must not instantiate function templates of the standard library: the linker would merge them with everybody
 // else's copies, and the one it keeps may need an instruction set that the machine lacks.
 
@@ -21,9 +24,16 @@
 #if defined(__GNUC__) && defined(__x86_64__)
 #include <immintrin.h>
 #define FK_X86 1
+#if !defined(FK_NARROW_VECTORS)
+#define FK_HAS_AVX512 1
+#endif
 #elif defined(__GNUC__) && defined(__aarch64__)
 #include <arm_neon.h>
 #define FK_NEON 1
+#endif
+
+#if defined(__clang__)
+#pragma clang diagnostic ignored "-Wpragma-clang-attribute"  // of a region that holds nothing any more
 #endif
 
 #define FK_INLINE inline __attribute__((always_inline))
@@ -49,9 +59,12 @@ inline Target hardware_target() noexcept {
 #if defined(FK_X86)
   __builtin_cpu_init();  // this may run before the constructor that would do it
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Target::none;
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl");
-  return avx512 ? Target::avx512 : Target::avx2;
+#if defined(FK_HAS_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl"))
+    return Target::avx512;
+#endif
+  return Target::avx2;
 #elif defined(FK_NEON)
   return Target::neon;
 #else
@@ -87,12 +100,18 @@ inline Target best_target() {
 }  // namespace flowkernels
 
 // FK_DISPATCH_ON(target, f(x)) is an expression: the copy of f for that target, called on x.
-#if defined(FK_X86)
+#if defined(FK_HAS_AVX512)
 #define FK_DISPATCH_ON(target, ...)                                                       \
   ([&] {                                                                                  \
     const ::flowkernels::Target fk_target = (target);                                     \
     if (fk_target == ::flowkernels::Target::avx512) return ::flowkernels::avx512::__VA_ARGS__; \
     if (fk_target == ::flowkernels::Target::avx2) return ::flowkernels::avx2::__VA_ARGS__;     \
+    ::flowkernels::no_target();                                                           \
+  }())
+#elif defined(FK_X86)
+#define FK_DISPATCH_ON(target, ...)                                                       \
+  ([&] {                                                                                  \
+    if ((target) == ::flowkernels::Target::avx2) return ::flowkernels::avx2::__VA_ARGS__; \
     ::flowkernels::no_target();                                                           \
   }())
 #elif defined(FK_NEON)
@@ -109,9 +128,15 @@ inline Target best_target() {
 #if defined(FK_X86)
 
 #define FK_TARGET avx2
+#if defined(FK_NARROW_VECTORS)
+#define FK_TARGET_NARROW 1
+#define FK_VECTOR_BYTES 16
+#define FK_REGISTERS 32
+#else
 #define FK_TARGET_AVX2 1
 #define FK_VECTOR_BYTES 32
 #define FK_REGISTERS 16
+#endif
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
@@ -135,9 +160,11 @@ inline Target best_target() {
 #endif
 #undef FK_TARGET
 #undef FK_TARGET_AVX2
+#undef FK_TARGET_NARROW
 #undef FK_VECTOR_BYTES
 #undef FK_REGISTERS
 
+#if defined(FK_HAS_AVX512)
 #define FK_TARGET avx512
 #define FK_TARGET_AVX512 1
 #define FK_VECTOR_BYTES 64
@@ -167,6 +194,7 @@ inline Target best_target() {
 #undef FK_TARGET_AVX512
 #undef FK_VECTOR_BYTES
 #undef FK_REGISTERS
+#endif
 
 #elif defined(FK_NEON)
 

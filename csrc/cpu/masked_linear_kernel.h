@@ -201,7 +201,8 @@ FK_INLINE void panel_tile(const MaskedLinearArgs<T>& args, const T* x, int64_t l
   for (int u = 0; u < U; ++u)
     for (int v = 0; v < kRowVectors; ++v) nan[v] = fma(sum[u][v], zero<T>(), nan[v]);  // of an infinity too
   const Vec<T> bad = nan[0] + nan[1] + nan[2];
-  if (__builtin_expect(any(bad != bad), 0)) return careful_tile<U, kFrom>(args, x, ld, p, r, j, first, store);
+  const IVec<T> is_bad = bad != bad;
+  if (__builtin_expect(any(is_bad), 0)) return careful_tile<U, kFrom>(args, x, ld, p, r, j, first, store);
   if (p.n == kPanel<T> && store == Store::plain) return store_tile<U, Store::plain>(args, sum, r, j, first);
   if (p.n == kPanel<T> && store == Store::relu) return store_tile<U, Store::relu>(args, sum, r, j, first);
   if (p.n == kPanel<T> && store == Store::relu_derivative) return store_tile<U, Store::relu_derivative>(args, sum, r, j, first);

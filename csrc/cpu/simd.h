@@ -137,7 +137,7 @@ FK_INLINE Vec<double> at_most(Vec<double> a, Vec<double> limit) { return _mm512_
 FK_INLINE Vec<float> at_least(Vec<float> a, Vec<float> limit) { return _mm512_maskz_max_ps((__mmask16)-1, limit, a); }
 FK_INLINE Vec<double> at_least(Vec<double> a, Vec<double> limit) { return _mm512_maskz_max_pd((__mmask8)-1, limit, a); }
 
-#elif defined(FK_TARGET_NEON)
+#else  // NEON, or narrow vectors on x86
 
 template <class T>
 FK_INLINE Vec<T> load_partial(const T* p, int n) {
@@ -154,12 +154,21 @@ FK_INLINE void store_partial(T* p, Vec<T> v, int n) {
   }
 }
 
+#if defined(FK_TARGET_NEON)
 FK_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return vfmaq_f32(c, a, b); }
 FK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return vfmaq_f64(c, a, b); }
 FK_INLINE Vec<float> sqrt(Vec<float> a) { return vsqrtq_f32(a); }
 FK_INLINE Vec<double> sqrt(Vec<double> a) { return vsqrtq_f64(a); }
 FK_INLINE Vec<float> floor(Vec<float> a) { return vrndmq_f32(a); }
 FK_INLINE Vec<double> floor(Vec<double> a) { return vrndmq_f64(a); }
+#else
+FK_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm_fmadd_ps(a, b, c); }
+FK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm_fmadd_pd(a, b, c); }
+FK_INLINE Vec<float> sqrt(Vec<float> a) { return _mm_sqrt_ps(a); }
+FK_INLINE Vec<double> sqrt(Vec<double> a) { return _mm_sqrt_pd(a); }
+FK_INLINE Vec<float> floor(Vec<float> a) { return _mm_floor_ps(a); }
+FK_INLINE Vec<double> floor(Vec<double> a) { return _mm_floor_pd(a); }
+#endif
 template <class V>
 FK_INLINE V at_most(V a, V limit) {
   return limit < a ? limit : a;
@@ -203,18 +212,33 @@ FK_INLINE void transpose(Vec<double> (&rows)[4]) {
   rows[3] = _mm256_permute2f128_pd(high[0], high[1], 0x31);
 }
 
+#elif defined(FK_TARGET_NEON)
+
+FK_INLINE bool any(IVec<float> mask) { return vmaxvq_u32((uint32x4_t)mask) != 0; }
+FK_INLINE bool any(IVec<double> mask) { return vmaxvq_u32((uint32x4_t)mask) != 0; }
+
+FK_INLINE void transpose(Vec<float> (&rows)[4]) {
+  const Vec<double> even[2] = {(Vec<double>)vtrn1q_f32(rows[0], rows[1]), (Vec<double>)vtrn1q_f32(rows[2], rows[3])};
+  const Vec<double> odd[2] = {(Vec<double>)vtrn2q_f32(rows[0], rows[1]), (Vec<double>)vtrn2q_f32(rows[2], rows[3])};
+  rows[0] = (Vec<float>)vtrn1q_f64(even[0], even[1]);
+  rows[1] = (Vec<float>)vtrn1q_f64(odd[0], odd[1]);
+  rows[2] = (Vec<float>)vtrn2q_f64(even[0], even[1]);
+  rows[3] = (Vec<float>)vtrn2q_f64(odd[0], odd[1]);
+}
+FK_INLINE void transpose(Vec<double> (&rows)[2]) {
+  const Vec<double> first = rows[0];
+  rows[0] = vtrn1q_f64(first, rows[1]);
+  rows[1] = vtrn2q_f64(first, rows[1]);
+}
+
 #else
 
 #if defined(FK_TARGET_AVX512)
 FK_INLINE bool any(IVec<float> mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
 FK_INLINE bool any(IVec<double> mask) { return _mm512_movepi64_mask((__m512i)mask) != 0; }
 #else
-template <class M>
-FK_INLINE bool any(M mask) {
-  bool found = false;
-  for (int i = 0; i < static_cast<int>(sizeof(M) / sizeof(mask[0])); ++i) found |= mask[i] != 0;
-  return found;
-}
+FK_INLINE bool any(IVec<float> mask) { return _mm_movemask_ps((__m128)mask) != 0; }
+FK_INLINE bool any(IVec<double> mask) { return _mm_movemask_pd((__m128d)mask) != 0; }
 #endif
 
 template <class V, int n>
