@@ -1,0 +1,217 @@
+"""The README's tables of what was measured, from the result rows: `python -m benchmarks.readme` writes them anew.
+
+A table stands between two comments, `<!-- measured: NAME -->` and `<!-- end -->`. A test compares the README with the rows.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import bench_tasks, rows
+from .rows import Row
+from .table import duration
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+MEASURED = ROOT / "benchmarks" / "results" / "measured.jsonl"
+
+# of the sequential inverse: label, case, peers
+INVERSE = [
+    ("D=63, H=512x2, batch 1,024", "inverse, D=63, H=512x2, batch 1,024"),
+    ("D=784, H=1024x2, batch 1,024", "inverse, D=784, H=1024x2, batch 1,024"),
+    ("D=784, H=1024x2, batch 100", "inverse, D=784, H=1024x2, batch 100"),
+    ("D=784, H=1024x2, batch 16", "inverse, D=784, H=1024x2, batch 16"),
+    ("D=6, H=100x2, batch 100,000", "inverse, D=6, H=100x2, batch 100,000"),
+    ("D=63, H=512x2, batch 1", "inverse, D=63, H=512x2, batch 1"),
+    ("density without gradient, D=63, H=512x2, batch 1,024", "density, no gradient, D=63, H=512x2, batch 1,024"),
+]
+PEERS = ("dense forward", "nflows", "zuko", "normflows")
+
+MAP = "ScaleMap.sigmoid(bias=2.0, floor=0.0)"
+CONDITIONER = "[16, 6, 16, 16] to 12 channels, hidden 64"
+STEP_OF_NETWORK = "dense network, forward and backward"
+# of everything else: label, benchmark, cases that share the line, and how the line calls those it compares with
+OTHERS: list[tuple[str, str, Sequence[str], dict[str, str]]] = [
+    (
+        "a million samples of MAF(5), D=6, H=50x2",
+        "sampling",
+        ["1,000,000 samples, MAF(5), D=6, H=50x2"],
+        {"zuko": "zuko", "nflows": "nflows"},
+    ),
+    (
+        "10,000 samples / one sample of it",
+        "sampling",
+        ["10,000 samples, MAF(5), D=6, H=50x2", "1 sample, MAF(5), D=6, H=50x2"],
+        {"zuko": "zuko", "nflows": "nflows"},
+    ),
+    (
+        "10,000 samples given one context of 8 / given each of 100 contexts",
+        "sampling",
+        ["1 context of 8 x 10,000 samples, MAF(5), D=6, H=50x2", "100 contexts of 8 x 10,000 samples, MAF(5), D=6, H=50x2"],
+        {"zuko": "zuko", "nflows": "nflows"},
+    ),
+    (
+        "gradient of the inverse, D=63, H=512x2, batch 1,024",
+        "gradient",
+        ["gradient of the inverse, D=63, H=512x2, batch 1,024"],
+        {"dense forward + backward": STEP_OF_NETWORK},
+    ),
+    (
+        "the same, batch 128",
+        "gradient",
+        ["gradient of the inverse, D=63, H=512x2, batch 128"],
+        {"dense forward + backward": "dense network", "nflows": "nflows", "reference": "the reference"},
+    ),
+    (
+        "the same of nflows' default layer, two residual blocks, D=63, H=512, batch 128",
+        "gradient",
+        ["gradient of the inverse, two residual blocks, D=63, H=512, batch 128"],
+        {"nflows": "nflows"},
+    ),
+    (
+        "maximum-likelihood step of IAF(5), D=63, H=512x2, batch 1,024",
+        "gradient",
+        ["maximum-likelihood step of IAF(5), D=63, H=512x2, batch 1,024"],
+        {"MAF": "the step of a MAF"},
+    ),
+    (
+        "training step of one layer, D=63, H=512x2, batch 1,024",
+        "training",
+        ["training step, D=63, H=512x2, batch 1,024"],
+        {"dense network": "dense network", "zuko": "zuko", "nflows": "nflows"},
+    ),
+    (
+        "training step of MAF(5), D=63, H=100x2, batch 100",
+        "training",
+        ["training step, MAF(5), D=63, H=100x2, batch 100"],
+        {"zuko": "zuko", "nflows": "nflows"},
+    ),
+    (
+        "training step of five of nflows' default layers, two residual blocks, D=63, H=100, batch 100",
+        "training",
+        ["training step, 5 layers with two residual blocks, D=63, H=100, batch 100"],
+        {"nflows": "nflows"},
+    ),
+    (
+        "coupling, [32, 48, 32, 32], forward / forward and backward",
+        "coupling",
+        [f"forward, [32, 48, 32, 32] float32, {MAP}", f"forward + backward, [32, 48, 32, 32] float32, {MAP}"],
+        {"torch.compile": "torch.compile", "eager": "eager"},
+    ),
+    (
+        "coupling, 256 MB, forward",
+        "coupling",
+        [f"forward, [64, 64, 128, 128] float32, {MAP}"],
+        {"copy of the same bytes": "a copy of the same bytes"},
+    ),
+    (
+        "RealNVP, D=8, H=64x2, 8 couplings, batch 1,000: sampling / training step",
+        "flows",
+        [f"{work}, RealNVP, D=8, H=64x2, 8 couplings, batch 1,000" for work in ("sampling", "training step")],
+        {"eager": "eager", "normflows": "normflows", "nflows": "nflows", "zuko": "zuko"},
+    ),
+    (
+        "RealNVP, D=64, H=256x2, 6 couplings, batch 1,000: sampling / training step",
+        "flows",
+        [f"{work}, RealNVP, D=64, H=256x2, 6 couplings, batch 1,000" for work in ("sampling", "training step")],
+        {"eager": "eager", "normflows": "normflows", "nflows": "nflows", "zuko": "zuko"},
+    ),
+    (
+        "NICE, D=64, H=256, 4 couplings, batch 100: sampling / training step",
+        "flows",
+        [f"{work}, NICE, D=64, H=256x1, 4 couplings, batch 100" for work in ("sampling", "training step")],
+        {"eager": "eager", "normflows": "normflows", "nflows": "nflows"},
+    ),
+    (
+        "NICE, D=784, H=1000x5, 4 couplings, batch 200: sampling / training step",
+        "flows",
+        [f"{work}, NICE, D=784, H=1000x5, 4 couplings, batch 200" for work in ("sampling", "training step")],
+        {"eager": "eager", "normflows": "normflows", "nflows": "nflows"},
+    ),
+    (
+        "RealNVP on digits: sampling / training step",
+        "flows",
+        [f"{work}, RealNVP on digits, 2 levels, ResNet 16x1, batch 100" for work in ("sampling", "training step")],
+        {"eager": "eager"},
+    ),
+    (
+        "`slogdet` of 96 matrices, C = 12 / 48 / 96",
+        "lu",
+        [f"slogdet, 96 of C={c}" for c in (12, 48, 96)],
+        {"torch batched": "torch batched"},
+    ),
+    (
+        "`slogdet_inverse`, C = 12 / 48 / 96",
+        "lu",
+        [f"slogdet and inverse, 96 of C={c}" for c in (12, 48, 96)],
+        {"torch batched": "torch batched", "torch one by one": "one by one"},
+    ),
+    (
+        f"Glow's conditioner, {CONDITIONER}: forward / forward and backward",
+        "conv_net",
+        [f"conditioner of Glow, {work}, {CONDITIONER}" for work in ("forward", "forward + backward")],
+        {"reference": "torch's convolutions", "torch.compile": "torch.compile"},
+    ),
+    (
+        "four steps of Glow without their conditioners, [32, 48, 16, 16]: forward / inverse",
+        "glow",
+        [f"4 steps without their conditioners, {direction}, [32, 48, 16, 16]" for direction in ("forward", "inverse")],
+        {"normflows": "normflows", "reference": "the reference"},
+    ),
+    (
+        "Glow, 3 levels x 8 steps, hidden 64, [16, 3, 32, 32]: density / sampling / training step",
+        "glow",
+        [f"{work}, 3 levels x 8 steps, hidden 64, [16, 3, 32, 32]" for work in ("density", "sampling", "training step")],
+        {"normflows": "normflows", "reference": "the reference", "torch.compile": "torch.compile"},
+    ),
+    (
+        "the same, 3 levels x 32 steps",
+        "glow",
+        [f"{work}, 3 levels x 32 steps, hidden 64, [16, 3, 32, 32]" for work in ("density", "sampling", "training step")],
+        {"normflows": "normflows", "reference": "the reference"},
+    ),
+]
+
+
+def tables(measured: Sequence[Row]) -> dict[str, str]:
+    """The tables by name."""
+    found = {(row["benchmark"], row["case"], row["competitor"]): row for row in measured}
+    tasks = bench_tasks.summary([row for row in measured if row["benchmark"] == "tasks"])
+    return {"tasks": tasks[tasks.index("|") :], "inverse": _inverse(found), "others": _others(found)}
+
+
+def with_tables(text: str, made: dict[str, str]) -> str:
+    """The README's text with these tables in their places."""
+    return re.sub(r"(<!-- measured: (\w+) -->\n).*?(\n<!-- end -->)", lambda place: place[1] + made[place[2]] + place[3], text, flags=re.DOTALL)
+
+
+def _inverse(found: dict[tuple[str, str, str], Row]) -> str:
+    lines = ["| | flowkernels | dense pass | nflows | zuko | normflows | share of the matmul's rate |", "|---|---|---|---|---|---|---|"]
+    for label, case in INVERSE:
+        ours = found["autoregressive", case, "flowkernels"]
+        peers = [found.get(("autoregressive", case, peer)) for peer in PEERS]
+        times = [duration(row["seconds"]) if row else "" for row in (ours, *peers)]
+        lines.append(f"| {' | '.join([label, *times])} | {ours['share_of_limit']:.2f} |")
+    return "\n".join(lines)
+
+
+def _others(found: dict[tuple[str, str, str], Row]) -> str:
+    lines = ["| | time | against |", "|---|---|---|"]
+    for label, benchmark, cases, names in OTHERS:
+        times = " / ".join(duration(found[benchmark, case, "flowkernels"]["seconds"]) for case in cases)
+        against = (f"{name} {' / '.join(_ratio(found[benchmark, case, who]['ratio']) for case in cases)}" for who, name in names.items())
+        lines.append(f"| {label} | {times} | {', '.join(against)} |")
+    return "\n".join(lines)
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def main() -> None:
+    """Write the README's tables anew."""
+    README.write_text(with_tables(README.read_text(), tables(rows.read(MEASURED))))
+
+
+if __name__ == "__main__":
+    main()
