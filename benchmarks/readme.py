@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 MEASURED = ROOT / "benchmarks" / "results" / "measured.jsonl"
 
-# of the sequential inverse: label, case, peers
+# of the sequential inverse: label, case
 INVERSE = [
     ("D=63, H=512x2, batch 1,024", "inverse, D=63, H=512x2, batch 1,024"),
     ("D=784, H=1024x2, batch 1,024", "inverse, D=784, H=1024x2, batch 1,024"),
@@ -182,7 +182,8 @@ def tables(measured: Sequence[Row]) -> dict[str, str]:
 
 def with_tables(text: str, made: dict[str, str]) -> str:
     """The README's text with these tables in their places."""
-    return re.sub(r"(<!-- measured: (\w+) -->\n).*?(\n<!-- end -->)", lambda place: place[1] + made[place[2]] + place[3], text, flags=re.DOTALL)
+    place = re.compile(r"(<!-- measured: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+    return place.sub(lambda found: found[1] + made[found[2]] + found[3], text)
 
 
 def _inverse(found: dict[tuple[str, str, str], Row]) -> str:
