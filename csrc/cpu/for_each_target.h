@@ -40,6 +40,13 @@
 #define FK_CALL inline __attribute__((noinline))
 #define FK_BODY __attribute__((always_inline))  // of a lambda: [&](int i) FK_BODY { ... }
 
+// Lanes of a and b by their numbers, those of b counted on
+#if defined(__clang__) || __GNUC__ >= 12
+#define FK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a == b){__VA_ARGS__})
+#endif
+
 namespace flowkernels {
 
 // in ascending order: a larger one runs wherever a smaller one of the same processor family does

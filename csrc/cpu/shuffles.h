@@ -28,32 +28,32 @@ template <int... I>
 struct Lanes {
   template <class W>
   static FK_INLINE W every_other_then_odd(W a, W b) {  // a0 a2 ... b1 b3 ...
-    return __builtin_shufflevector(a, b, (2 * I + (2 * I >= int(sizeof...(I))))...);
+    return FK_SHUFFLE(a, b, (2 * I + (2 * I >= int(sizeof...(I))))...);
   }
   template <class W>
   static FK_INLINE W even(W a, W b) {  // a0 a2 ... b0 b2 ...
-    return __builtin_shufflevector(a, b, (2 * I)...);
+    return FK_SHUFFLE(a, b, (2 * I)...);
   }
   template <class W>
   static FK_INLINE W odd(W a, W b) {  // a1 a3 ... b1 b3 ...
-    return __builtin_shufflevector(a, b, (2 * I + 1)...);
+    return FK_SHUFFLE(a, b, (2 * I + 1)...);
   }
   template <class W>
   static FK_INLINE W low_pairs(W a, W b) {  // a0 b0 a1 b1 ..., of the first halves
-    return __builtin_shufflevector(a, b, (I / 2 + I % 2 * int(sizeof...(I)))...);
+    return FK_SHUFFLE(a, b, (I / 2 + I % 2 * int(sizeof...(I)))...);
   }
   template <class W>
   static FK_INLINE W high_pairs(W a, W b) {  // the same of the second halves
     constexpr int n = sizeof...(I);
-    return __builtin_shufflevector(a, b, (n / 2 + I / 2 + I % 2 * n)...);
+    return FK_SHUFFLE(a, b, (n / 2 + I / 2 + I % 2 * n)...);
   }
   template <class W>
   static FK_INLINE W doubled(W a) {  // a0 a0 a1 a1 ...
-    return __builtin_shufflevector(a, a, (I / 2)...);
+    return FK_SHUFFLE(a, a, (I / 2)...);
   }
   template <class W>
   static FK_INLINE W alternating(W even, W odd) {  // even0 odd1 even2 odd3 ...
-    return __builtin_shufflevector(even, odd, (I % 2 ? int(sizeof...(I)) + I : I)...);
+    return FK_SHUFFLE(even, odd, (I % 2 ? int(sizeof...(I)) + I : I)...);
   }
 };
 template <int N, int... I>

@@ -265,10 +265,11 @@ def restored_threads():
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.usefixtures("restored_threads")
-def test_any_batch_on_any_number_of_threads(threads, inverse):
+def test_any_batch_on_any_number_of_threads(threads, inverse, dtype):
     """However the rows are shared out in tiles, each row has the same bits."""
-    rows, parameters, op, *_ = example(9, (70, 40), context=2, inverse=inverse)(1500, torch.float32)
+    rows, parameters, op, *_ = example(9, (70, 40), context=2, inverse=inverse)(1500, dtype)
     with torch.no_grad():
         torch.set_num_threads(1)
         whole = op(rows, parameters)
