@@ -15,21 +15,20 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 MEASURED = ROOT / "benchmarks" / "results" / "measured.jsonl"
 
-# of the sequential inverse: label, case
-INVERSE = [
-    ("D=63, H=512x2, batch 1,024", "inverse, D=63, H=512x2, batch 1,024"),
-    ("D=784, H=1024x2, batch 1,024", "inverse, D=784, H=1024x2, batch 1,024"),
-    ("D=784, H=1024x2, batch 100", "inverse, D=784, H=1024x2, batch 100"),
-    ("D=784, H=1024x2, batch 16", "inverse, D=784, H=1024x2, batch 16"),
-    ("D=6, H=100x2, batch 100,000", "inverse, D=6, H=100x2, batch 100,000"),
-    ("D=63, H=512x2, batch 1", "inverse, D=63, H=512x2, batch 1"),
-    ("density without gradient, D=63, H=512x2, batch 1,024", "density, no gradient, D=63, H=512x2, batch 1,024"),
+# of the sequential inverse: label and case
+SIZES = [
+    "D=63, H=512x2, batch 1,024",
+    "D=784, H=1024x2, batch 1,024",
+    "D=784, H=1024x2, batch 100",
+    "D=784, H=1024x2, batch 16",
+    "D=6, H=100x2, batch 100,000",
+    "D=63, H=512x2, batch 1",
 ]
+INVERSE = {size: f"inverse, {size}" for size in SIZES} | {f"density without gradient, {SIZES[0]}": f"density, no gradient, {SIZES[0]}"}
 PEERS = ("dense forward", "nflows", "zuko", "normflows")
 
 MAP = "ScaleMap.sigmoid(bias=2.0, floor=0.0)"
 CONDITIONER = "[16, 6, 16, 16] to 12 channels, hidden 64"
-STEP_OF_NETWORK = "dense network, forward and backward"
 # of everything else: label, benchmark, cases that share the line, and how the line calls those it compares with
 OTHERS: list[tuple[str, str, Sequence[str], dict[str, str]]] = [
     (
@@ -54,7 +53,7 @@ OTHERS: list[tuple[str, str, Sequence[str], dict[str, str]]] = [
         "gradient of the inverse, D=63, H=512x2, batch 1,024",
         "gradient",
         ["gradient of the inverse, D=63, H=512x2, batch 1,024"],
-        {"dense forward + backward": STEP_OF_NETWORK},
+        {"dense forward + backward": "dense network, forward and backward"},
     ),
     (
         "the same, batch 128",
@@ -188,7 +187,7 @@ def with_tables(text: str, made: dict[str, str]) -> str:
 
 def _inverse(found: dict[tuple[str, str, str], Row]) -> str:
     lines = ["| | flowkernels | dense pass | nflows | zuko | normflows | share of the matmul's rate |", "|---|---|---|---|---|---|---|"]
-    for label, case in INVERSE:
+    for label, case in INVERSE.items():
         ours = found["autoregressive", case, "flowkernels"]
         peers = [found.get(("autoregressive", case, peer)) for peer in PEERS]
         times = [duration(row["seconds"]) if row else "" for row in (ours, *peers)]

@@ -7,8 +7,6 @@
 namespace flowkernels {
 namespace FK_TARGET {
 
-template <class T>
-constexpr int64_t kFewRows = lanes<T> < 4 ? lanes<T> : 4;  // up to here, lanes are units, and all rows fit one vector
 constexpr int64_t kTileVectors = 4 * kRowVectors;  // of rows, in a full tile
 constexpr int64_t kScratchBytes = 7 * 512 * 1024;  // of one thread; larger networks take narrower tiles
 // Small networks take wider ones: less of their time is spent between products. No more than what stays in the second-level cache.
@@ -24,7 +22,7 @@ int64_t padded_units(const AutoregressiveArgs<T>& args) {
 template <class T>
 Tiling plan_tiles(const AutoregressiveArgs<T>& args, int64_t batch, int64_t threads) {
   const int64_t per_thread = (batch + threads - 1) / threads;
-  if (per_thread <= kFewRows<T>) return {true, 1, batch, per_thread, smaller(threads, batch), 1};
+  if (per_thread <= UnitLanes<T>::kMostRows) return {true, 1, batch, per_thread, smaller(threads, batch), 1};
   const int64_t units = padded_units(args), all = (batch + lanes<T> - 1) / lanes<T>, shares = smaller(threads, all);
   const auto bytes = [&](int64_t vectors) { return RowLanes<T>::scratch(args, units, vectors * lanes<T>) * int64_t(sizeof(T)); };
   int64_t full = kTileVectors;

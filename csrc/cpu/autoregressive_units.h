@@ -85,6 +85,7 @@ struct FewRowsProduct {
 
 template <class T>
 struct UnitLanes {
+  static constexpr int64_t kMostRows = lanes<T> < 4 ? lanes<T> : 4;  // where this form is the quicker one; a feature's rows are one vector
   static constexpr int64_t kFewSteps = 16;            // so many are run one after the other
   static constexpr int64_t kFetchedBytes = 8 * 1024;  // of a layer's weights
   static constexpr bool kPushesAhead = true;
