@@ -4,7 +4,7 @@
 #
 # TEST_JOBS      processes that run the tests, 2 by default
 # TORCH          what to install as torch, "torch==2.13.0" by default
-# TORCH_INDEX    package index for torch alone, such as the one for CPU wheels
+# TORCH_INDEX    package index for torch alone, such as https://download.pytorch.org/whl/cpu
 # PYTHON         Python 3.11 or newer, "python3" by default
 # VENV           where the virtual environment is made, ".venv" by default
 
@@ -74,11 +74,11 @@ $(STAMPS)/probes: $(STAMPS)/installed
 	FLOWKERNELS_TESTS=1 $(PY) setup.py -q build_ext --inplace
 	@touch $@
 
-# Triton's kernels are tested in its interpreter, which needs no GPU.
+# Triton's kernels are tested in its interpreter, which needs no GPU. A torch with CUDA has brought its own.
 triton: $(STAMPS)/triton
 
 $(STAMPS)/triton: $(STAMPS)/installed
-	$(PIP) install $(HELD) "$(TRITON)"
+	$(PY) -c 'import triton' 2> /dev/null || $(PIP) install $(HELD) "$(TRITON)"
 	@touch $@
 
 # clang for Linux and macOS, with the headers of both: whether it takes the sources is tested, no code is made.

@@ -54,7 +54,7 @@ def load_table(path: str | Path, context_path: str | Path | None = None) -> Tabl
 
     An array of three or four dimensions is taken as images of whole grey levels, uint8: [rows, H, W], [rows, C, H, W], or
     [rows, H, W, C] where only the last dimension is 4 or less. In an .npz the arrays are `x` and, where there is a context, `context`;
-    a context file of its own takes precedence over none only: both at once are refused. A .csv may begin with a line of names.
+    a context goes there or into a file of its own, not both. A .csv may begin with a line of names.
 
     Returns:
         The table; every number in it is finite.

@@ -87,8 +87,8 @@ class Flow(Chain):
         return self.distribution(context).rsample_and_log_prob(_count(n))
 
     def freeze(self) -> "Flow":
-        """Evaluation mode for serving: what costs to prepare is prepared once and kept until `train()`, loading,
-        moving or a change of the parameters."""
+        """Evaluation mode for serving: what costs to prepare is prepared once and kept until `train()`, loading, moving or writing
+        into the parameters. Writes through `.data` are not seen: call `freeze()` again after them."""
         self.eval()
         freeze_weights({name: module for name, module in self.named_modules() if isinstance(module, InvertibleConv1x1)})
         return self

@@ -118,7 +118,7 @@ class _Steps(nn.Module):
 
     def _joins(self, x: Tensor) -> bool:
         served = x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-        if not served or has_global_hooks():
+        if not served or x.dtype != self.mixings[0].actnorm.bias.dtype or has_global_hooks():
             return False
         return all(map(_is_glows, self.couplings)) and all([is_plain(mixing, ActNormConv1x1) for mixing in self.mixings])
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers._coupling_map import has_global_hooks, is_plain
+from ..layers._dtype import check_dtype
 from ..layers.mlp import parse_context_features
 from ..ops import conv_net
 
@@ -59,7 +60,7 @@ class ResNet(nn.Module):
         self.norm_out, self.conv_out = nn.BatchNorm2d(hidden_channels), WeightNormConv2d(hidden_channels, outputs, 1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.conv_out(F.relu(self.norm_out(self.blocks(self.conv_in(_joined(x, context))))))
+        return self.conv_out(F.relu(self.norm_out(self.blocks(self.conv_in(_joined(x, context, self.conv_in.gain))))))
 
 
 class ZeroConv2d(nn.Conv2d):
@@ -81,7 +82,7 @@ class ZeroConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         gain = (3 * self.log_gain).exp()  # on the weight, which is smaller than the output
-        return self._conv_forward(_joined(x, context), self.weight * gain[:, None, None, None], self.bias * gain)
+        return self._conv_forward(_joined(x, context, self.log_gain), self.weight * gain[:, None, None, None], self.bias * gain)
 
 
 class ConvNet(nn.Module):
@@ -108,13 +109,14 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, middle, last = self.conv_in, self.conv_mid, self.conv_out
-        x = _joined(x, context)
+        x = _joined(x, context, last.log_gain)
         plain = is_plain(first, nn.Conv2d) and is_plain(middle, nn.Conv2d) and is_plain(last, ZeroConv2d)
         if not plain or has_global_hooks():
             return last(F.relu(middle(F.relu(first(x)))))
         return conv_net(x, first.weight, first.bias, middle.weight, middle.bias, last.weight, last.bias, last.log_gain)
 
 
-def _joined(x: Tensor, context: Tensor | None) -> Tensor:
-    """x, [batch, channels, H, W], and the context as channels of constant value."""
+def _joined(x: Tensor, context: Tensor | None, parameter: Tensor) -> Tensor:
+    """x, [batch, channels, H, W], and the context as channels of constant value; both of the parameter's dtype."""
+    check_dtype(parameter, x=x, context=context)
     return x if context is None else torch.cat([x, context[:, :, None, None].expand(*context.shape, *x.shape[2:])], 1)

@@ -1,6 +1,6 @@
 """A masked network as other libraries keep it, and its conversion: units are permuted once, so that masks become staircases."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Activation, Conditioner, MaskedLayer
+
+Map = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class ForeignLayer(NamedTuple):
@@ -160,3 +162,25 @@ def check_dropout(module: nn.Dropout, name: str) -> None:
     """Raises ValueError where a dropout is at work."""
     if module.training and module.p > 0:
         raise ValueError(f"{name} drops units at random while it trains; call eval() on the network before it is taken over")
+
+
+@torch.no_grad()
+def check_same(ours: nn.Module, theirs: Map, module: nn.Module) -> None:
+    """Compare a layer or a flow with the map it was made from, on a few rows of noise, data to noise.
+
+    Raises:
+        ValueError: they differ: module's class overrides a part of the map, or its library is of a version with another one.
+    """
+    like = next(module.parameters())
+    if like.is_meta:
+        return
+    draws = torch.Generator().manual_seed(0)
+    noise = lambda width: torch.randn(16, width, generator=draws, dtype=torch.float64).to(like) if width else None
+    x, context = noise(ours.features), noise(ours.context_features)
+    for mine, other in zip(ours(x, context), theirs(x, context), strict=True):
+        far = (mine - other).abs().max().item()
+        if far > torch.finfo(like.dtype).eps ** 0.5 * (1 + other.abs().max().item()):
+            raise ValueError(
+                f"{type(module).__name__} does not compute what this version of its library's does: on 16 rows of noise the layer made of "
+                f"it differs by up to {far:.1e}"
+            )

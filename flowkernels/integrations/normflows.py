@@ -1,11 +1,11 @@
 """Layers of normflows (1.7), taken over."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers import MaskedAutoregressive
 from ..ops import ScaleMap
 from ..ops.activation import Activation
-from .foreign import conditioner_of
+from .foreign import check_same, conditioner_of
 from .made import made_layers
 
 
@@ -21,7 +21,8 @@ def from_normflows(module: nn.Module) -> MaskedAutoregressive:
     Raises:
         TypeError: module is neither of the two.
         ValueError: its masks are not autoregressive, its activation is none that the kernels know, it preprocesses its inputs, or it is
-            in training mode with batch norm or dropout; the message says which module.
+            in training mode with batch norm or dropout; the message says which module. Or it computes something else on rows of noise,
+            as a subclass may.
     """
     from normflows.flows import MaskedAffineAutoregressive
     from normflows.nets.made import MADE
@@ -36,4 +37,12 @@ def from_normflows(module: nn.Module) -> MaskedAutoregressive:
         raise ValueError(f"preprocessing must be None; got {made.preprocessing}. Put it into a layer of its own before this one")
     layers = made_layers(made, first=Activation.IDENTITY, first_context=Activation.IDENTITY, gate=True)
     scale = ScaleMap.sigmoid(bias=2.0, floor=1e-3)
-    return MaskedAutoregressive.of(conditioner_of(layers, scale_first=True), scale=scale).train(module.training)
+    layer = MaskedAutoregressive.of(conditioner_of(layers, scale_first=True), scale=scale).train(module.training)
+
+    def map_of_made(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        raw_scale, shift = made(x, context).unflatten(1, (-1, 2)).unbind(2)
+        sigma = (raw_scale + 2).sigmoid() + 1e-3
+        return x * sigma + shift, sigma.log().sum(1)
+
+    check_same(layer, map_of_made if made is module else module, module)
+    return layer

@@ -9,7 +9,7 @@ from ..flows import Flow
 from ..layers import MaskedAutoregressive
 from ..ops import ScaleMap
 from ..ops.activation import parse_activation
-from .foreign import ForeignLayer, conditioner_of
+from .foreign import ForeignLayer, check_same, conditioner_of
 
 
 def from_zuko(module: nn.Module) -> MaskedAutoregressive | Flow:
@@ -24,13 +24,16 @@ def from_zuko(module: nn.Module) -> MaskedAutoregressive | Flow:
     Raises:
         TypeError: module is none of these, or holds another transformation.
         ValueError: an adjacency is not nested (the message says which output sees which input), the context does not reach all units, the
-            univariate transformation is not affine, the base is not standard normal, or an activation is none that the kernels know.
+            univariate transformation is not affine, the base is not standard normal, an activation is none that the kernels know, or the
+            module computes something else on rows of noise, as a subclass may.
     """
     from zuko.flows import Flow as ZukoFlow
     from zuko.flows import MaskedAutoregressiveTransform
 
     if isinstance(module, MaskedAutoregressiveTransform):
-        return _layer(module)
+        layer = _layer(module)
+        check_same(layer, lambda x, context: module(context).call_and_ladj(x), module)
+        return layer
     if not isinstance(module, ZukoFlow):
         raise TypeError(f"module must be a zuko MaskedAutoregressiveTransform or Flow; got {type(module).__name__}")
     transforms = list(getattr(module.transform, "transforms", [module.transform]))
@@ -39,7 +42,9 @@ def from_zuko(module: nn.Module) -> MaskedAutoregressive | Flow:
             raise TypeError(f"transform {number} of the flow must be a MaskedAutoregressiveTransform; got {type(transform).__name__}")
     layers = [_layer(transform) for transform in transforms]
     _check_base(module.base, layers[0].features)
-    return Flow(layers, layers[0].features, context_features=layers[0].context_features).train(module.training)
+    flow = Flow(layers, layers[0].features, context_features=layers[0].context_features).train(module.training)
+    check_same(flow, lambda x, context: module(context).transform.call_and_ladj(x), module)
+    return flow
 
 
 def _layer(transform: nn.Module) -> MaskedAutoregressive:

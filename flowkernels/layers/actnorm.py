@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..ops import channel_affine
+
 
 class ActNorm(nn.Module):
     """Actnorm (Glow, Kingma & Dhariwal 2018, section 3.1).
@@ -76,13 +78,11 @@ class ActNorm(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.prepare(x)
-        bias, log_scale = self._per_channel(x)
-        return (x + bias) * log_scale.exp(), self.logabsdet(x)
+        return channel_affine(x, self.bias, self.log_scale)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.prepare_inverse(z)
-        bias, log_scale = self._per_channel(z)
-        return z * (-log_scale).exp() - bias, -self.logabsdet(z)
+        return channel_affine(z, self.bias, self.log_scale, inverse=True)
 
     def prepare_inverse(self, z: Tensor) -> None:
         """Check z; noise cannot initialise the layer."""
@@ -91,15 +91,6 @@ class ActNorm(nn.Module):
                 "ActNorm was inverted before it was initialised: pass a batch of data in training mode, or load a checkpoint"
             )
         self.prepare(z)
-
-    def logabsdet(self, x: Tensor) -> Tensor:
-        """log|det dz/dx|, [batch]."""
-        log_scale = self.log_scale.to(torch.promote_types(self.log_scale.dtype, torch.float32))
-        return (x.shape[2:].numel() * log_scale.sum()).expand(x.shape[0]).contiguous()  # whoever gets it may add to it
-
-    def _per_channel(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (-1,) + (1,) * (x.dim() - 2)
-        return self.bias.view(shape), self.log_scale.view(shape)
 
     def _load_from_state_dict(self, *arguments) -> None:
         super()._load_from_state_dict(*arguments)

@@ -37,8 +37,10 @@ class FlowBatchNorm(nn.Module):
         super().__init__()
         if features < 1:
             raise ValueError(f"features must be at least 1; got {features}")
-        if not (eps > 0 and 0 <= momentum <= 1):
-            raise ValueError(f"eps must be positive and momentum between 0 and 1; got {eps} and {momentum}")
+        if not eps > 0:
+            raise ValueError(f"eps must be positive; got {eps}")
+        if momentum is None or not 0 <= momentum <= 1:  # None is torch's for a cumulative average
+            raise ValueError(f"momentum must be between 0 and 1; got {momentum}")
         self.features, self.eps, self.momentum = features, eps, momentum
         self.register_parameter("log_gain", nn.Parameter(torch.zeros(features)) if affine else None)
         self.register_parameter("bias", nn.Parameter(torch.zeros(features)) if affine else None)

@@ -67,8 +67,8 @@ class Logit(nn.Module):
         self.alpha = alpha
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        p = self.alpha + (1 - 2 * self.alpha) * x
-        log_p, log_q = torch.log(p), torch.log1p(-p)
+        # 1 - p would cancel where x is near 1
+        log_p, log_q = (torch.log(self.alpha + (1 - 2 * self.alpha) * part) for part in (x, 1 - x))
         return log_p - log_q, self._total(-log_p - log_q)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

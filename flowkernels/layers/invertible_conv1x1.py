@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..ops import lu_fold, slogdet, slogdet_inverse
 from ._building import built_on_cpu
+from ._dtype import check_dtype
 from .actnorm import ActNorm
 
 
@@ -17,7 +19,7 @@ class Frozen(NamedTuple):
     weight: Tensor
     logabsdet: Tensor
     inverse: Tensor
-    versions: tuple[tuple[Tensor, int], ...]  # of the parameters that this was made of
+    versions: tuple[tuple[Tensor, int], ...]  # of the parameters and buffers that this was made of
 
 
 class Folded(NamedTuple):
@@ -37,7 +39,7 @@ class InvertibleConv1x1(nn.Module):
     comes from `ops.slogdet`. W starts as a random rotation.
 
     The inverse matrix is computed in float64 at every call of `inverse`, unless `freeze` keeps it; training, loading and moving
-    drop what is kept, and so does every change of the parameters.
+    drop what is kept, and so does writing into the parameters, but through `.data`, which torch does not count.
 
     Args:
         channels: number of channels C.
@@ -78,16 +80,14 @@ class InvertibleConv1x1(nn.Module):
         return self._frozen if self._is_fresh() else None
 
     def _is_fresh(self) -> bool:
-        """Whether the parameters are those that were frozen, and nobody has written into them. A compiler guards neither."""
+        """Whether parameters and buffers are those that were frozen, and nobody has written into them. A compiler guards neither."""
         if torch.compiler.is_compiling():
             return True
-        kept = self._frozen.versions
-        return len(kept) == len(self._parameters) and all(
-            p is q and _version(p) == version for p, (q, version) in zip(self._parameters.values(), kept, strict=True)
-        )
+        kept, now = self._frozen.versions, self._versions()
+        return len(kept) == len(now) and all(p is q and m == n for (p, m), (q, n) in zip(kept, now, strict=True))
 
     def _versions(self) -> tuple[tuple[Tensor, int], ...]:
-        return tuple((p, _version(p)) for p in self._parameters.values())
+        return tuple((t, _version(t)) for tensors in (self._parameters, self._buffers) for t in tensors.values())
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_frozen": self._frozen if self._frozen is not None and self._is_fresh() else None}
@@ -116,16 +116,17 @@ class InvertibleConv1x1(nn.Module):
         return -logabsdets[0], inverses[0]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _check_channels(x, self.channels)
-        return conv1x1(x, self.weight()), _over_sites(self.weight_logabsdet(), x)
+        weight = self.weight()
+        _check(x, weight)
+        return conv1x1(x, weight), _over_sites(self.weight_logabsdet(), x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _check_channels(z, self.channels)
         logabsdet, inverse = self.logabsdet_and_inverse()
+        _check(z, inverse)
         return conv1x1(z, inverse), _over_sites(-logabsdet, z)
 
     def freeze(self) -> None:
-        """Keep weight, log-determinant and inverse until `train()`, loading, moving or a change of the parameters."""
+        """Keep weight, log-determinant and inverse until `train()`, loading, moving or writing into the parameters."""
         freeze_weights({"InvertibleConv1x1": self})
 
     def train(self, mode: bool = True) -> "InvertibleConv1x1":
@@ -176,12 +177,14 @@ class ActNormConv1x1(nn.Module):
         """folded: what `fold` made of several layers, of which this is number `at`, where it is known already."""
         self.actnorm.prepare(x)
         weight, logabsdet = _number(at, fold([self]) if folded is None else folded)
+        _check(x, weight)
         return conv1x1(x, weight, before=self.actnorm.bias), _over_sites(logabsdet, x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None, *, folded: Folded | None = None, at: int = 0) -> tuple[Tensor, Tensor]:
         """folded: what `fold(..., inverse=True)` made of several layers, of which this is number `at`, where it is known already."""
         self.actnorm.prepare_inverse(z)
         weight, logabsdet = _number(at, fold([self], inverse=True) if folded is None else folded)
+        _check(z, weight)
         return conv1x1(z, weight, after=-self.actnorm.bias), _over_sites(logabsdet, z)
 
 
@@ -241,13 +244,16 @@ def conv1x1(x: Tensor, weight: Tensor, *, before: Tensor | None = None, after: T
 def freeze_weights(layers: Mapping[str, InvertibleConv1x1]) -> None:
     """Keep the weight of each named layer, its log|det| and its inverse: all weights of one size are inverted in one call, in float64.
 
+    A parametrized layer keeps nothing: what its parameters are made of is for others to watch.
+
     Raises:
         ValueError: a weight is singular to the precision of float64; the message names the layer and its condition number.
     """
     groups: dict[tuple, list[tuple[str, InvertibleConv1x1]]] = {}
     for name, layer in layers.items():
         layer._frozen = None
-        groups.setdefault(_kind(layer)[1:], []).append((name, layer))
+        if not is_parametrized(layer):
+            groups.setdefault(_kind(layer)[1:], []).append((name, layer))
     frozen: list[tuple[InvertibleConv1x1, Frozen]] = []
     for members in groups.values():
         weights = torch.stack([layer.weight() for _, layer in members])
@@ -286,7 +292,7 @@ def _compose(layers: Sequence[InvertibleConv1x1], log_scales: Sequence[Tensor] =
     if inverse:
         _, logabsdets, weights = slogdet_inverse(weights, in_float64=True)
     else:
-        _, logabsdets = slogdet(weights)
+        _, logabsdets = slogdet(weights, in_float64=True)
     return _scaled(weights, logabsdets, log_scales, inverse)
 
 
@@ -308,7 +314,7 @@ def _scaled(weights: Tensor, logabsdets: Tensor, log_scales: Sequence[Tensor], i
 def _logabsdets(layers: Sequence[InvertibleConv1x1]) -> Tensor:
     """log|det W| of each of some layers of one kind, [layers]: one call of `ops.slogdet` for all plain weights."""
     if layers[0].parametrization == "plain":
-        return slogdet(_stack([layer.plain_weight for layer in layers]))[1]
+        return slogdet(_stack([layer.plain_weight for layer in layers]), in_float64=True)[1]
     log_diagonal = _stack([layer.log_diagonal for layer in layers])
     return log_diagonal.to(torch.promote_types(log_diagonal.dtype, torch.float32)).sum(1)
 
@@ -322,9 +328,10 @@ def _random_rotation(channels: int) -> Tensor:
     return q
 
 
-def _check_channels(x: Tensor, channels: int) -> None:
-    if x.dim() < 2 or x.shape[1] != channels:
-        raise ValueError(f"x must have shape [batch, {channels}, *sites]; got {list(x.shape)}")
+def _check(x: Tensor, weight: Tensor) -> None:
+    if x.dim() < 2 or x.shape[1] != len(weight):
+        raise ValueError(f"x must have shape [batch, {len(weight)}, *sites]; got {list(x.shape)}")
+    check_dtype(weight, x=x)
 
 
 def _over_sites(logabsdet: Tensor, x: Tensor) -> Tensor:

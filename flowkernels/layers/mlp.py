@@ -8,6 +8,8 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
+from ._dtype import check_dtype
+
 
 def parse_widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
     """The widths of hidden layers.
@@ -56,6 +58,7 @@ class Dense(nn.Module):
         self.register_parameter("context_weight", uniform(context_features, outputs) if context_features else None)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        check_dtype(self.bias, x=x, context=context)
         # not F.linear of a transposed weight, whose gradient comes out transposed and is copied
         y = torch.addmm(self.bias, x, self.weight) if x.dim() == 2 else x @ self.weight + self.bias
         if self.context_weight is None:

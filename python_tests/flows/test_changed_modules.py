@@ -112,6 +112,24 @@ def test_what_is_frozen_follows_its_parameters(copied):
             torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+def test_what_is_frozen_follows_its_buffers_and_leaves_parametrizations_alone():
+    flow = frozen()
+    with torch.no_grad():
+        flow.layers[0].sign.neg_()
+        assert flow.layers[0].kept() is None and flow.layers[1].kept() is not None
+        torch.nn.utils.parametrize.register_parametrization(flow.layers[0], "log_diagonal", Doubled())
+        flow.freeze()
+        assert flow.layers[0].kept() is None and flow.layers[1].kept() is not None
+        flow.layers[0].parametrizations.log_diagonal.original.add_(0.5)
+        fresh, x = copy.deepcopy(flow).train().eval(), torch.randn(6, 4)
+        torch.testing.assert_close(flow(x), fresh(x))
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, t):
+        return 2 * t
+
+
 def test_inference_tensors_can_be_frozen():
     with torch.inference_mode():
         flow, x = frozen(), torch.randn(6, 4)

@@ -69,3 +69,17 @@ def test_an_op_refuses_a_part_without_data():
 def test_an_order_that_is_none(call, order):
     with pytest.raises(ValueError, match=r"order must be a permutation of 0\.\.2; got \["):
         call(order)
+
+
+@pytest.mark.parametrize("name", ["NICE", "RealNVP", "RealNVP of images", "Glow", "MAF", "IAF"])
+def test_another_dtype_is_named(name):
+    torch.manual_seed(0)
+    flow = MAKE[name]()
+    x, context = torch.randn(5, *flow.shape), (torch.randn(5, flow.context_features),) if flow.context_features else ()
+    z, _ = flow.train()(x, *context)  # initialises actnorms
+    for call in (
+        lambda: flow(x.double(), *(c.double() for c in context)),
+        lambda: flow.inverse(z.double(), *(c.double() for c in context)),
+    ):
+        with pytest.raises(ValueError, match=r"(x|z|context|log_scale|shift) must be torch.float(32|64)"):
+            call()

@@ -50,16 +50,20 @@ class TestMAF:
         assert not x.requires_grad and x.shape == (5, *(() if context is None else (6,)), 4) and log_prob.shape == x.shape[:-1]
         torch.testing.assert_close(flow.distribution(context).log_prob(x), log_prob)
 
-    def test_samples_have_the_flows_moments(self, case):
-        """Importance weights of samples from a wide Gaussian integrate the density to 1: scale, sign and log-determinant together."""
+    def test_samples_are_of_the_density(self, case):
+        """Weighted samples of a Student distribution say of the density that its integral is 1 and that its medians are the samples'."""
         flow, _, context = case
         torch.manual_seed(1)
-        c = None if context is None else context[:1].expand(200_000, -1)
-        wide = torch.distributions.Normal(0, 6.0)
-        x = wide.sample((200_000, 4)).double()
+        n, one = 100_000, None if context is None else context[:1]
+        samples = flow.sample(n, one).view(n, 4)
+        student = torch.distributions.StudentT(torch.tensor(4.0, dtype=torch.float64), samples.mean(0), samples.std(0))
+        x = student.sample((n,))
         with torch.no_grad():
-            weight = (flow.log_prob(x, c) - wide.log_prob(x).sum(1)).exp()
-        assert abs(weight.mean() - 1) < 5 * weight.std() / 200_000**0.5 and weight.std() / 200_000**0.5 < 0.2
+            weight = (flow.log_prob(x, None if one is None else one.expand(n, -1)) - student.log_prob(x).sum(1)).exp()
+        error = weight.std() / n**0.5
+        assert error < 0.02 and abs(weight.mean() - 1) < 5 * error
+        below = weight[:, None] * (x < samples.median(0).values)
+        assert ((below.mean(0) - 0.5).abs() < 5 * (0.5 / n**0.5 + error)).all()
 
     def test_rsample_has_gradients_and_sample_has_none(self, case):
         flow, _, context = case

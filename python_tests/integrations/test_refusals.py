@@ -121,6 +121,40 @@ def test_other_modules_are_refused(take_over, module, error, message):
         take_over(module().eval())
 
 
+def test_a_subclass_with_another_map_is_refused():
+    class Shifted(autoregressive.MaskedAffineAutoregressiveTransform):
+        def _elementwise_forward(self, inputs, autoregressive_params):
+            z, logabsdet = super()._elementwise_forward(inputs, autoregressive_params)
+            return z + 0.1, logabsdet
+
+    class Squared(normflows.nets.MADE):
+        def forward(self, inputs, context=None):
+            return super().forward(inputs, context).square()
+
+    class Stretched(zuko.flows.MAF):
+        def forward(self, c=None):
+            flow = super().forward(c)
+            return type(flow)(
+                zuko.transforms.ComposedTransform(flow.transform, zuko.transforms.MonotonicAffineTransform(*torch.tensor([0.0, 0.5]))),
+                flow.base,
+            )
+
+    with pytest.raises(ValueError, match=r"Shifted does not compute what this version .* differs by up to 1.0e-01"):
+        from_nflows(Shifted(3, 8))
+    with pytest.raises(ValueError, match="Squared does not compute"):
+        from_normflows(Squared(3, 8, output_multiplier=2))
+    with pytest.raises(ValueError, match="Stretched does not compute"):
+        from_zuko(Stretched(3, transforms=1))
+
+
+def test_the_floor_of_the_scale_is_that_of_the_transform():
+    module = nflows_layer().double()
+    module._epsilon = 0.1
+    x = torch.randn(5, 3, dtype=torch.float64)
+    for got, want in zip(from_nflows(module)(x), module(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
 def test_a_base_that_is_not_standard_normal_is_refused():
     flow = zuko.flows.MAF(3, transforms=1)
     assert isinstance(from_zuko(flow), Flow)

@@ -165,7 +165,7 @@ def test_bad_input_is_told_alike():
     x = torch.randn(4, 6)
     for call, message in (
         (lambda: layer(x[:, :5]), r"mat1 and mat2|x must|conditioner must return"),
-        (lambda: layer(x.double()), "dtype|Double"),
+        (lambda: layer(x.double()), "x must be torch.float32, like the parameters"),
         (lambda: layer(x, torch.randn(4, 2)), r"context was given, \[4, 2\], but no network takes one"),
         (lambda: with_context(x), r"context is missing: the network takes \[batch, 2\]"),
         (lambda: with_context(x, torch.randn(3, 2)), r"context must have shape \[4, 2\]"),

@@ -74,6 +74,13 @@ def test_logit_is_finite_at_its_ends_and_exact_near_them():
     torch.testing.assert_close(layer.inverse(z)[0], torch.tensor([[0.0], [1.0]], dtype=torch.float64), atol=1e-12, rtol=0)
 
 
+def test_logit_in_float32_is_as_exact_at_both_ends():
+    near = torch.logspace(-7, -1, 200)
+    x = torch.cat([near, 1 - near])[:, None]
+    for got, want in zip(Logit(1e-6)(x), Logit(1e-6)(x.double()), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=3e-7, atol=1e-6)
+
+
 @pytest.mark.parametrize("levels", [2, 17, 255, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dequantize_keeps_every_level(levels, dtype):

@@ -173,8 +173,8 @@ def coupling(
         scale_parameter: RealNVP's learned a in sigma = exp(a * tanh(raw_scale)): a scalar (shape [] or [1]), or one value per
             transformed channel. log sigma of `scale`, an `exp_tanh` map (of bound 1 by default), is multiplied by it.
         inverse: undo the map.
-        keep: "input" or "output": which of x and y is kept for backward. The other may be freed. With "output" gradients are as exact
-            unless sigma underflows.
+        keep: "input" or "output": which of x and y is kept for backward. The other may be freed. With "output" the input is computed
+            from it, to about eps * |shift / sigma|, and gradients that read it are no more exact.
 
     Returns:
         y, with the shape and dtype of x (channels-last where x is), and log|det| of the map just applied (nats), [batch], in float32,
