@@ -38,7 +38,7 @@ def _cases(steps: int, seconds: float, device: torch.device, *, compiled: bool =
     """compiled: the reference under torch.compile too, which takes a minute or so for each case."""
     x = (torch.rand(BATCH, *IMAGE, generator=torch.Generator().manual_seed(1)) - 0.5).to(device)
     z = torch.randn(BATCH, x[0].numel(), generator=torch.Generator().manual_seed(2)).to(device)
-    models: dict[str, Callable[[], Model]] = {OURS: lambda: _ours(steps, x), NORMFLOWS: lambda: _normflows(steps, x)}
+    models: dict[str, Callable[[], Model]] = {OURS: lambda: _ours(steps, x), NORMFLOWS: lambda: normflows_glow(steps, x)}
     name = f"{LEVELS} levels x {steps} steps, hidden {HIDDEN}, [{BATCH}, {', '.join(map(str, IMAGE))}]"
     for work, make, rows, must, aim in (
         ("density", _density, x, 1.25, 1.45),
@@ -73,47 +73,48 @@ def _ours(steps: int, x: Tensor) -> Model:
     return ours(_moved(flow))
 
 
-def _normflows(steps: int, x: Tensor) -> Model:
-    """Its layers go from noise to data: their inverse is our forward map."""
+def normflows_glow(steps: int, x: Tensor, *, levels: int = LEVELS, hidden: int = HIDDEN) -> Model:
+    """The model of images like x in normflows. Its layers go from noise to data: their inverse is our forward map."""
     flows = _import("normflows").flows
+    image = tuple(x.shape[1:])
     torch.manual_seed(0)
-    levels = nn.ModuleList()
-    for level in range(LEVELS):
-        channels = 4 * IMAGE[0] * 2**level
+    modules = nn.ModuleList()
+    for level in range(levels):
+        channels = 4 * x.shape[1] * 2**level
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it calls the deprecated torch.lu
-            blocks = [flows.GlowBlock(channels, HIDDEN, split_mode="channel", scale_map="sigmoid") for _ in range(steps)]
+            blocks = [flows.GlowBlock(channels, hidden, split_mode="channel", scale_map="sigmoid") for _ in range(steps)]
         for block in blocks:
             _, coupling, _ = block.flows[0].flows
-            coupling.param_map = ConvNet(channels // 2, HIDDEN, channels)
-        levels.append(nn.ModuleList([flows.Squeeze(), *blocks]))
+            coupling.param_map = ConvNet(channels // 2, hidden, channels)
+        modules.append(nn.ModuleList([flows.Squeeze(), *blocks]))
 
-    def to_noise(levels: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    def to_noise(modules: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         parts, total = [], 0.0
-        for level in levels:
+        for level in modules:
             for layer in level:
                 x, logabsdet = layer.inverse(x)
                 total = total + logabsdet
-            if level is not levels[-1]:
+            if level is not modules[-1]:
                 x, left = x.chunk(2, 1)
                 parts.append(left.flatten(1))
         return torch.cat([*parts, x.flatten(1)], 1), total
 
-    def to_data(levels: nn.Module, z: Tensor) -> Tensor:
-        c, h, w = IMAGE
-        shapes = [(2 * c * 2**i, h // 2 ** (i + 1), w // 2 ** (i + 1)) for i in range(LEVELS)]
+    def to_data(modules: nn.Module, z: Tensor) -> Tensor:
+        c, h, w = image
+        shapes = [(2 * c * 2**i, h // 2 ** (i + 1), w // 2 ** (i + 1)) for i in range(levels)]
         shapes[-1] = (2 * shapes[-1][0], *shapes[-1][1:])
         parts = [part.view(-1, *s) for part, s in zip(z.split([c * h * w for c, h, w in shapes], 1), shapes, strict=True)]
         x = parts[-1]
-        for i in reversed(range(LEVELS)):
-            x = x if i == LEVELS - 1 else torch.cat([x, parts[i]], 1)
-            for layer in reversed(levels[i]):
+        for i in reversed(range(levels)):
+            x = x if i == levels - 1 else torch.cat([x, parts[i]], 1)
+            for layer in reversed(modules[i]):
                 x, _ = layer(x)
         return x
 
-    levels.to(x.device)
-    to_noise(levels, x)  # initialises actnorm
-    return Model(_moved(levels), to_noise, to_data)
+    modules.to(x.device)
+    to_noise(modules, x)  # initialises actnorm
+    return Model(_moved(modules), to_noise, to_data)
 
 
 @torch.no_grad()

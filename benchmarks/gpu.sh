@@ -63,6 +63,7 @@ note() {
 arch="$("$py" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')"
 [ "$build" -eq 0 ] || step build 240 env FORCE_CUDA=1 FLOWKERNELS_TESTS=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$arch}" "$py" setup.py -q build_ext --inplace
 step info 30 "$py" -m flowkernels info
+step check 90 "$py" -m flowkernels check --device cuda
 # most of a test is compiling, which several processes do at once where pytest-xdist is there
 jobs=$(($(nproc) > 16 ? 8 : ($(nproc) + 1) / 2))
 "$py" -c 'import xdist' 2>/dev/null && parallel="-n $jobs --dist worksteal" || parallel=""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..training import Interrupted, RunError
-from . import demo, density, infer, info, interpolate, sample, train
+from . import check, demo, density, infer, info, interpolate, sample, train
 
-COMMANDS = (train, sample, density, infer, interpolate, info, demo)
+COMMANDS = (train, sample, density, infer, interpolate, info, check, demo)
 _EPILOG = """examples:
   python -m flowkernels train realnvp --data digits --out runs/digits
   python -m flowkernels sample runs/digits -n 40 --temperature 0.8 --out digits.png

@@ -23,7 +23,7 @@ class FlowBatchNorm(nn.Module):
         features: number of features, or of channels.
         eps: added to the variance.
         momentum: weight of a new batch in the running statistics.
-        affine: learn gain and bias, as MAF does; RealNVP has none.
+        affine: learn gain and bias, as MAF does; RealNVP has none (`flows.RealNVP` of vectors has them, of images not).
 
     Shape:
         x, z: [batch, features, *sites]; logabsdet: [batch], in nats.

@@ -91,7 +91,10 @@ def set_training_statistics(flow: Flow, x: Tensor, context: Tensor | None = None
 
 
 def _decayed_weights_alone(flow: Flow, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups in which only the matrices and kernels of networks decay: no scales, biases or weights to be inverted."""
+    """Parameter groups in which only the matrices and kernels of networks decay: no biases, scales of maps or weights to be inverted.
+
+    Of normalised kernels it is the gain that decays (RealNVP, Dinh et al. 2016, section 4.1): their own length changes nothing.
+    """
     inverted = {p for module in flow.modules() if isinstance(module, InvertibleConv1x1) for p in module.parameters()}
     weights = [p for p in flow.parameters() if p.dim() >= 2 and p not in inverted]
     others = [p for p in flow.parameters() if p.dim() < 2 or p in inverted]
