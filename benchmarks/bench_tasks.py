@@ -84,7 +84,7 @@ def summary(rows: Iterable[Row]) -> str:
     for name in FLOWS:
         for kind in ("", LIBRARY[name], PLAIN):
             cells = [_cell(name + kind, task, curves, slopes, largest) for task in TASKS]
-            lines.append(f"| {name if not kind else kind.removeprefix(', ')} | " + " | ".join(cells) + " |")
+            lines.append(f"| {kind.removeprefix(', ') or f'**{name}**'} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -105,7 +105,7 @@ def _ours(name: str, task: str, features: int, device: torch.device) -> Competit
             flow(torch.randn(BATCH, *flow.shape))  # Glow's first batch initialises it
         return _call(ours(flow), task, flow.shape, device)
 
-    return Competitor(name, build, package="flowkernels")
+    return Competitor(name, build, ours=True, package="flowkernels")
 
 
 def _plain(name: str, task: str, features: int, device: torch.device) -> Competitor:

@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .rows import Row
 
@@ -50,14 +51,21 @@ def _draw(name: str, device: str, rows: list[Row], data: Path) -> Path:
     figure = Figure(figsize=(9.2, 5.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    # "MAF" and "MAF, nflows" share a colour, and what is behind the comma a line
+    colours: dict[str, Any] = {}
+    lines: dict[str, str] = {"": "-"}
     for competitor, points in sorted(curves.items(), key=lambda item: -item[1][-1]["seconds"]):
         points.sort(key=lambda row: row["sweep"]["value"])
         x, y = [row["sweep"]["value"] for row in points], [1e3 * row["seconds"] for row in points]
         low, high = ([1e3 * row[quartile] for row in points] for quartile in ("seconds_q1", "seconds_q3"))
-        colour, marker = STYLES.get(competitor, (None, "."))
+        flow, _, kind = competitor.partition(", ")
+        colour, marker = STYLES.get(competitor, (colours.get(flow), "."))
+        style = lines.setdefault(kind, ("--", ":", "-.")[(len(lines) - 1) % 3])
         ours = points[0]["ours"]
         label = f"{competitor}, slope {slope(x, y):.2f}" if len(x) > 1 else competitor
-        (line,) = axes.plot(x, y, color=colour, marker=marker, ms=6, lw=2.6 if ours else 1.4, label=label, zorder=3 if ours else 2)
+        width, order = (2.6, 3) if ours else (1.4, 2)
+        (line,) = axes.plot(x, y, color=colour, ls=style, marker=marker, ms=6, lw=width, label=label, zorder=order)
+        colours[flow] = line.get_color()
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
     axes.set(xscale="log", yscale="log", xlabel=rows[0]["sweep"]["axis"], ylabel="milliseconds, median (band: quartiles)")
     values = sorted({row["sweep"]["value"] for row in rows})
