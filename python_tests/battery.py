@@ -78,6 +78,26 @@ def assert_gradients_do_not_depend_on_threads(example: Example) -> None:
     assert_same_bits(results[2], results[0])
 
 
+def assert_as_exact_as_eager(example: Example) -> None:
+    """Root mean square and 99.9th percentile of the errors in float32, of outputs and gradients, are at most twice the oracle's."""
+    rows, parameters, op, oracle, *_ = example
+    n, results = len(rows), []
+    for f, dtype in ((op, torch.float32), (oracle, torch.float32), (oracle, torch.float64)):
+        inputs = with_grad([t.to(dtype) for t in (*rows, *parameters)])
+        outputs = f(inputs[:n], inputs[n:])
+        loss = sum(o.square().sum() * (o.shape[0] / max(o.numel(), 1)) ** 0.5 for o in outputs)
+        results.append([*outputs, *torch.autograd.grad(loss, inputs)])
+    for i, (ours, eager, exact) in enumerate(zip(*results, strict=True)):
+        (rms, tail), (rms_of_eager, tail_of_eager) = (_rms_and_tail((t - exact).abs()) for t in (ours, eager))
+        # few numbers have a noisy error
+        floor = torch.finfo(torch.float32).eps * exact.abs().max() if exact.numel() < 1000 else 0
+        assert rms <= 2 * rms_of_eager + floor and tail <= 2 * tail_of_eager + floor, (i, rms, rms_of_eager, tail, tail_of_eager)
+
+
+def _rms_and_tail(error: Tensor) -> tuple[Tensor, Tensor]:
+    return error.square().mean().sqrt(), error.flatten().kthvalue(int(0.999 * error.numel()) or 1).values
+
+
 class OpBattery:
     """Subclass it as Test...; `cases` maps a name to a function (batch, dtype) -> Example."""
 

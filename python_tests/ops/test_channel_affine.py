@@ -5,7 +5,7 @@ import torch
 
 from flowkernels import backend
 from flowkernels.ops import channel_affine
-from python_tests.battery import IMAGE_LAYOUTS, LAYOUTS, Example, OpBattery, assert_same_bits
+from python_tests.battery import IMAGE_LAYOUTS, LAYOUTS, Example, OpBattery, assert_as_exact_as_eager, assert_same_bits
 
 
 def definition(x, shift, log_scale, bias, inverse):
@@ -124,3 +124,9 @@ def test_bad_input_is_named(change, message):
     arguments = {"x": torch.zeros(2, 3, 4), "shift": torch.zeros(3), "log_scale": torch.zeros(3), "bias": torch.zeros(3)}
     with pytest.raises(ValueError, match=message):
         channel_affine(**(arguments | change))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("shape", [(40,), (12, 8, 8)])
+def test_error_in_float32_is_that_of_eager_float32(shape, inverse):
+    assert_as_exact_as_eager(example(*shape, inverse=inverse)(3000, torch.float32))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from flowkernels import _extension, backend
 from flowkernels.flows.networks import ConvNet
 from flowkernels.ops import conv_net
-from python_tests.battery import IMAGE_LAYOUTS, LAYOUTS, Example, OpBattery, assert_same_bits, detached, with_grad
+from python_tests.battery import IMAGE_LAYOUTS, LAYOUTS, Example, OpBattery, assert_as_exact_as_eager, assert_same_bits, detached, with_grad
 
 COMPILED = _extension.has_kernel("conv_net", "CPU")
 
@@ -182,3 +182,7 @@ def test_what_does_not_fit_is_named():
             changed = [*detached(parameters[:i]), wrong, *detached(parameters[i + 1 :])]
             with pytest.raises(ValueError, match=rf"{name} must be \[.*\], torch.float32 on cpu, to fit x; got"):
                 conv_net(x, *changed)
+
+
+def test_error_in_float32_is_that_of_eager_float32():
+    assert_as_exact_as_eager(example(12, 16, 16, 64, 24)(32, torch.float32))

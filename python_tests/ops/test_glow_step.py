@@ -5,7 +5,7 @@ import torch
 
 from flowkernels import backend
 from flowkernels.ops import glow_step
-from python_tests.battery import LAYOUTS, Example, OpBattery, assert_same_bits
+from python_tests.battery import LAYOUTS, Example, OpBattery, assert_as_exact_as_eager, assert_same_bits
 
 
 def definition(x, raw, weight, bias, inverse):
@@ -199,3 +199,8 @@ def test_empty_batch_has_gradients():
     y, logabsdet, passing = glow_step(*tensors)
     gradients = torch.autograd.grad(y.sum() + logabsdet.sum() + passing.sum(), tensors)
     assert [g.shape for g in gradients] == [t.shape for t in tensors] and all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_error_in_float32_is_that_of_eager_float32(inverse):
+    assert_as_exact_as_eager(example(48, 8, 8, inverse=inverse)(64, torch.float32))
