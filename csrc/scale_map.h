@@ -35,11 +35,6 @@ struct ValueAndLog {
   V value, log;
 };
 
-template <class V>
-struct ScaleTerms {
-  V sigma, log_sigma, dsigma, dlog_sigma;
-};
-
 // What all maps share. Each derives from this and has sigma_and_log(s), reciprocal_and_log(s) and dlog_sigma(s).
 template <class V, class Map>
 struct ScaleMapBase {
@@ -55,11 +50,6 @@ struct ScaleMapBase {
   FK_INLINE ValueAndLog<V> sigma_and_dlog(V s) const { return {self().sigma(s), self().dlog_sigma(s)}; }
   FK_INLINE ValueAndLog<V> reciprocal_and_dlog(V s) const { return {self().reciprocal(s), self().dlog_reciprocal(s)}; }
   FK_INLINE V dsigma(V s) const { return self().sigma(s) * self().dlog_sigma(s); }
-  FK_INLINE ScaleTerms<V> terms(V s) const {
-    const ValueAndLog<V> sigma = self().sigma_and_log(s);
-    const V dlog_sigma = self().dlog_sigma(s);
-    return {sigma.value, sigma.log, sigma.value * dlog_sigma, dlog_sigma};
-  }
 };
 
 // sigma = exp(log_sigma(s))

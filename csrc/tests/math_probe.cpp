@@ -52,8 +52,7 @@ void check(const Tensor& tensor, const Tensor& like) {
 
 Probe find(const std::string& function, const std::vector<double>& params) {
   const std::vector<const char*> plain = {"exp", "expm1", "log", "log1p", "tanh", "sigmoid", "softplus", "erf", "atan", "sqrt", "floor"};
-  const std::vector<const char*> scale = {"sigma",      "log_sigma", "reciprocal",   "log_reciprocal",
-                                          "complement", "dsigma",    "terms_dsigma", "dlog_sigma"};
+  const std::vector<const char*> scale = {"sigma", "log_sigma", "reciprocal", "log_reciprocal", "complement", "dsigma", "dlog_sigma"};
   for (size_t i = 0; i < plain.size(); ++i) {
     if (function == plain[i]) return {Probe::plain, static_cast<int>(i), {}};
   }
@@ -164,7 +163,6 @@ FK_CALL V probe_scale(int which, const ScaleMapParams& params, V s) {
       case 3: return map.log_reciprocal(s);
       case 4: return map.complement(s);
       case 5: return map.dsigma(s);
-      case 6: return map.terms(s).dsigma;
       default: return map.dlog_sigma(s);
     }
   });

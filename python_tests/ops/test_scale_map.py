@@ -212,7 +212,7 @@ def test_compiled_maps(dtype: torch.dtype, target: str, scale_map: ScaleMap) -> 
     s = grid(dtype)
     s64 = s.double().requires_grad_()
     largest, unit = torch.finfo(dtype).max, torch.finfo(dtype).eps
-    slopes = {"dsigma": scale_map.sigma, "terms_dsigma": scale_map.sigma, "dlog_sigma": scale_map.log_sigma}
+    slopes = {"dsigma": scale_map.sigma, "dlog_sigma": scale_map.log_sigma}
     # exp turns the rounding of its argument into a relative error
     steep = 1.0 + scale_map.log_sigma(s64).abs() if scale_map.kind <= ScaleKind.SOFTCLIP else torch.ones_like(s64)
     for name in ("sigma", "log_sigma", "reciprocal", "log_reciprocal", "complement", *slopes):
