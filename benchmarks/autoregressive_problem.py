@@ -14,7 +14,7 @@ from flowkernels.ops.autoregressive.reference import autoregressive_reference
 from flowkernels.ops.masked_linear.reference import staircase_mask
 from flowkernels.ops.scale_map import apply_form, invert_form
 
-from .case import Call, Competitor
+from .case import Call, Competitor, compiled
 from .peers import LIBRARIES, build_peer, exact_copy, forward_of, inverse_of, masked_into_dense
 
 OURS, REFERENCE, DENSE, COMPILED = "flowkernels", "reference", "dense forward", "torch.compile"
@@ -145,7 +145,7 @@ def compiled_forward(problem: Problem) -> Competitor:
         def forward(x: Tensor) -> tuple[Tensor, Tensor]:
             return autoregressive_reference(x, conditioner, None, layer.scale, layer.form, False)
 
-        run = partial(torch.compile(forward, fullgraph=True), problem.input)
+        run = partial(compiled(forward, fullgraph=True), problem.input)
         started = perf_counter()
         with torch.inference_mode():
             run()

@@ -13,6 +13,7 @@ from flowkernels.flows.networks import ConvNet
 from flowkernels.ops import conv_net
 from flowkernels.ops.conv_net.reference import conv_net_reference
 
+from . import case
 from .case import Call, Case, Competitor
 
 OURS, REFERENCE, COMPILED = "flowkernels", "reference", "torch.compile"
@@ -66,7 +67,7 @@ def _call(function: Callable, tensors: list[Tensor], compiled: bool, gradients: 
     if not compiled:
         return call
     torch._dynamo.reset()  # it allows a function eight sizes
-    function = torch.compile(function, fullgraph=True, dynamic=False)
+    function = case.compiled(function, fullgraph=True, dynamic=False)
     started = perf_counter()
     with torch.inference_mode(not gradients):
         run(function, tensors)

@@ -13,7 +13,7 @@ import flowkernels
 from flowkernels import ScaleMap
 from flowkernels.ops import coupling
 
-from .case import Call, Case, Competitor, Target
+from .case import Call, Case, Competitor, Target, compiled
 
 OURS, EAGER, COMPILED, REFERENCE = "flowkernels", "eager", "torch.compile", "reference"
 NFLOWS, COPY = "nflows' arithmetic", "copy of the same bytes"
@@ -128,7 +128,7 @@ class Problem:
         return Call(partial(function, x, *net), exact if self.dtype == torch.float32 else None, rows)
 
     def _compiled(self, direction: str) -> Call:
-        call = self._call(torch.compile(glow, fullgraph=True), direction)
+        call = self._call(compiled(glow, fullgraph=True), direction)
         started = perf_counter()
         with torch.inference_mode(not call.grad):
             call.run()

@@ -18,7 +18,7 @@ from flowkernels.flows.glow import _Steps
 from flowkernels.flows.networks import ConvNet
 
 from .bench_flows import sampling, training
-from .case import Call, Case, Competitor, Target
+from .case import Call, Case, Competitor, Target, compiled
 from .flow_models import OURS, Model, _import, ours
 
 NORMFLOWS, REFERENCE, COMPILED, CONDITIONERS = "normflows", "reference", "torch.compile", "torch's conditioners alone"
@@ -146,8 +146,8 @@ def _compiled(make: Callable[..., Competitor], build: Callable[[], Model], rows:
     def built() -> Call:
         model = build()
         exact = make(COMPILED, build, rows).build().exact  # of the model as it is: compiling it for float64 too would take as long again
-        compiled = replace(model, to_noise=torch.compile(model.to_noise), to_data=torch.compile(model.to_data))
-        reference = _by_reference(make(COMPILED, lambda: compiled, rows)).build()
+        fused = replace(model, to_noise=compiled(model.to_noise), to_data=compiled(model.to_data))
+        reference = _by_reference(make(COMPILED, lambda: fused, rows)).build()
         started = perf_counter()
         with torch.inference_mode(not reference.grad):
             reference.run()

@@ -16,7 +16,7 @@ import flowkernels
 from flowkernels.flows import MAF
 
 from .autoregressive_problem import OURS
-from .case import Call, Case, Competitor, Target
+from .case import Call, Case, Competitor, Target, compiled
 from .peers import build_stack, forward_of, inverse_of
 
 TRANSFORMS = 5
@@ -124,7 +124,7 @@ def _competitor(
         x = torch.randn(batch, features, generator=torch.Generator().manual_seed(1)).to(device)
         work, note = partial(run, name, module), ""
         if compile:
-            work = torch.compile(work)
+            work = compiled(work)
             started = time.perf_counter()
             with torch.inference_mode(not grad):
                 work(x)

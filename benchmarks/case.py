@@ -1,7 +1,9 @@
 """What a benchmark is made of: cases, their competitors, and the figures they are held to."""
 
+import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,21 @@ from torch import Tensor
 
 class Unavailable(Exception):
     """A competitor cannot run here; the message says why. It is left out, and the reason is printed."""
+
+
+def compiled(function: Callable, **options: Any) -> Callable:
+    """`torch.compile(function, **options)`.
+
+    Raises:
+        Unavailable: the C++ that it writes cannot be built here.
+    """
+    if not has_python_headers():
+        raise Unavailable("torch.compile needs Python.h; on Debian and Ubuntu, apt install python3-dev")
+    return torch.compile(function, **options)
+
+
+def has_python_headers() -> bool:
+    return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 
 @dataclass

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from benchmarks.case import has_python_headers
 from flowkernels.flows import MAF
 from flowkernels.layers import MaskedAutoregressive
 
@@ -69,6 +70,7 @@ def test_evaluation(model, direction, dynamic):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not has_python_headers(), reason="what torch.compile writes needs Python.h: install Python's headers (python3-dev)")
 def test_inductor():
     """The default backend, which makes code of everything around the ops; dynamic, so that the batch size is a symbol."""
     torch._dynamo.reset()
