@@ -12,18 +12,22 @@ constexpr int64_t kScratchBytes = 7 * 512 * 1024;  // of one thread; larger netw
 // Small networks take wider ones: less of their time is spent between products. No more than what stays in the second-level cache.
 constexpr int64_t kWideTileRows = 384, kWideScratchBytes = 512 * 1024;
 
+// Units of all layers, the features first, each layer's beginning at a multiple of `step`; offsets: where, unless null.
 template <class T>
-int64_t padded_units(const AutoregressiveArgs<T>& args) {
-  int64_t units = args.features;
-  for (int l = 0; l < args.n_layers; ++l) units += args.layers[l].outputs;
-  return (units + lanes<T> - 1) / lanes<T> * lanes<T>;
+int64_t place_units(const AutoregressiveArgs<T>& args, int64_t step, int64_t* offsets) {
+  int64_t end = 0;
+  for (int l = 0; l <= args.n_layers; ++l) {
+    if (offsets) offsets[l] = end;
+    end += ((l ? args.layers[l - 1].outputs : args.features) + step - 1) / step * step;
+  }
+  return end;
 }
 
 template <class T>
 Tiling plan_tiles(const AutoregressiveArgs<T>& args, int64_t batch, int64_t threads) {
   const int64_t per_thread = (batch + threads - 1) / threads;
   if (per_thread <= UnitLanes<T>::kMostRows) return {true, 1, batch, per_thread, smaller(threads, batch), 1};
-  const int64_t units = padded_units(args), all = (batch + lanes<T> - 1) / lanes<T>, shares = smaller(threads, all);
+  const int64_t units = place_units(args, 1, nullptr), all = (batch + lanes<T> - 1) / lanes<T>, shares = smaller(threads, all);
   const auto bytes = [&](int64_t vectors) { return RowLanes<T>::scratch(args, units, vectors * lanes<T>) * int64_t(sizeof(T)); };
   int64_t full = kTileVectors;
   while (full > 1 && bytes(full) > kScratchBytes) full = (full + 1) / 2;
@@ -55,10 +59,8 @@ bool have_one_context(const AutoregressiveArgs<T>* maps, int64_t n_maps, int64_t
 template <class T>
 FK_CALL const T* run_rows(const AutoregressiveArgs<T>& args, bool few, int64_t row, int64_t n, T* scratch, bool one_context, const T* handed,
                           bool hands_on) {
-  const int64_t units = padded_units(args);
   int64_t* offsets = static_cast<int64_t*>(__builtin_alloca((args.n_layers + 1) * sizeof(int64_t)));
-  offsets[0] = 0;
-  for (int l = 0; l < args.n_layers; ++l) offsets[l + 1] = offsets[l] + (l ? args.layers[l - 1].outputs : args.features);
+  const int64_t units = place_units(args, few ? lanes<T> : 1, offsets);
   if (few) {
     UnitLanes<T> state(args, offsets, units, row, n, static_cast<T*>(thread_scratch(UnitLanes<T>::scratch(args, units, n) * sizeof(T))));
     state.begin();
@@ -78,7 +80,7 @@ template <class T>
 void run_tiles(const AutoregressiveArgs<T>* maps, int64_t n_maps, const Tiling& tiling, int64_t first, int64_t last) {
   int64_t most = 0;  // of the largest tile: scratch need not grow
   for (int64_t i = 0; i < n_maps && !tiling.few; ++i) {
-    const int64_t own = RowLanes<T>::scratch(maps[i], padded_units(maps[i]), tiling.rows());
+    const int64_t own = RowLanes<T>::scratch(maps[i], place_units(maps[i], 1, nullptr), tiling.rows());
     if (own > most) most = own;
   }
   for (int64_t tile = first; tile < last; ++tile) {

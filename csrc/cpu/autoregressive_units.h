@@ -1,85 +1,117 @@
 // The state of the sequential loop where lanes are units, for few rows: [row][unit], each known value pushed down its contiguous row of
 // weights. A value that is zero for all rows (a rectified unit) skips its row, which halves the weights that are read.
+//
+// Vectors of a layer's units lie on a grid from its first unit: what one push stores, the next loads as the same vector. A vector that lay
+// across two would wait until both had reached the cache, in every step of the chain.
 // Included once per instruction set, by autoregressive_kernel.h.
 
 namespace flowkernels {
 namespace FK_TARGET {
 
-// The first n lanes of v; the others keep what memory holds there. Masked stores are slow, and loads after them wait.
+// where the vector begins that holds unit j
 template <class T>
-FK_INLINE void store_head(T* p, Vec<T> v, int64_t n) {
-  store(p, n >= lanes<T> ? v : select(iota<T>() < static_cast<int>(n), v, load(p)));
+FK_INLINE int64_t on_grid(int64_t j) {
+  return j / lanes<T> * lanes<T>;
+}
+
+// the lanes of the vector at j that hold units of [j0, j1)
+template <class T>
+FK_INLINE IVec<T> within(int64_t j, int64_t j0, int64_t j1) {
+  return (iota<T>() >= static_cast<int>(j0 - j)) & (iota<T>() < static_cast<int>(smaller(j1 - j, lanes<T>)));
+}
+
+// v where `mine`; the others keep what memory holds there. Masked stores are slow, and loads after them wait.
+template <class T>
+FK_INLINE void store_within(T* p, Vec<T> v, IVec<T> mine) {
+  store(p, select(mine, v, load(p)));
+}
+
+// By its bits: a comparison of floating-point numbers takes the way through the flags. T's own zero and -0
+template <class T>
+FK_INLINE bool is_zero(T x) {
+  typename std::conditional<sizeof(T) == 4, uint32_t, uint64_t>::type bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits << 1 == 0;
 }
 
 // What is compiled for each number of rows, B: the product. All else is little work, and loops over them.
 template <class T, int B>
 struct FewRowsProduct {
-  static constexpr int kGroup = B == 1 ? 8 : B == 2 ? 4 : 2;  // values pushed together: B * kGroup broadcasts stay in registers
+  // values pushed together: B * kGroup broadcasts stay in registers
+  static constexpr int kGroup = FK_REGISTERS >= 32 ? (B <= 2 ? 8 : 4) : B == 1 ? 8 : B == 2 ? 4 : 2;
 
   template <int K>
-  static FK_INLINE void push_group(const T* const* weight, const Vec<T> (*h)[kGroup], T* acc, int64_t stride, int64_t n) {
-    int64_t j = 0;
+  static FK_INLINE void push_group(const T* weight, int64_t ld, const int32_t* inputs, const T* h, int64_t h_stride, T* acc, int64_t stride,
+                                   int64_t j0, int64_t j1) {
+    const T* rows[K];
+    Vec<T> value[B][K];
+    for (int k = 0; k < K; ++k) {
+      rows[k] = weight + inputs[k] * ld;
+      for (int b = 0; b < B; ++b) value[b][k] = broadcast<T>(h[b * h_stride + inputs[k]]);
+    }
+    const auto edge = [&](int64_t j) FK_BODY {
+      const IVec<T> mine = within<T>(j, j0, j1);
+      Vec<T> w[K];
+      for (int k = 0; k < K; ++k) w[k] = load_partial(rows[k] + j, smaller(j1 - j, lanes<T>));
+      for (int b = 0; b < B; ++b) {
+        Vec<T> a = load(acc + b * stride + j);
+        for (int k = 0; k < K; ++k) a = fma(value[b][k], w[k], a);
+        store_within(acc + b * stride + j, a, mine);
+      }
+    };
+    int64_t j = on_grid<T>(j0);
+    if (j < j0) {
+      edge(j);
+      j += lanes<T>;
+    }
     if constexpr (B == 1)  // two chains hide each other's latency
-      for (; j + 2 * lanes<T> <= n; j += 2 * lanes<T>) {
+      for (; j + 2 * lanes<T> <= j1; j += 2 * lanes<T>) {
         Vec<T> a = load(acc + j), b = load(acc + j + lanes<T>);
         for (int k = 0; k < K; ++k) {
-          a = fma(h[0][k], load(weight[k] + j), a);
-          b = fma(h[0][k], load(weight[k] + j + lanes<T>), b);
+          a = fma(value[0][k], load(rows[k] + j), a);
+          b = fma(value[0][k], load(rows[k] + j + lanes<T>), b);
         }
         store(acc + j, a);
         store(acc + j + lanes<T>, b);
       }
-    for (; j + lanes<T> <= n; j += lanes<T>) {
+    for (; j + lanes<T> <= j1; j += lanes<T>) {
       Vec<T> a[B];
       for (int b = 0; b < B; ++b) a[b] = load(acc + b * stride + j);
       for (int k = 0; k < K; ++k) {
-        const Vec<T> w = load(weight[k] + j);
-        for (int b = 0; b < B; ++b) a[b] = fma(h[b][k], w, a[b]);
+        const Vec<T> w = load(rows[k] + j);
+        for (int b = 0; b < B; ++b) a[b] = fma(value[b][k], w, a[b]);
       }
       for (int b = 0; b < B; ++b) store(acc + b * stride + j, a[b]);
     }
-    if (j < n)
-      for (int b = 0; b < B; ++b) {
-        Vec<T> a = load(acc + b * stride + j);
-        for (int k = 0; k < K; ++k) a = fma(h[b][k], load_partial(weight[k] + j, n - j), a);
-        store_head(acc + b * stride + j, a, n - j);
-      }
+    if (j < j1) edge(j);
   }
 
-  // every unit in [j0, j1) sees every input in [k0, k1); h and acc are those of row 0, other rows follow at their strides
+  // every unit in [j0, j1) sees every input in [k0, k1), a chunk at most; h and acc are those of row 0, other rows follow at their strides
   static void push(const T* weight, int64_t ld, const T* h, int64_t h_stride, T* acc, int64_t stride, int64_t k0, int64_t k1, int64_t j0,
                    int64_t j1) {
-    const T* rows[kGroup];
-    Vec<T> value[B][kGroup];
-    const int64_t n = j1 - j0;
-    int filled = 0;
+    int32_t inputs[kChunk];
+    int n = 0;
     for (int64_t k = k0; k < k1; ++k) {
       bool zero_everywhere = true;
-      for (int b = 0; b < B; ++b) {
-        value[b][filled] = broadcast<T>(h[b * h_stride + k]);
-        zero_everywhere &= h[b * h_stride + k] == T(0);
-      }
-      rows[filled] = weight + k * ld + j0;
-      filled += !zero_everywhere;  // no branch: it would be mispredicted half of the time
-      if (filled == kGroup) {
-        push_group<kGroup>(rows, value, acc + j0, stride, n);
-        filled = 0;
-      }
+      for (int b = 0; b < B; ++b) zero_everywhere &= is_zero(h[b * h_stride + k]);
+      inputs[n] = static_cast<int32_t>(k);
+      n += !zero_everywhere;  // no branch: it would be mispredicted half of the time
     }
+    const auto group = [&](auto size, int i) FK_BODY {
+      push_group<decltype(size)::value>(weight, ld, inputs + i, h, h_stride, acc, stride, j0, j1);
+    };
+    int i = 0;
+    for (; i + kGroup <= n; i += kGroup) group(Count<kGroup>{}, i);
     if constexpr (kGroup > 4)
-      if (filled >= 4) {
-        push_group<4>(rows, value, acc + j0, stride, n);
-        for (int i = 4; i < filled; ++i) {
-          rows[i - 4] = rows[i];
-          for (int b = 0; b < B; ++b) value[b][i - 4] = value[b][i];
-        }
-        filled -= 4;
+      if (i + 4 <= n) {
+        group(Count<4>{}, i);
+        i += 4;
       }
     if constexpr (kGroup > 2) {
-      if (filled == 3) push_group<3>(rows, value, acc + j0, stride, n);
-      if (filled == 2) push_group<2>(rows, value, acc + j0, stride, n);
+      if (n - i == 3) return group(Count<3>{}, i);
+      if (n - i == 2) return group(Count<2>{}, i);
     }
-    if (filled == 1) push_group<1>(rows, value, acc + j0, stride, n);
+    if (n - i == 1) group(Count<1>{}, i);
   }
 };
 
@@ -92,8 +124,8 @@ struct UnitLanes {
 
   const AutoregressiveArgs<T>& args;
   int64_t first_row, rows;
-  int64_t units;  // of all layers, padded
-  T* values;      // [row][layer][unit]; vectors may reach past the end of a row, never past the scratch
+  int64_t units;  // of all layers, each padded to whole vectors
+  T* values;      // [row][layer][unit]
   T* totals;
   T* gates;
   T* context;
@@ -105,7 +137,7 @@ struct UnitLanes {
         context(gates + (args.gated ? rows * units : 0)), offsets(offsets) {}
 
   static int64_t scratch(const AutoregressiveArgs<T>& args, int64_t units, int64_t rows) {
-    return rows * ((args.gated ? 3 : 2) * units + args.context_features) + lanes<T>;
+    return rows * ((args.gated ? 3 : 2) * units + args.context_features);
   }
 
   void flush_chunk(int l, int64_t j0, int64_t j1) {
@@ -176,10 +208,11 @@ struct UnitLanes {
     for (int64_t b = 0; b < rows; ++b) {
       T *total = totals + b * units + offsets[l], *gate = gates + b * units + offsets[l];
       for (int64_t j = 0; j < layer.outputs; j += lanes<T>) {
-        const int64_t n = smaller(layer.outputs - j, lanes<T>);
-        const Vec<T> term = activate(static_cast<Activation>(layer.context_activation), load(total + j)), bias = load_partial(layer.bias + j, n);
-        if (layer.gate) store_head(gate + j, term, n);
-        store_head(total + j, layer.gate ? bias : bias + term, n);
+        const IVec<T> mine = within<T>(j, 0, layer.outputs);
+        const Vec<T> term = activate(static_cast<Activation>(layer.context_activation), load(total + j));
+        const Vec<T> bias = load_partial(layer.bias + j, smaller(layer.outputs - j, lanes<T>));
+        if (layer.gate) store_within(gate + j, term, mine);
+        store_within(total + j, layer.gate ? bias : bias + term, mine);
       }
     }
   }
@@ -194,9 +227,10 @@ struct UnitLanes {
   // runs, which need no help. Inline, as a call that only prefetches is taken for one that does nothing.
   FK_INLINE void fetch_layer(int l, int64_t k0, int64_t k1, int64_t j0, int64_t j1) const {
     const MaskedLayer<T>& layer = args.layers[l - 1];
+    constexpr int64_t line = 64 / sizeof(T);
     if (layer.unitwise || (k1 - k0) * (j1 - j0) * int64_t(sizeof(T)) > kFetchedBytes) return;
     for (int64_t k = k0; k < k1; ++k)
-      for (int64_t j = j0; j < j1; j += int64_t(64 / sizeof(T))) __builtin_prefetch(layer.weight + k * layer.ld + j);
+      for (int64_t j = j0 / line * line; j < j1; j += line) __builtin_prefetch(layer.weight + k * layer.ld + j);
   }
 
   void finish_hidden(int l, int64_t j0, int64_t j1) {
@@ -205,7 +239,8 @@ struct UnitLanes {
     with_activation(static_cast<Activation>(layer.activation), [&](auto code) {
       for (int64_t b = 0; b < rows; ++b) {
         T *h = values + b * units + offsets[l], *total = totals + b * units + offsets[l];
-        for (int64_t j = j0; j < j1; j += lanes<T>) store_head(h + j, activate<decltype(code)::value>(load(total + j) + load(h + j)), j1 - j);
+        for (int64_t j = on_grid<T>(j0); j < j1; j += lanes<T>)
+          store_within(h + j, activate<decltype(code)::value>(load(total + j) + load(h + j)), within<T>(j, j0, j1));
       }
     });
   }
@@ -218,7 +253,7 @@ struct UnitLanes {
       T *row = values + b * units, *h = row + offsets[l];
       const T *total = totals + b * units + offsets[l], *gate = gates + b * units + offsets[l], *from = row + offsets[layer.source];
       const T* residual = layer.residual < 0 ? nullptr : row + offsets[layer.residual];
-      for (int64_t j = j0; j < j1; j += lanes<T>) {
+      for (int64_t j = on_grid<T>(j0); j < j1; j += lanes<T>) {
         const int64_t n = smaller(j1 - j, lanes<T>);
         Vec<T> v;
         if (!layer.unitwise)
@@ -227,7 +262,7 @@ struct UnitLanes {
           v = layer.weight ? fma(load_partial(layer.weight + j, n), load(from + j), load_partial(layer.bias + j, n)) : load(from + j);
         if (layer.gate) v = v * load(gate + j);
         if (residual) v = v + load(residual + j);
-        store_head(h + j, activate(activation, v), n);
+        store_within(h + j, activate(activation, v), within<T>(j, j0, j1));
       }
     }
   }
