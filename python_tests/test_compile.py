@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks.case import has_python_headers
-from flowkernels.flows import MAF
+from flowkernels.flows import MAF, Flow, StandardLogistic, StandardNormal
 from flowkernels.layers import MaskedAutoregressive
 
 
@@ -81,3 +81,13 @@ def test_inductor():
     got = [step(compiled, model, rows) for rows in (8, 11)]
     model.load_state_dict(start)
     torch.testing.assert_close(got, [step(model, model, rows) for rows in (8, 11)], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", [StandardNormal(), StandardLogistic()], ids=["normal", "logistic"])
+def test_samples_of_any_number(base):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Flow([layer()], 4, context_features=2, base=base)
+    sample = torch.compile(model.sample, backend="aot_eager")
+    for n, contexts in ((5, 6), (5, 7), (3, 7), (1, 1)):
+        assert sample(n, batch(contexts)[1]).shape == (n, contexts, 4)

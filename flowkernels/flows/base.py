@@ -32,7 +32,7 @@ class StandardNormal:
 
     def sample(self, n: int, features: int, *, like: Tensor, generator: Generator | None = None) -> Tensor:
         """[n, features], with the dtype and device of `like`."""
-        return torch.randn(n, features, dtype=like.dtype, device=like.device, generator=generator)
+        return torch.randn(n, features, dtype=like.dtype, device=like.device, **_drawn_by(generator))
 
 
 class StandardLogistic:
@@ -48,6 +48,11 @@ class StandardLogistic:
     def sample(self, n: int, features: int, *, like: Tensor, generator: Generator | None = None) -> Tensor:
         """[n, features], with the dtype and device of `like`."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        uniform = torch.rand(n, features, dtype=dtype, device=like.device, generator=generator)
+        uniform = torch.rand(n, features, dtype=dtype, device=like.device, **_drawn_by(generator))
         # 0 comes up once in 2^24 draws of float32, and its logit is infinite
         return torch.logit(uniform.clamp_(min=torch.finfo(dtype).eps / 4)).to(like.dtype)
+
+
+def _drawn_by(generator: Generator | None) -> dict[str, Generator]:
+    """What torch's functions are told of a generator: nothing where there is none, as they take no symbolic sizes beside one."""
+    return {} if generator is None else {"generator": generator}

@@ -57,7 +57,7 @@ class Flow(Chain):
             if self.context_features:
                 raise ValueError(f"context is missing: the flow takes [{rows.shape[0]}, {self.context_features}]")
         elif not self.context_features or context.shape != (rows.shape[0], self.context_features):
-            wanted = f"[{rows.shape[0]}, {self.context_features}], a row for each of {name}" if self.context_features else "no context"
+            wanted = f"[{rows.shape[0]}, {self.context_features}], a row for each of {name}" if self.context_features else _NO_CONTEXT
             raise ValueError(f"context must be {wanted}; got {list(context.shape)}")
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -88,10 +88,14 @@ class Flow(Chain):
 
     def freeze(self) -> "Flow":
         """Evaluation mode for serving: what costs to prepare is prepared once and kept until `train()`, loading, moving or writing
-        into the parameters. Writes through `.data` are not seen: call `freeze()` again after them."""
+        into the parameters. Writes that torch does not count are not seen: through `.data`, `vector_to_parameters` or NumPy, and by
+        fused optimizers. Call `freeze()` again, or `train()` before them."""
         self.eval()
         freeze_weights({name: module for name, module in self.named_modules() if isinstance(module, InvertibleConv1x1)})
         return self
+
+
+_NO_CONTEXT = "None, as the flow takes none"
 
 
 def _count(n: int) -> tuple[int]:
@@ -104,12 +108,12 @@ def parse_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     """The shape of one row of x: (D,) or (C, H, W).
 
     Raises:
-        ValueError: it is neither, or something in it is less than 1.
+        ValueError: it is neither, or something in it is no whole number or less than 1.
     """
-    parsed = (shape,) if isinstance(shape, int) else tuple(shape)
-    if len(parsed) not in (1, 3) or min(parsed) < 1:
-        raise ValueError(f"shape must be a number of features or (C, H, W), each at least 1; got {shape}")
-    return parsed
+    numbers = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    if len(numbers) not in (1, 3) or not all(isinstance(n, Integral) and n >= 1 for n in numbers):
+        raise ValueError(f"shape must be a number of features or (C, H, W), whole numbers of at least 1; got {shape!r}")
+    return tuple(map(int, numbers))
 
 
 class FlowDistribution(Distribution):
@@ -122,13 +126,16 @@ class FlowDistribution(Distribution):
         if context is None and flow.context_features:
             raise ValueError(f"context is missing: the flow takes [*batch, {flow.context_features}]")
         if context is not None and (not flow.context_features or context.shape[-1:] != (flow.context_features,)):
-            wanted = f"[*batch, {flow.context_features}]" if flow.context_features else "no context"
+            wanted = f"[*batch, {flow.context_features}]" if flow.context_features else _NO_CONTEXT
             raise ValueError(f"context must be {wanted}; got {list(context.shape)}")
         self.flow, self.context = flow, context
         if context is not None:
             _check_context(context, _first_parameter(flow))
         batch = Size() if context is None else context.shape[:-1]
         super().__init__(batch, Size(flow.shape), validate_args=False)
+
+    def __repr__(self) -> str:
+        return f"FlowDistribution({type(self.flow).__name__}, batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
 
     @property
     def support(self) -> constraints.Constraint:
@@ -142,11 +149,10 @@ class FlowDistribution(Distribution):
 
     def expand(self, batch_shape: Size, _instance=None) -> "FlowDistribution":
         batch_shape = Size(batch_shape)
-        if self.context is None:
-            if batch_shape:
-                raise NotImplementedError("a flow without a context has no batch shape to expand; use sample(shape)")
-            return self
-        return FlowDistribution(self.flow, self.context.expand(*batch_shape, self.flow.context_features))
+        context = None if self.context is None else self.context.expand(*batch_shape, self.flow.context_features)
+        expanded = FlowDistribution(self.flow, context)
+        Distribution.__init__(expanded, batch_shape, self.event_shape, validate_args=False)
+        return expanded
 
     def log_prob(self, value: Tensor) -> Tensor:
         event = len(self.event_shape)
@@ -176,7 +182,7 @@ class FlowDistribution(Distribution):
 
     def _from_noise(self, z: Tensor, batch: Size) -> tuple[Tensor, Tensor]:
         """The inverse of the flow for noise of a batch shape, whose contexts take turns from row to row."""
-        contexts = self.batch_shape.numel()
+        contexts = 1 if self.context is None else self.batch_shape.numel()
         if contexts < 2 or len(z) < _LONG * contexts or not z.is_cpu or torch.is_grad_enabled():
             return self.flow.inverse(z, self._rows(batch))
         # rows of one context put together: kernels make what belongs to the context once for all of them

@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..ops import lu_fold, slogdet, slogdet_inverse
 from ._building import built_on_cpu
 from ._dtype import check_dtype
+from ._structure import Structured
 from .actnorm import ActNorm
 
 
@@ -29,7 +30,7 @@ class Folded(NamedTuple):
     logabsdets: Tensor
 
 
-class InvertibleConv1x1(nn.Module):
+class InvertibleConv1x1(Structured):
     """Invertible 1x1 convolution (Glow, Kingma & Dhariwal 2018, section 3.2): one C x C matrix at every site.
 
         z[b, :, site] = W x[b, :, site],   logabsdet = sites * log|det W|
@@ -39,7 +40,7 @@ class InvertibleConv1x1(nn.Module):
     comes from `ops.slogdet`. W starts as a random rotation.
 
     The inverse matrix is computed in float64 at every call of `inverse`, unless `freeze` keeps it; training, loading and moving
-    drop what is kept, and so does writing into the parameters, but through `.data`, which torch does not count.
+    drop what is kept, and so does writing into the parameters, where torch counts it: not through `.data`, not by fused optimizers.
 
     Args:
         channels: number of channels C.
@@ -71,7 +72,7 @@ class InvertibleConv1x1(nn.Module):
         self.factors = nn.Parameter((lower.tril(-1) + upper.triu(1)).to(torch.get_default_dtype()))
         self.log_diagonal = nn.Parameter(diagonal.abs().log().to(torch.get_default_dtype()))
         self.register_buffer("sign", diagonal.sign().to(torch.get_default_dtype()))
-        self.register_buffer("row", permutation.argmax(1))  # row i of W is row row[i] of L U
+        self.register_integers("row", permutation.argmax(1))  # row i of W is row row[i] of L U
 
     def kept(self) -> Frozen | None:
         """What `freeze` keeps; None where a gradient has to reach the parameters."""

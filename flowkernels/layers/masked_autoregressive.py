@@ -12,6 +12,7 @@ from ..ops.degrees import hidden_degrees, staircase
 from ..ops.scale_map import Form, parse_form
 from ._building import built_on_cpu
 from ._programs import KeepsPrograms, Step
+from ._structure import Structured
 from .masked_linear import MaskedLinear, Unitwise
 from .mlp import parse_context_features, parse_widths
 
@@ -22,7 +23,7 @@ def _checked_scale(scale: ScaleMap | None) -> ScaleMap:
     return ScaleMap.softclip() if scale is None else scale
 
 
-class MaskedAutoregressive(KeepsPrograms):
+class MaskedAutoregressive(KeepsPrograms, Structured):
     """Affine autoregressive transform with a MADE as its conditioner (Papamakarios et al. 2017; Germain et al. 2015).
 
         forward:  z_i = x_i * sigma(s_i) + shift_i,   (shift_i, s_i) = MADE(x generated before i, context)
@@ -68,7 +69,7 @@ class MaskedAutoregressive(KeepsPrograms):
         super().__init__()
         widths = parse_widths(hidden_features)
         if not isinstance(features, Integral) or features < 1:
-            raise ValueError(f"features must be at least 1; got {features}")
+            raise ValueError(f"features must be a whole number of at least 1; got {features!r}")
         if residual and len(set(widths)) > 1:
             raise ValueError(f"hidden_features must all be equal with residual=True; got {widths}")
         parse_context_features(context_features)
@@ -111,7 +112,7 @@ class MaskedAutoregressive(KeepsPrograms):
         self.features = len(network.order)
         self.context_features = network.context_weights[0].shape[0] if network.context_weights else 0
         self.form = parse_form(form)
-        self.register_buffer("order", network.order)
+        self.register_integers("order", network.order)
         self.layers = nn.ModuleList(modules)
         self._activations, self._wiring = network.activations, network.wiring
         self._contexts = [i for i, m in enumerate(modules) if getattr(m, "context_weight", None) is not None]

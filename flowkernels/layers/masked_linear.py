@@ -1,14 +1,17 @@
 """Parameters of one layer of a masked network."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from ..ops import masked_linear
 from ..ops.degrees import check_staircase
 from ..ops.masked_linear.reference import staircase_mask
+from ._structure import Structured
 
 
-class MaskedLinear(nn.Module):
+class MaskedLinear(Structured):
     """Linear layer under a staircase mask, with an optional unmasked context term.
 
         y = x masked@ weight + bias + context @ context_weight [+ context_bias]
@@ -30,7 +33,7 @@ class MaskedLinear(nn.Module):
         super().__init__()
         out_features = len(visible)
         check_staircase(visible, in_features)
-        self.register_buffer("visible", visible.to(torch.int32))
+        self.register_integers("visible", visible.to(torch.int32, copy=True))
         self.weight = nn.Parameter(torch.empty(in_features, out_features))
         self.bias = nn.Parameter(torch.empty(out_features))
         context_weight = nn.Parameter(torch.empty(context_features, out_features)) if context_features else None
@@ -59,7 +62,7 @@ class MaskedLinear(nn.Module):
         return f"in_features={self.weight.shape[0]}, out_features={self.weight.shape[1]}, context_features={contexts}"
 
 
-class Unitwise(nn.Module):
+class Unitwise(Structured):
     """What happens to each unit by itself as a layer reads it: y = x * weight + bias, or y = x, before an activation.
 
     Args:
@@ -76,15 +79,26 @@ class Unitwise(nn.Module):
             self.register_buffer("weight", torch.empty(0), persistent=False)
             self.register_buffer("bias", torch.empty(0), persistent=False)
 
+    def _changed(self) -> Iterator[str]:
+        if not self.visible.is_meta and not torch.equal(self.visible.cpu(), torch.arange(1, len(self.visible) + 1, dtype=torch.int32)):
+            yield "visible"
+
     def _apply(self, *args, **kwargs):
         super()._apply(*args, **kwargs)
-        # no state dict holds these, so they survive the meta device and to_empty
+        self._make_anew()
+        return self
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._make_anew()
+
+    def _make_anew(self) -> None:
+        """No state dict holds these buffers, so they survive the meta device, to_empty and averages."""
         for name in self._non_persistent_buffers_set:
             buffer = self._buffers[name]
             device = "cpu" if buffer.is_meta else buffer.device
             units = torch.arange(1, len(buffer) + 1, device=device)
             self._buffers[name] = units.to(buffer.dtype)
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight + self.bias if self.weight.numel() else x

@@ -15,16 +15,16 @@ def parse_widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
     """The widths of hidden layers.
 
     Raises:
-        ValueError: they are no sequence, or none, or one of them is less than 1.
+        ValueError: they are no sequence, or none, or one of them is no whole number or less than 1.
     """
-    if isinstance(hidden_features, int):
+    if isinstance(hidden_features, Integral):
         raise ValueError(
             f"hidden_features must be a sequence of widths; got {hidden_features}, which for one layer is ({hidden_features},)"
         )
     widths = tuple(hidden_features)
-    if not widths or min(widths) < 1:
-        raise ValueError(f"hidden_features must be widths of at least 1; got {widths}")
-    return widths
+    if not widths or not all(isinstance(width, Integral) and width >= 1 for width in widths):
+        raise ValueError(f"hidden_features must be widths, whole numbers of at least 1; got {widths}")
+    return tuple(map(int, widths))
 
 
 def parse_context_features(context_features: int) -> int:

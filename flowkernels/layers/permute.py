@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._building import built_on_cpu
+from ._structure import Structured
 from ._zero import zero_logabsdet
 from .masked_autoregressive import parse_order
 
 
-class Permute(nn.Module):
+class Permute(Structured):
     """z[:, k] = x[:, permutation[k]]; volume-preserving. Of an image it permutes the channels.
 
     Args:
@@ -29,7 +30,7 @@ class Permute(nn.Module):
         self.features = len(permutation) if features is None else features
         if self.features < 1:
             raise ValueError(f"permutation must have at least one feature; got {permutation}")
-        self.register_buffer("permutation", parse_order(permutation, self.features))
+        self.register_integers("permutation", parse_order(permutation, self.features))
 
     @classmethod
     def random(cls, features: int, generator: torch.Generator | None = None) -> "Permute":

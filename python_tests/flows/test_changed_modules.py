@@ -204,8 +204,11 @@ def test_a_log_determinant_may_be_added_to():
         (lambda: FlowBatchNorm(2).eval()(torch.randn(6, 2).double()), "x must be torch.float32, like the layer's statistics"),
         (lambda: FlowBatchNorm(0), "features must be at least 1; got 0"),
         (lambda: FlowBatchNorm(2, eps=-1.0), "eps must be positive"),
-        (lambda: MAF((1, 4, 4)), r"features must be at least 1; got \(1, 4, 4\)"),
+        (lambda: MAF((1, 4, 4)), r"features must be a whole number of at least 1; got \(1, 4, 4\)"),
         (lambda: MAF(4, hidden_features=16), r"hidden_features must be a sequence of widths; got 16, which for one layer is \(16,\)"),
+        (lambda: MAF(2.5), "features must be a whole number of at least 1; got 2.5"),
+        (lambda: MAF(4, hidden_features=(8.0,)), r"hidden_features must be widths, whole numbers of at least 1; got \(8.0,\)"),
+        (lambda: NICE(2.5), r"shape must be a number of features or \(C, H, W\), whole numbers of at least 1; got 2.5"),
         (lambda: NICE(4, hidden_features=16), "hidden_features must be a sequence of widths; got 16"),
         *(
             (functools.partial(flow, shape, context_features=-1, **settings), "context_features must be at least 0; got -1")

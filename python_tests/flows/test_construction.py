@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,3 +84,24 @@ def test_another_dtype_is_named(name):
     ):
         with pytest.raises(ValueError, match=r"(x|z|context|log_scale|shift) must be torch.float(32|64)"):
             call()
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_many_models_as_one(make):
+    """The recipe of torch.func for ensembles: each model by itself, and all in one call on a model without memory."""
+    models = [make().eval() for _ in range(3)]
+    x = torch.randn(5, *models[0].shape)
+    context = (torch.randn(5, models[0].context_features),) if models[0].context_features else ()
+    for model in models:
+        model.train()(x, *context)  # initialises actnorms
+        model.eval()
+    parameters, buffers = torch.func.stack_module_state(models)
+    empty = copy.deepcopy(models[0]).to("meta")
+    got = torch.func.vmap(lambda p, b: torch.func.functional_call(empty, (p, b), (x, *context)))(parameters, buffers)
+    want = [torch.stack(parts) for parts in zip(*(model(x, *context) for model in models), strict=True)]
+    torch.testing.assert_close(got, tuple(want))
+
+
+def test_numbers_of_numpy():
+    for flow in (MAF, IAF, NICE, RealNVP):
+        assert flow(np.int64(4), hidden_features=(np.int64(8),)).shape == (4,)

@@ -216,8 +216,8 @@ def test_standard_logistic_has_its_density_and_its_samples():
         (lambda: NICE(1), "shape must have at least 2 features to split; got 1"),
         (lambda: NICE((1, 1, 1)), "at least 2 features to split; got 1"),
         (lambda: NICE(4, couplings=0), "couplings must be at least 1; got 0"),
-        (lambda: NICE((4, 4)), r"shape must be a number of features or \(C, H, W\), each at least 1; got \(4, 4\)"),
-        (lambda: NICE(4, hidden_features=()), r"hidden_features must be widths of at least 1; got \(\)"),
+        (lambda: NICE((4, 4)), r"shape must be a number of features or \(C, H, W\), whole numbers of at least 1; got \(4, 4\)"),
+        (lambda: NICE(4, hidden_features=()), r"hidden_features must be widths, whole numbers of at least 1; got \(\)"),
         (lambda: RealNVP(1), "shape must have at least 2 features to split; got 1"),
         (lambda: RealNVP((3, 6, 6), levels=3), "height and width divisible by 4 for 3 levels; got 6 x 6"),
         (lambda: RealNVP((3, 2, 2), levels=2), "at least 2 sites at the last of 2 levels; got 2 x 2"),
@@ -232,7 +232,10 @@ def test_standard_logistic_has_its_density_and_its_samples():
             lambda: NICE(4, hidden_features=(3,), context_features=2)(torch.zeros(5, 4), torch.zeros(4, 2)),
             r"context must be \[5, 2\], a row for each of x; got \[4, 2\]",
         ),
-        (lambda: NICE(4, hidden_features=(3,))(torch.zeros(5, 4), torch.zeros(5, 1)), r"context must be no context; got \[5, 1\]"),
+        (
+            lambda: NICE(4, hidden_features=(3,))(torch.zeros(5, 4), torch.zeros(5, 1)),
+            r"context must be None, as the flow takes none; got \[5, 1\]",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(call, message):

@@ -93,9 +93,10 @@ class TestMAF:
         assert d.event_shape == (4,) and d.batch_shape == (() if context is None else (6,))
         assert d.sample().shape == d.batch_shape + d.event_shape and d.sample((2, 3)).shape == (2, 3, *d.batch_shape, 4)
         torch.testing.assert_close(d.log_prob(x), flow.log_prob(x, context))
-        if context is not None:
-            wide = d.expand((2, 6))
-            assert wide.sample().shape == (2, 6, 4)
+        wide = d.expand((2, 6))
+        assert wide.batch_shape == (2, 6) and wide.sample().shape == (2, 6, 4) and wide.sample((3,)).shape == (3, 2, 6, 4)
+        torch.testing.assert_close(wide.log_prob(x), flow.log_prob(x, context).expand(2, 6))
+        assert repr(d) == f"FlowDistribution({type(flow).__name__}, batch_shape={tuple(d.batch_shape)}, event_shape=(4,))"
 
     def test_compiles_without_graph_breaks(self, case):
         flow, x, context = case
@@ -150,7 +151,7 @@ def test_empty_batch():
     [
         (lambda: MAF(3, transforms=0), "transforms must be at least 1; got 0"),
         (lambda: MAF(3, context_features=2, hidden_features=(4,)).sample(2), "context is missing"),
-        (lambda: MAF(3, hidden_features=(4,)).sample(2, torch.zeros(2)), r"context must be no context; got \[2\]"),
+        (lambda: MAF(3, hidden_features=(4,)).sample(2, torch.zeros(2)), r"context must be None, as the flow takes none; got \[2\]"),
         (
             lambda: MAF(3, context_features=2, hidden_features=(4,)).sample(2, torch.zeros(5, 3)),
             r"context must be \[\*batch, 2\]; got \[5, 3\]",

@@ -1,0 +1,84 @@
+"""Integer buffers that somebody has averaged are found out; all that people do with models leaves them alone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from flowkernels.flows import IAF, MAF, Glow, RealNVP
+from flowkernels.layers import Permute
+
+FLOWS = {
+    "MAF": lambda: MAF(4, transforms=2, hidden_features=(32, 32), batch_norm=True),
+    "residual": lambda: MAF(4, transforms=2, hidden_features=(32, 32), residual=True),
+    "IAF": lambda: IAF(5, transforms=2, hidden_features=(32, 32), context_features=2),
+    "RealNVP": lambda: RealNVP((3, 8, 8)),
+    "Glow": lambda: Glow((3, 8, 8), levels=2, steps=2, hidden_channels=8),
+}
+
+
+@pytest.fixture(params=FLOWS.values(), ids=FLOWS)
+def flow(request) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return request.param()
+
+
+def averaged(flow: torch.nn.Module, **options) -> AveragedModel:
+    average = AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(0.9), **options)
+    for _ in range(5):
+        average.update_parameters(flow)
+    return average
+
+
+@pytest.mark.parametrize("ask", [lambda m: m.eval(), lambda m: m.state_dict()], ids=["eval", "state_dict"])
+def test_averages_of_integers_are_refused(flow, ask):
+    average = averaged(flow, use_buffers=True)
+    with pytest.raises(ValueError, match="averages of weights must leave integer buffers alone"):
+        ask(average)
+    average.module.load_state_dict(flow.state_dict())
+    ask(average)
+
+
+def test_averages_of_weights_alone_are_the_flow(flow):
+    average = averaged(flow, use_buffers=False).eval()
+    assert all(torch.equal(a, b) for a, b in zip(average.module.buffers(), flow.buffers(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda m: m.half(),
+        lambda m: m.bfloat16().float(),
+        lambda m: m.double(),
+        lambda m: copy.deepcopy(m),
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: m.share_memory(),
+        lambda m: m.to("meta"),
+        lambda m: m.to("meta").to_empty(device="cpu"),
+    ],
+    ids=["half", "bfloat16", "double", "deepcopy", "pickle", "share_memory", "meta", "to_empty"],
+)
+def test_what_people_do_is_no_change(flow, move):
+    state = flow.state_dict()
+    moved = move(flow).eval()
+    assert moved.state_dict().keys() == state.keys()
+    moved.load_state_dict(state, assign=any(b.is_meta for b in moved.buffers()))
+    moved.eval().state_dict()
+    assert not any(t.is_meta for t in moved.buffers())
+
+
+def test_sums_are_exact_in_half_precision():
+    """numbers of units exceed what half precision can tell apart"""
+    layer = MAF(3, transforms=1, hidden_features=(2100, 2100)).bfloat16().eval().layers[0].layers[1]
+    layer.visible[-1] -= 1
+    with pytest.raises(ValueError, match="visible of MaskedLinear must be what it was"):
+        layer.eval()
+
+
+def test_a_permutation_that_was_cut_off():
+    layer = Permute([2, 0, 1])
+    layer.permutation.copy_(layer.permutation * 0.9999)
+    with pytest.raises(ValueError, match="permutation of Permute must be what it was"):
+        layer.eval()
