@@ -1,6 +1,6 @@
-"""The README's tables of what was measured, from the result rows: `python -m benchmarks.readme` writes them anew.
+"""The READMEs' tables of what was measured, from the result rows: `python -m benchmarks.readme` writes them anew.
 
-A table stands between two comments, `<!-- measured: NAME -->` and `<!-- end -->`. A test compares the README with the rows.
+A table stands between two comments, `<!-- measured: NAME -->` and `<!-- end -->`. A test compares the READMEs with the rows.
 """
 
 import re
@@ -12,8 +12,9 @@ from .rows import Row
 from .table import duration
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-MEASURED = ROOT / "benchmarks" / "results" / "measured.jsonl"
+READMES = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+MEASURED, OTHER_MACHINE = RESULTS / "measured.jsonl", RESULTS / "avx2.jsonl"
 
 # of the sequential inverse: label and case
 SIZES = [
@@ -172,17 +173,46 @@ OTHERS: list[tuple[str, str, Sequence[str], dict[str, str]]] = [
 ]
 
 
-def tables(measured: Sequence[Row]) -> dict[str, str]:
+def tables() -> dict[str, str]:
     """The tables by name."""
-    found = {(row["benchmark"], row["case"], row["competitor"]): row for row in measured}
+    measured, other = rows.read(MEASURED), rows.read(OTHER_MACHINE)
     tasks = bench_tasks.summary([row for row in measured if row["benchmark"] == "tasks"])
-    return {"tasks": tasks[tasks.index("|") :], "inverse": _inverse(found), "others": _others(found)}
+    here, there = _by_name(measured), _by_name(other)
+    return {
+        "headlines": _headlines(here),
+        "tasks": tasks[tasks.index("|") :],
+        "inverse": _inverse(here),
+        "others": _others(here),
+        "other_machine_inverse": _inverse(there),
+        "other_machine": _others(there),
+    }
+
+
+def _by_name(measured: Sequence[Row]) -> dict[tuple[str, str, str], Row]:
+    return {(row["benchmark"], row["case"], row["competitor"]): row for row in measured}
 
 
 def with_tables(text: str, made: dict[str, str]) -> str:
-    """The README's text with these tables in their places."""
+    """A README's text with these tables in their places."""
     place = re.compile(r"(<!-- measured: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
     return place.sub(lambda found: found[1] + made[found[2]] + found[3], text)
+
+
+def _headlines(found: dict[tuple[str, str, str], Row]) -> str:
+    def times(benchmark: str, cases: Sequence[str], peers: Sequence[str]) -> str:
+        ratios = sorted(found[benchmark, case, peer]["ratio"] for case in cases for peer in peers)
+        return f"{_ratio(ratios[0])} to {_ratio(ratios[-1])} times as fast as {', '.join(peers)}"
+
+    glow = [f"{work}, 3 levels x 8 steps, hidden 64, [16, 3, 32, 32]" for work in ("density", "sampling", "training step")]
+    lines = {
+        "sampling a MAF layer of 63 features": times("autoregressive", [f"inverse, {SIZES[0]}"], ["nflows", "zuko", "normflows"]),
+        "a million samples of a MAF of 6": times("sampling", ["1,000,000 samples, MAF(5), D=6, H=50x2"], ["nflows", "zuko"]),
+        "a training step of MAFs": times(
+            "training", ["training step, D=63, H=512x2, batch 1,024", "training step, MAF(5), D=63, H=100x2, batch 100"], ["nflows", "zuko"]
+        ),
+        "Glow, from density to training": times("glow", glow, ["normflows"]),
+    }
+    return "\n".join(f"- {label}: {figure}" for label, figure in lines.items())
 
 
 def _inverse(found: dict[tuple[str, str, str], Row]) -> str:
@@ -209,8 +239,10 @@ def _ratio(value: float) -> str:
 
 
 def main() -> None:
-    """Write the README's tables anew."""
-    README.write_text(with_tables(README.read_text(), tables(rows.read(MEASURED))))
+    """Write the READMEs' tables anew."""
+    made = tables()
+    for readme in READMES:
+        readme.write_text(with_tables(readme.read_text(), made))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""The README's figures are those of the result rows."""
+"""The READMEs' figures are those of the result rows."""
 
 import pytest
 
-from benchmarks import readme, rows
+from benchmarks import readme
 
-pytestmark = pytest.mark.skipif(not readme.README.exists(), reason="needs the source tree")
+pytestmark = pytest.mark.skipif(not readme.READMES[0].exists(), reason="needs the source tree")
 
 
 def test_the_tables_are_made_of_the_rows():
-    text = readme.README.read_text()
-    made = readme.tables(rows.read(readme.MEASURED))
-    assert all(f"<!-- measured: {name} -->" in text for name in made)
-    assert readme.with_tables(text, made) == text, "python -m benchmarks.readme"
+    texts = [path.read_text() for path in readme.READMES]
+    made = readme.tables()
+    assert all(sum(f"<!-- measured: {name} -->" in text for text in texts) == 1 for name in made)
+    assert [readme.with_tables(text, made) for text in texts] == texts, "python -m benchmarks.readme"
 
 
 def test_only_what_stands_between_the_comments_is_replaced():
