@@ -26,7 +26,7 @@ FK_INLINE void store_within(T* p, Vec<T> v, IVec<T> mine) {
   store(p, select(mine, v, load(p)));
 }
 
-// By its bits: a comparison of floating-point numbers takes the way through the flags. T's own zero and -0
+// Whether x is 0 or -0, by its bits: a comparison of floating-point numbers takes the way through the flags.
 template <class T>
 FK_INLINE bool is_zero(T x) {
   typename std::conditional<sizeof(T) == 4, uint32_t, uint64_t>::type bits;

@@ -11,6 +11,11 @@ from ..data import DIGITS, Table, load_digits, load_table, save_array
 from ..training import DataModel, RunError, load_model
 
 
+def counted(n: int, noun: str) -> str:
+    """1 row, 2 rows."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def positive_int(text: str) -> int:
     """An argparse type."""
     value = int(text)

@@ -3,7 +3,7 @@
 import argparse
 
 from ..data import save_array
-from .common import add_data, add_output, add_run, load_rows, noise, open_run, output_path, positive_int
+from .common import add_data, add_output, add_run, counted, load_rows, noise, open_run, output_path, positive_int
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -28,6 +28,6 @@ def run(options: argparse.Namespace) -> None:
     save_array(path, log_prob, header=["log_prob"])
     mean = log_prob.mean().item()
     bits = model.bits_per_dim(mean)
-    print(f"log p(x) of {len(log_prob)} rows in {path}")
+    print(f"log p(x) of {counted(len(log_prob), 'row')} in {path}")
     spread = f", standard error {log_prob.std().item() / len(log_prob) ** 0.5:.3f}" if len(log_prob) > 1 else ""
     print(f"mean {mean:.4f} nats{spread}" + ("" if bits is None else f"; {bits:.4f} bits per dimension"))

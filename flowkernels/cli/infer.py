@@ -3,7 +3,7 @@
 import argparse
 
 from ..data import save_array
-from .common import add_data, add_output, add_run, load_rows, noise, open_run, output_path
+from .common import add_data, add_output, add_run, counted, load_rows, noise, open_run, output_path
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -25,6 +25,6 @@ def run(options: argparse.Namespace) -> None:
     table = load_rows(options, model, config)
     z = model.encode(table, noise(options))
     save_array(path, z)
-    print(f"z of {len(z)} rows, {z.shape[1]} features, in {path}")
+    print(f"z of {counted(len(z), 'row')}, {counted(z.shape[1], 'feature')}, in {path}")
     spread = z.std(correction=0).item()
     print(f"mean {z.mean().item():.4f}, standard deviation {spread:.4f}; 0 and {model.flow.base.std:.4g} where the flow fits the data")

@@ -7,7 +7,19 @@ import torch
 from ..data import DIGITS, one_hot, read_array
 from ..data.digits import CLASSES
 from ..training import DataModel
-from .common import add_output, add_run, image_shape, noise, open_run, output_path, positive_float, positive_int, save_images_or_rows, seed
+from .common import (
+    add_output,
+    add_run,
+    counted,
+    image_shape,
+    noise,
+    open_run,
+    output_path,
+    positive_float,
+    positive_int,
+    save_images_or_rows,
+    seed,
+)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -36,7 +48,10 @@ def run(options: argparse.Namespace) -> None:
     samples = model.sample(n, context, options.temperature, noise(options))
     save_images_or_rows(path, samples, model, config, columns=min(len(samples), CLASSES))
     bad = int((~torch.isfinite(samples)).any(1).sum())
-    print(f"{len(samples)} samples of {samples.shape[1]} features in {path}" + (f"; {bad} of them are not finite" if bad else ""))
+    print(
+        f"{counted(len(samples), 'sample')} of {counted(samples.shape[1], 'feature')} in {path}"
+        + (f"; {bad} of them are not finite" if bad else "")
+    )
 
 
 def _contexts(options: argparse.Namespace, model: DataModel, digits: bool) -> tuple[int, torch.Tensor | None]:

@@ -10,7 +10,7 @@ from ..training import FLOWS, FlowEntry, Setting, Trainer, TrainingSettings, loa
 from ..training.progress import TerminalProgress
 from ..training.start import ALPHA_OF_DIGITS, ALPHA_OF_FILES, LEVELS_OF_FILES
 from . import vae
-from .common import add_device, check_device, positive_float, positive_int, seed
+from .common import add_device, check_device, counted, positive_float, positive_int, seed
 
 _DEFAULTS = {field.name: field.default for field in fields(TrainingSettings)}
 _TRAINING = (
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
     entry.check(given, config["flow"]["shape"])
     width = config["flow"]["context_features"]
     context = f" given {width} of context" if width else ""
-    rows = f"{len(split.train)} rows to train on, {len(split.validation)} held out"
+    rows = f"{counted(len(split.train), 'row')} to train on, {len(split.validation)} held out"
     print(f"{options.flow}: {_what(config['flow']['shape'])}{context}; {rows}")
     trainer = train_run(options.out, config, split, device=device, progress=TerminalProgress())
     report(trainer)
@@ -122,11 +122,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _what(shape: int | list[int]) -> str:
-    return f"{shape} features" if isinstance(shape, int) else f"images of {' x '.join(map(str, shape))}"
+    return counted(shape, "feature") if isinstance(shape, int) else f"images of {' x '.join(map(str, shape))}"
 
 
 def report(trainer: Trainer) -> None:
     """What training came to."""
     bits = trainer.model.bits_per_dim(trainer.best_nats)
     more = "" if bits is None else f" ({bits:.3f} bits per dimension)"
-    print(f"trained {trainer.epoch} epochs; best is epoch {trainer.best_epoch}: held-out log p(x) {trainer.best_nats:.3f} nats{more}")
+    trained = f"trained {counted(trainer.epoch, 'epoch')}; best is epoch {trainer.best_epoch}"
+    print(f"{trained}: held-out log p(x) {trainer.best_nats:.3f} nats{more}")
