@@ -64,4 +64,4 @@ class Structured(nn.Module):
 
 
 def _sum(numbers: Tensor) -> Tensor:
-    return numbers.sum().float()
+    return (numbers.sum() % 2**24).float()  # what float32 counts exactly; not every device has float64

@@ -9,6 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flowkernels.flows import IAF, MAF, Glow, RealNVP
 from flowkernels.layers import Permute
+from flowkernels.layers._structure import Structured
 
 FLOWS = {
     "MAF": lambda: MAF(4, transforms=2, hidden_features=(32, 32), batch_norm=True),
@@ -74,6 +75,15 @@ def test_sums_are_exact_in_half_precision():
     layer = MAF(3, transforms=1, hidden_features=(2100, 2100)).bfloat16().eval().layers[0].layers[1]
     layer.visible[-1] -= 1
     with pytest.raises(ValueError, match="visible of MaskedLinear must be what it was"):
+        layer.eval()
+
+
+def test_large_sums_are_exact():
+    """beyond 2^24 float32 no longer counts by ones"""
+    layer = Structured()
+    layer.register_integers("numbers", torch.full((1000,), 60_000))
+    layer.eval().numbers[3] -= 1
+    with pytest.raises(ValueError, match="numbers of Structured must be what it was"):
         layer.eval()
 
 
