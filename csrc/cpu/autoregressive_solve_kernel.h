@@ -94,7 +94,7 @@ struct Solve {
     for (int64_t p = p0; p < p1; ++p)
       for (int64_t r = 0; r < rows; r += lanes<T>) {
         T *at = deltas + p * rows + r, *outputs = deltas + (args.outputs + 2 * p) * rows + r;
-        const T* made = values + (args.outputs + 2 * p) * rows + r;
+        const T* made = values + (args.made + 2 * p) * rows + r;
         const Vec<T> x = load(values + p * rows + r), shift = load(made), raw = load(made + rows);
         const FormGradient<Vec<T>> gradient = inverse_gradient(args.form, args.scale, x, shift, raw, load(at), load(c + r));
         store(at, gradient.dvalue);  // dz

@@ -1,6 +1,6 @@
-// Training passes of a masked autoregressive map for CPU tensors: the forward map that keeps every layer's values, and its gradient,
-// and the gradient of the inverse. Rows are independent up to the gradients of the parameters, which are sums over rows: the
-// gradients take the rows in spans, so that what only they need (deltas, and the values of the inverse) is held for a span alone.
+// Training passes of a masked autoregressive map for CPU tensors: the forward map that keeps its layers' values, and its gradient,
+// and the gradient of the inverse. Rows are independent up to the gradients of the parameters, which are sums over rows: the gradients take
+// the rows in spans, so that what only they need (deltas, remade values, and the values of the inverse) is held for a span alone.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -34,16 +34,21 @@ void run_backward(std::span<GradientCall<T>> calls) {
   const int64_t batch = calls[0].batch, threads = calls[0].threads, features = calls[0].net.features;
   for_each_span(batch, calls[0].span, [&](int64_t first, int64_t rows) {
     std::vector<TrainingArgs<T>> args;
+    std::vector<Ascent<T>> ascents;
     std::vector<Descent<T>> descents;
     for (GradientCall<T>& call : calls) {
       TrainingArgs<T>& of_span = args.emplace_back(call.args.span(first, rows));
       of_span.values += first * of_span.values_ld;
+      ascents.emplace_back(of_span, call.net, call.contexts.from(first));
       descents.emplace_back(of_span, call.net, call.dcontext_from(first), call.adds_dcontext);
     }
     for (size_t i = 0; i < calls.size(); ++i) descents[i].set(args[i]);
-    for_each_block(rows, threads, [&](int64_t r0, int64_t r1) {
+    for_each_block(rows, threads, [&](int64_t r0, int64_t r1, int64_t) {
       T* scratch = training_scratch<T>(features);
-      for (size_t i = 0; i < calls.size(); ++i) FK_DISPATCH(training_backward<T>(args[i], calls[i].need_dx, r0, r1, scratch));
+      for (size_t i = 0; i < calls.size(); ++i) {
+        if (calls[i].net.remade_columns > 0) ascents[i].make_first(r0, r1, scratch);
+        FK_DISPATCH(training_backward<T>(args[i], calls[i].need_dx, r0, r1, scratch));
+      }
     });
     for (size_t i = 0; i < calls.size(); ++i) calls[i].parameters.set_rows(args[i], calls[i].contexts.from(first));
     for_each_task(threads, threads, [&](int64_t share) {
@@ -66,7 +71,7 @@ template <class T>
 Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tensor& x, const std::optional<Tensor>& context, const Parts& parts,
                          const std::optional<Tensor>& dcontext) {
   check_training(x.dim() == 2 && x.is_cpu() && dx.dim() == 2 && dx.size(0) == x.size(0) && dx.size(1) == x.size(1), "x must be a matrix like dx");
-  GradientCall<T> call(read_network<T>(parts, dx.size(1), x.scalar_type()), dx, dlogabsdet, x, context, parts, true, 0, dcontext);
+  GradientCall<T> call(read_network<T>(parts, dx.size(1), x.scalar_type(), false), dx, dlogabsdet, x, context, parts, true, 0, dcontext);
   TrainingNetwork<T>& net = call.net;
   check_training(net.output_columns.passing == 0 && net.output_columns.each == 2,
                  "the gradient of the inverse is that of a network with shift and raw scale of each feature");
@@ -81,7 +86,7 @@ Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tenso
     TrainingArgs<T> args = call.args.span(first, span);
     const Ascent<T> ascent(args, net, call.contexts.from(first));
     ascent.set(args);
-    for_each_block(span, call.threads, [&](int64_t r0, int64_t r1) {
+    for_each_block(span, call.threads, [&](int64_t r0, int64_t r1, int64_t) {
       FK_DISPATCH(training_forward<T>(args, r0, r1, training_scratch<T>(args.features)));
     });
     const Descent<T> descent(args, net, call.dcontext_from(first), call.adds_dcontext);
@@ -151,9 +156,14 @@ std::tuple<Tensor, Tensor, Tensors> forward(Tensor x, const std::optional<Tensor
     kept.push_back(call.values);
     x = call.y;
   }
-  for_each_block(batch, threads_for(work), [&](int64_t r0, int64_t r1) {
+  const int64_t threads = threads_for(work);
+  int64_t columns = 0;  // that are not kept, of which a thread has those of one map at a time
+  for (const ForwardCall<T>& call : calls) columns = std::max(columns, call.net.remade_columns);
+  Tensor passing = empty(x, {threads, columns * block_rows(batch, threads)});
+  T* of_threads = static_cast<T*>(passing.mutable_data_ptr());
+  for_each_block(batch, threads, [&](int64_t r0, int64_t r1, int64_t thread) {
     T* scratch = training_scratch<T>(calls[0].net.features);
-    for (const ForwardCall<T>& call : calls) FK_DISPATCH(training_forward<T>(call.args, r0, r1, scratch));
+    for (const ForwardCall<T>& call : calls) call.run(r0, r1, of_threads + thread * passing.size(1), scratch);
   });
   return {x, logabsdet, kept};
 }
@@ -191,7 +201,7 @@ Tensors joined(const std::vector<Tensors>& of_maps, const Maps& maps, const Tens
 
 template <class T>
 Tensors backward(Tensor dy, const Tensor& dlogabsdet, const Tensors& kept, const std::optional<Tensor>& context, const Maps& maps, bool need_dx) {
-  constexpr int64_t kTogether = 4 << 20;  // bytes of deltas that maps run together may hold
+  constexpr int64_t kTogether = 4 << 20;  // bytes of deltas and remade values that maps run together may hold
   const int64_t batch = dy.size(0);
   std::optional<Tensor> dcontext;
   std::vector<Tensors> found(maps.parts.size());
@@ -211,9 +221,10 @@ Tensors backward(Tensor dy, const Tensor& dlogabsdet, const Tensors& kept, const
     double work = 0;
     std::vector<TrainingNetwork<T>> networks;  // the last one first
     for (int64_t bytes = 0; first > 0 && !maps.inverse[first - 1] && (first == i || bytes < kTogether); --first) {
-      const TrainingNetwork<T>& net = networks.emplace_back(read_network<T>(maps.parts[first - 1], dy.size(1), dy.scalar_type()));
+      const TrainingNetwork<T>& net = networks.emplace_back(read_network<T>(maps.parts[first - 1], dy.size(1), dy.scalar_type(), true));
       work += net.multiply_adds(batch);
-      bytes += net.delta_columns * span_of(batch, static_cast<int64_t>(torch::stable::get_num_threads())) * static_cast<int64_t>(sizeof(T));
+      const int64_t span = span_of(batch, static_cast<int64_t>(torch::stable::get_num_threads()));
+      bytes += (net.delta_columns + net.remade_columns) * span * static_cast<int64_t>(sizeof(T));
     }
     const size_t n = i - first;
     calls.clear();

@@ -26,7 +26,9 @@ struct TrainingArgs {
   Form form;
   T *values, *deltas;
   int64_t values_ld, deltas_ld;
-  int64_t outputs;  // first column of the outputs
+  T* remade;        // values of the first layer that are not kept with the others (TrainingNetwork), or null
+  int64_t outputs;  // first column of the outputs' deltas
+  int64_t made;     // and of their values
   OutputColumns output_columns;
   int64_t by_bound;  // column of deltas for the gradient by the scale map's bound; -1 where nobody asks for it
   const T *x, *dy, *dlogabsdet;
@@ -47,6 +49,7 @@ struct TrainingArgs {
     some.dy += first * dy_row;
     some.dlogabsdet += first * dlogabsdet_step;
     if (dx) some.dx += first * features;
+    if (y) some.y += first * features, some.logabsdet += first;
     return some;
   }
 };

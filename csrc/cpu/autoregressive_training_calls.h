@@ -34,16 +34,23 @@ struct Parts {
 };
 
 template <class T>
-TrainingNetwork<T> read_network(const Parts& parts, int64_t features, ScalarType dtype) {
-  return {features, dtype, parts.network, parts.order, parts.scale.kind};
+TrainingNetwork<T> read_network(const Parts& parts, int64_t features, ScalarType dtype, bool remakes) {
+  return {features, dtype, parts.network, parts.order, parts.scale.kind, remakes};
 }
 
-// run(r0, r1) over blocks of rows: no more than kRows, which a packed panel serves, and at least one for each thread
+// Rows are taken in blocks: no more than kRows, which a packed panel serves, and at least one block for each thread
+inline int64_t block_rows(int64_t batch, int64_t threads) {
+  constexpr int64_t kRows = 256;
+  return std::clamp<int64_t>((batch + threads - 1) / threads, 1, kRows);
+}
+
+// run(r0, r1, thread) over blocks, a thread's own one after the other
 template <class F>
 void for_each_block(int64_t batch, int64_t threads, const F& run) {
-  constexpr int64_t kRows = 512;
-  const int64_t rows = std::clamp<int64_t>((batch + threads - 1) / threads, 1, kRows);
-  for_each_task((batch + rows - 1) / rows, threads, [&](int64_t i) { run(i * rows, std::min((i + 1) * rows, batch)); });
+  const int64_t rows = block_rows(batch, threads), blocks = (batch + rows - 1) / rows;
+  for_each_task(threads, threads, [&](int64_t thread) {
+    for (int64_t i = thread * blocks / threads; i < (thread + 1) * blocks / threads; ++i) run(i * rows, std::min((i + 1) * rows, batch), thread);
+  });
 }
 
 // run(first row, rows) over spans: whole chunks of the sums over rows, a chunk for each thread. Once where there are no rows.
@@ -69,6 +76,7 @@ TrainingArgs<T> training_args(const TrainingNetwork<T>& net, int64_t batch, Scal
   args.values_ld = net.columns;
   args.deltas_ld = net.delta_columns;
   args.outputs = net.of_layers.back().value;
+  args.made = args.outputs - (net.remade_columns > 0 ? net.of_layers[0].units : 0);
   args.output_columns = net.output_columns;
   args.by_bound = -1;
   return args;
@@ -107,30 +115,32 @@ struct Ascent {
       const TrainingLayer<T>& layer = net.layers[l];
       const LayerColumns<T>& own = net.of_layers[l];
       const bool adds_context = context.data && layer.takes_context && own.term < 0;
-      const auto at = [&](int64_t column) { return column < 0 ? nullptr : args.values + column; };
+      const auto at = [&](int64_t column) { return net.place(args, column); };
       MaskedLinearArgs<T> product = net.product(layer, args.batch);
-      product.x = at(own.input);
-      product.x_ld = args.values_ld;
-      product.out = at(own.gate ? own.sum : own.value);
-      product.out_ld = args.values_ld;
+      const Columns<T> input = at(own.input), made = at(own.gate ? own.sum : own.value), pre = at(own.pre);
+      product.x = input.data;
+      product.x_ld = input.ld;
+      product.out = made.data;
+      product.out_ld = made.ld;
       product.finish.accumulate = adds_context;
       if (!adds_context) product.finish.bias = layer.own_bias();
       if (!own.assembled()) {
         product.finish.activation = own.activation;
-        product.finish.pre = at(own.pre);
-        product.finish.pre_ld = args.values_ld;
+        product.finish.pre = pre.data;
+        product.finish.pre_ld = pre.ld;
       }
       layers.push_back(product);
       if (!context.data) continue;
       MaskedLinearArgs<T> term = net.context_product(layer, args.batch);
       term.x = context.data;
       term.x_ld = context.ld;
-      term.out = adds_context ? product.out : at(own.term);
-      term.out_ld = args.values_ld;
+      const Columns<T> sum = adds_context ? made : at(own.term), term_pre = at(own.term_pre);
+      term.out = sum.data;
+      term.out_ld = sum.ld;
       term.finish.bias = adds_context ? layer.own_bias() : layer.context_bias;
       term.finish.activation = own.context_activation;
-      term.finish.pre = at(own.term_pre);
-      term.finish.pre_ld = args.values_ld;
+      term.finish.pre = term_pre.data;
+      term.finish.pre_ld = term_pre.ld;
       contexts.push_back(term);
     }
   }
@@ -139,6 +149,12 @@ struct Ascent {
     args.layers = layers.data();
     args.contexts = contexts.empty() ? nullptr : contexts.data();
   }
+
+  // the first layer's values of rows [r0, r1)
+  void make_first(int64_t r0, int64_t r1, T* scratch) const {
+    for (const auto* products : {&contexts, &layers})
+      if (!products->empty()) FK_DISPATCH(masked_linear_forward<T>(products->front(), r0, r1, int64_t(0), products->front().outputs, scratch));
+  }
 };
 
 template <class T>
@@ -146,23 +162,29 @@ T* training_scratch(int64_t features) {
   return static_cast<T*>(thread_scratch(FK_DISPATCH(training_scratch_bytes<T>(features))));
 }
 
-// One map of a stack, with what its gradient needs. It must stay where it is.
+// One map of a forward pass. It must stay where it is.
 template <class T>
 struct ForwardCall {
   TrainingNetwork<T> net;
   ContextRows<T> contexts;
   Tensor y, values;
   TrainingArgs<T> args;
-  Ascent<T> ascent;
 
   ForwardCall(const Tensor& x, const std::optional<Tensor>& context, const Parts& parts)
-      : net(read_network<T>(parts, x.size(1), x.scalar_type())),
+      : net(read_network<T>(parts, x.size(1), x.scalar_type(), true)),
         contexts(context, net, x.size(0)),
         y(empty(x, {x.size(0), x.size(1)})),
         values(empty(x, {x.size(0), net.columns})),
-        args(with_tensors(training_args(net, x.size(0), parts.scale, parts.form), x)),
-        ascent(args, net, contexts.from(0)) {
-    ascent.set(args);
+        args(with_tensors(training_args(net, x.size(0), parts.scale, parts.form), x)) {}
+
+  // Rows [r0, r1); remade: room for what is not kept of them
+  void run(int64_t r0, int64_t r1, T* remade, T* scratch) const {
+    TrainingArgs<T> block = args.span(r0, r1 - r0);
+    block.values += r0 * block.values_ld;
+    block.remade = remade;
+    const Ascent<T> ascent(block, net, contexts.from(r0));
+    ascent.set(block);
+    FK_DISPATCH(training_forward<T>(block, int64_t(0), r1 - r0, scratch));
   }
 
  private:
@@ -196,8 +218,9 @@ struct Descent {
       } else {
         const LayerColumns<T>& below = net.of_layers[l - 1];
         product.finish.activation = below.activation;
-        product.finish.values = below.activation == Activation::identity ? nullptr : args.values + (below.pre >= 0 ? below.pre : below.value);
-        product.finish.values_ld = args.values_ld;
+        const Columns<T> known = net.place(args, below.pre >= 0 ? below.pre : below.value);
+        product.finish.values = below.activation == Activation::identity ? nullptr : known.data;
+        product.finish.values_ld = known.ld;
       }
       layers.push_back(product);
       if (!dcontext) continue;
@@ -225,7 +248,7 @@ struct GradientCall {
   ContextRows<T> contexts;
   int64_t batch, threads, span;
   bool need_dx, adds_dcontext;  // to what dcontext holds already
-  Tensor dx, dcontext, deltas;
+  Tensor dx, dcontext, deltas, remade;
   ParameterGradients<T> parameters;
   TrainingArgs<T> args;
 
@@ -244,6 +267,7 @@ struct GradientCall {
         dx(empty(like, {need_dx ? batch : 0, net.features})),
         dcontext(adds_dcontext ? *dcontext_ : empty(like, {context ? batch : 0, net.contexts})),
         deltas(empty(like, {span, delta_columns(net, parts)})),
+        remade(empty(like, {span, net.remade_columns})),
         parameters(net, like, threads, parts.by_bound),
         args(training_args(net, batch, parts.scale, parts.form)) {
     net.find_first();
@@ -258,6 +282,7 @@ struct GradientCall {
     args.set_cotangents(static_cast<const T*>(dy.const_data_ptr()), dy.stride(0), dy.stride(1),
                         static_cast<const T*>(dlogabsdet.const_data_ptr()), dlogabsdet.stride(0));
     args.deltas = static_cast<T*>(deltas.mutable_data_ptr());
+    args.remade = static_cast<T*>(remade.mutable_data_ptr());
     args.dx = static_cast<T*>(dx.mutable_data_ptr());
   }
 

@@ -151,7 +151,7 @@ void training_forward(const TrainingArgs<T>& args, int64_t r0, int64_t r1, T* sc
   for (int64_t r = r0; r < r1; ++r) {
     const T* values = args.values + r * args.values_ld;
     for (int64_t p = passing; p < D; p += lanes<T>) {
-      const ShiftAndRaw<T> made = load_outputs(values + args.outputs + args.output_columns.of(p), args.output_columns, D - p);
+      const ShiftAndRaw<T> made = load_outputs(values + args.made + args.output_columns.of(p), args.output_columns, D - p);
       const ValueAndLog<Vec<T>> out = apply_form(args.form, args.scale, load_some(values + p, D - p), made.shift, made.raw);
       store(results + p, out.value);
       store(logs + p, out.log);
@@ -194,7 +194,7 @@ void training_backward(const TrainingArgs<T>& args, bool need_dx, int64_t r0, in
     for (int64_t p = columns.passing; p < D; p += lanes<T>) {
       const int64_t left = D - p;
       const Vec<T> x = load_some(values + p, left), dy = load_some(g + p, left);
-      const ShiftAndRaw<T> made = load_outputs(values + args.outputs + columns.of(p), columns, left);
+      const ShiftAndRaw<T> made = load_outputs(values + args.made + columns.of(p), columns, left);
       if (args.by_bound >= 0) store(by_bound + p, gradient_by_bound(args, x, made.shift, made.raw, dy, c));
       const FormGradient<Vec<T>> gradient = form_gradient(args.form, args.scale, x, made.shift, made.raw, dy, c);
       store_some(deltas + p, gradient.dvalue, left);

@@ -34,7 +34,17 @@ struct Rows {
   int64_t ld;
 };
 
-// The network, and where its values lie in a row
+// Some columns of a matrix with one row per sample
+template <class T>
+struct Columns {
+  T* data;  // null for none
+  int64_t ld;
+};
+
+// The network, and where its values lie in a row.
+//
+// A forward pass need not keep what costs less to make again than to hold: the first layer's values, where few features feed many units.
+// The gradient remakes them, to the same bits, for the rows at hand.
 template <class T>
 class TrainingNetwork {
   using Tensor = torch::stable::Tensor;
@@ -45,12 +55,14 @@ class TrainingNetwork {
   std::vector<LayerColumns<T>> of_layers;
   const int64_t* order = nullptr;
   OrderKind order_kind = OrderKind::ascending;
-  int64_t features, contexts, delta_columns = 0, columns = 0;
+  int64_t features, contexts, delta_columns = 0;
+  int64_t columns = 0, remade_columns = 0;  // of values that are kept, and of those that the gradient remakes
   bool wired = false, takes_context, has_context_biases;
   OutputColumns output_columns;
   ScalarType dtype;
 
-  TrainingNetwork(int64_t features, ScalarType dtype, const NetworkParts& parts, const Tensor* order_, int scale_kind)
+  // remakes: whether values may be remade
+  TrainingNetwork(int64_t features, ScalarType dtype, const NetworkParts& parts, const Tensor* order_, int scale_kind, bool remakes)
       : features(features),
         contexts(parts.context_weights.empty() ? 0 : parts.context_weights[0].size(0)),
         takes_context(!parts.context_weights.empty()),
@@ -70,7 +82,9 @@ class TrainingNetwork {
     }
     TrainingColumns<T> placed(features, layers);
     of_layers = std::move(placed.layers);
-    columns = placed.values, delta_columns = placed.deltas, wired = placed.wired;
+    delta_columns = placed.deltas, wired = placed.wired;
+    if (remakes && first_is_cheap()) remade_columns = (of_layers[0].pre < 0 ? 1 : 2) * of_layers[0].units;
+    columns = placed.values - remade_columns;
     const int64_t outputs = layers.back().outputs;
     output_columns = OutputColumns(outputs, features, scale_kind);
     check_training(output_columns.fit(outputs, features), "the last layer must give shift and raw scale of each feature that does not pass");
@@ -78,6 +92,18 @@ class TrainingNetwork {
   }
 
   const std::vector<MaskedLayer<T>>& masked_layers() const { return network_.layers; }
+
+  // where a column of TrainingColumns lies; -1 nowhere
+  Columns<T> place(const TrainingArgs<T>& args, int64_t column) const {
+    if (column < 0) return {nullptr, 0};
+    int64_t remade_before = 0;
+    for (const int64_t begin : {of_layers[0].value, of_layers[0].pre}) {
+      if (remade_before == remade_columns || column < begin) break;
+      if (column < begin + of_layers[0].units) return {args.remade + remade_before + column - begin, remade_columns};
+      remade_before += of_layers[0].units;
+    }
+    return {args.values + column - remade_before, columns};
+  }
 
   // what products with deltas need
   void find_first() {
@@ -126,6 +152,14 @@ class TrainingNetwork {
   Network<T> network_;
   std::vector<int32_t> no_first_;
   std::vector<int64_t> position_;
+
+  // _remade_columns of flowkernels/ops/autoregressive/training.py is the same. A context's inputs are seen by all units, features by half.
+  bool first_is_cheap() const {
+    constexpr int64_t kCheaper = 8;  // than the next layer: remaking costs at most a 24th of a step
+    if (wired || layers.size() < 2) return false;
+    const int64_t inputs = layers[0].inputs + (layers[0].takes_context ? 2 * contexts : 0);
+    return kCheaper * inputs <= layers[1].outputs;
+  }
 
   void read_order(const Tensor& given) {
     order = network_.order(given, features, position_);

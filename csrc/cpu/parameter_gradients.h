@@ -52,8 +52,9 @@ class ParameterGradients {
       MaskedLinearArgs<T>& p = product.args;
       p.batch = args.batch;
       const LayerColumns<T>& own = net_.of_layers[product.layer];
-      p.x = product.of_context ? context.data : args.values + own.input;
-      p.x_ld = product.of_context ? context.ld : args.values_ld;
+      const Columns<T> input = net_.place(args, own.input);
+      p.x = product.of_context ? context.data : input.data;
+      p.x_ld = product.of_context ? context.ld : input.ld;
       p.dy = args.deltas + (product.of_context ? own.context_delta() : own.value);
       p.dy_ld = args.deltas_ld;
       p.finish.accumulate = begun_;

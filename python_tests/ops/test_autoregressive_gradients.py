@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from flowkernels import ScaleMap, _extension, backend
-from flowkernels.ops import Activation, Conditioner, MaskedLayer, autoregressive
+from flowkernels.ops import Activation, Conditioner, Form, Map, MaskedLayer, autoregressive
+from flowkernels.ops.autoregressive.loop import Lists
 from python_tests.battery import assert_gradients_do_not_depend_on_threads
 from python_tests.ops.test_autoregressive import FORMS, GATED, RESIDUAL, SCALES, WIRED, Part, example
 
@@ -22,7 +23,15 @@ def test_gradients_are_those_of_the_reference(scale, form, inverse):
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * max(w.abs().max().item() for w in want))
 
 
-NETWORKS = {"plain": ((30, 20), 0), "context": ((30, 20), 3), "residual": (RESIDUAL, 2), "gated": (GATED, 3), "wired": (WIRED, 0)}
+NETWORKS = {
+    "plain": ((30, 20), 0),
+    "context": ((30, 20), 3),
+    "wide": ((30, 60), 0),
+    "wide, context": ((30, 110), 3),
+    "residual": (RESIDUAL, 2),
+    "gated": (GATED, 3),
+    "wired": (WIRED, 0),
+}
 
 
 @pytest.mark.parametrize("inverse", [False, True])
@@ -92,6 +101,27 @@ def test_gradients_through_a_contexts_own_activation(activation, inverse):
     """Some derivatives are known from the activation's value, others need what came before it."""
     parts = [Part(7, activation, context=activation), Part(7, activation, context="gate"), Part(7, residual=1, context="gate+"), Part(0)]
     rows, parameters, op, oracle, *_ = example(4, parts, context=3, inverse=inverse)(9, torch.float64)
+    leaves = [t.requires_grad_() for t in (*rows, *parameters)]
+    got, want = (torch.autograd.grad([o.sin().sum() for o in f(rows, parameters)], leaves) for f in (op, oracle))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("width", [63, 64])
+@pytest.mark.parametrize("context", [0, 2])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("batch", [0, 1, 600])
+@pytest.mark.skipif(not _extension.status().cpu_library, reason="the CPU library was not built")
+def test_a_first_layer_that_costs_little_is_not_kept(batch, activation, context, width):
+    """Nor what comes before its activation. Its values are made again, by the same rule in C++ and for torch.compile."""
+    units, features = 11, 8 - 2 * context
+    make = example(features, (units, width), context=context, activation=activation)
+    rows, parameters, op, oracle, schema, *_ = make(batch, torch.float64)
+    x, c, weights, biases, contexts, _, visible, order, activations, *_ = schema(rows, parameters)
+    network = Conditioner(weights, biases, visible, activations, contexts, order)
+    *lists, _, activations, wiring, stages, scales = Lists.of([Map(network, ScaleMap.softclip(), Form.SCALE_SHIFT)])
+    _, _, (kept,) = torch.ops.flowkernels.autoregressive_training(x, c, *lists, activations, wiring, stages, scales)
+    layers = (units if width < 64 else 0) + width
+    assert kept.shape == (batch, features + (2 if activation == "silu" else 1) * layers + 2 * features)
     leaves = [t.requires_grad_() for t in (*rows, *parameters)]
     got, want = (torch.autograd.grad([o.sin().sum() for o in f(rows, parameters)], leaves) for f in (op, oracle))
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)

@@ -189,7 +189,7 @@ def test_backward_op_is_what_it_says():
         torch.library.opcheck(torch.ops.flowkernels.autoregressive_backward.default, arguments, test_utils="test_faketensor")
 
 
-@pytest.mark.parametrize("parts", [RESIDUAL, GATED, (6, 9), None], ids=["residual", "gated", "plain", "no context"])
+@pytest.mark.parametrize("parts", [RESIDUAL, GATED, (6, 9), (6, 90), None], ids=["residual", "gated", "plain", "wide", "no context"])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_training_op_is_what_it_says(parts, activation):
     rows, parameters, *_, schema, _ = example(5, parts or (6, 9), context=2 if parts else 0, activation=activation)(4, torch.float32)

@@ -1,4 +1,4 @@
-"""Maps with a gradient, as two ops: one that keeps every layer's values, and one that turns them into gradients.
+"""Maps with a gradient, as two ops: one that keeps its layers' values, and one that turns them into gradients.
 
 With g and c the loss's gradients by y and by logabsdet, and sums s_l = bias_l + h_{l-1} W_l, h_l = act_l(s_l):
 
@@ -6,7 +6,8 @@ With g and c the loss's gradients by y and by logabsdet, and sums s_l = bias_l +
     delta_{l-1}   = (delta_l W_l^T) * act'(s_{l-1})
     dW_l = h_{l-1}^T delta_l,   dbias_l = sum_b delta_l,   dx = the form's own + delta_1 W_1^T
 
-all of them under the staircase. In a wired network what reaches h_l on each of its ways is added up before the derivative, and a gate
+all of them under the staircase. Where few features feed many units, h_1 costs less to make again than to hold, and on a CPU it is not kept.
+In a wired network what reaches h_l on each of its ways is added up before the derivative, and a gate
 turns delta_l into that of the sum and that of the context term. On a CPU both ops are one kernel each, on a GPU a list of launches
 (csrc/autoregressive_training_steps.h), for the inverse with one loop a map among them (csrc/autoregressive_mirror.h). Plain chains are
 trained by Triton's products (products.py) where the CUDA library was not built, and large ones where tf32 is allowed. Where no kernel
@@ -62,19 +63,42 @@ _MOST_WEIGHTS = 1 << 31  # of a network, as the GPU's loop packs them: it counts
 
 
 @register_fake("_autoregressive_training")
+def _(x, context, *lists) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return _like_training(x, lists, remakes=False)
+
+
 @register_fake("autoregressive_training")
 def _(x, context, *lists) -> tuple[Tensor, Tensor, list[Tensor]]:
-    layers = [m.conditioner.layers for m in Lists.without_affines(*lists).maps()]
-    kept = [x.new_empty(x.shape[0], x.shape[1] + sum(map(_columns, own))) for own in layers]
-    return x.new_empty(x.shape), x.new_empty(x.shape[:1]), kept
+    return _like_training(x, lists, remakes=x.device.type == "cpu")
+
+
+def _like_training(x: Tensor, lists: Sequence, *, remakes: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    networks = [m.conditioner.layers for m in Lists.without_affines(*lists).maps()]
+    columns = [sum(map(_columns, layers)) - (_remade_columns(layers) if remakes else 0) for layers in networks]
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1]), [x.new_empty(x.shape[0], x.shape[1] + n) for n in columns]
 
 
 def _columns(layer: MaskedLayer) -> int:
-    """How many columns of `values` the kernels keep of a layer: TrainingColumns in csrc/training_columns.h."""
+    """How many columns of `values` the kernels have of a layer: TrainingColumns in csrc/training_columns.h."""
     needs_pre = (Activation.GELU, Activation.SILU)
     apart = layer.context_weight is not None and (layer.gate or layer.context_activation != Activation.IDENTITY)
     term = apart * (1 + (layer.context_activation in needs_pre))
     return layer.visible.shape[0] * (1 + (layer.activation in needs_pre) + layer.gate + term)
+
+
+def _remade_columns(layers: list[MaskedLayer]) -> int:
+    """How many of them the kernel for CPUs makes again in the backward pass: csrc/cpu/autoregressive_training_network.h."""
+    if len(layers) < 2 or not all(_is_link(number, layer) for number, layer in enumerate(layers)):
+        return 0
+    first, second = layers[:2]
+    inputs = first.weight.shape[0] + (0 if first.context_weight is None else 2 * first.context_weight.shape[0])
+    return _columns(first) if 8 * inputs <= second.visible.shape[0] else 0
+
+
+def _is_link(number: int, layer: MaskedLayer) -> bool:
+    """Whether a layer reads the one before it and adds at most its context to the sums."""
+    apart = layer.context_weight is not None and (layer.gate or layer.context_activation != Activation.IDENTITY)
+    return not (layer.unitwise or apart) and layer.residual is None and layer.source in (None, number)
 
 
 @register_fake("_autoregressive_backward")
