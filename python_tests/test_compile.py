@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks.case import has_python_headers
-from flowkernels.flows import MAF, Flow, StandardLogistic, StandardNormal
+from flowkernels.flows import MAF, NICE, Flow, Glow, RealNVP, StandardLogistic, StandardNormal
 from flowkernels.layers import MaskedAutoregressive
 
 
@@ -91,3 +91,25 @@ def test_samples_of_any_number(base):
     sample = torch.compile(model.sample, backend="aot_eager")
     for n, contexts in ((5, 6), (5, 7), (3, 7), (1, 1)):
         assert sample(n, batch(contexts)[1]).shape == (n, contexts, 4)
+
+
+COUPLINGS = {
+    "NICE": lambda: NICE(4, couplings=2, hidden_features=(6,)),
+    "RealNVP": lambda: RealNVP(4, transforms=2, hidden_features=(6,), batch_norm=False),
+    "Glow, additive": lambda: Glow((1, 4, 4), levels=1, steps=2, hidden_channels=4, coupling="additive"),
+}
+
+
+@pytest.mark.parametrize("make", COUPLINGS.values(), ids=COUPLINGS)
+def test_couplings_with_a_dynamic_batch(make):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = make()
+    rows = lambda n: torch.randn(n, *model.shape, generator=torch.Generator().manual_seed(n))
+    model(rows(8))  # initialises actnorms
+    compiled = torch.compile(model.log_prob, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (3, 5):
+        got, want = compiled(rows(n)), model.log_prob(rows(n))
+        torch.testing.assert_close(got, want)
+        gradients = (torch.autograd.grad(value.sum(), list(model.parameters()), allow_unused=True) for value in (got, want))
+        torch.testing.assert_close(*gradients)

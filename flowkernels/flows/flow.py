@@ -9,8 +9,8 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from ..layers import Chain
+from ..layers._sizes import parse_context_features
 from ..layers.invertible_conv1x1 import InvertibleConv1x1, freeze_weights
-from ..layers.mlp import parse_context_features
 from .base import Base, StandardNormal
 
 
@@ -43,7 +43,10 @@ class Flow(Chain):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data to noise: z [batch, features] and log|det dz/dx| [batch]."""
         self._check("x", x, self.shape, context)
-        return super().forward(x, context)
+        z, logabsdet = super().forward(x, context)
+        if z.dim() != 2 or z.shape[1] != self.features:
+            raise ValueError(f"the last layer must return flat noise, [batch, {self.features}]; got {list(z.shape)}: add a layers.Reshape")
+        return z, logabsdet
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noise to data: x [batch, *shape] and log|det dx/dz| [batch]."""
@@ -89,7 +92,7 @@ class Flow(Chain):
     def freeze(self) -> "Flow":
         """Evaluation mode for serving: what costs to prepare is prepared once and kept until `train()`, loading, moving or writing
         into the parameters. Writes that torch does not count are not seen: through `.data`, `vector_to_parameters` or NumPy, and by
-        fused optimizers. Call `freeze()` again, or `train()` before them."""
+        fused optimizers; and a flow under torch.compile sees none. Call `freeze()` again, or `train()` before them."""
         self.eval()
         freeze_weights({name: module for name, module in self.named_modules() if isinstance(module, InvertibleConv1x1)})
         return self

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import ActNormConv1x1, AdditiveCoupling, AffineCoupling, FactorOut, Reshape, Squeeze
-from ..layers._coupling_map import has_global_hooks, is_plain
+from ..layers._plain import has_global_hooks, is_plain
+from ..layers._sizes import parse_count
 from ..layers.invertible_conv1x1 import Folded, fold
 from ..ops import Form, Part, ScaleMap, glow_step
 from .flow import Flow
@@ -51,9 +52,8 @@ class Glow(Flow):
         context_features: int = 0,
         parametrization: str = "lu",
     ) -> None:
-        for name, value in (("levels", levels), ("steps", steps), ("hidden_channels", hidden_channels)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+        levels, steps = parse_count("levels", levels), parse_count("steps", steps)
+        hidden_channels = parse_count("hidden_channels", hidden_channels)
         if coupling not in ("affine", "additive"):
             raise ValueError(f"coupling must be 'affine' or 'additive'; got {coupling!r}")
         _check_sizes(image_shape, levels)
@@ -112,8 +112,9 @@ class _Steps(nn.Module):
         return z, _total(logabsdets)
 
     def _fold(self, *, inverse: bool = False) -> Folded | None:
-        if not all(mixing.actnorm.ready for mixing in self.mixings):
-            return None  # the first batch changes the matrices
+        # the first batch changes the matrices, and others than Glow's own parts have to be called
+        if not all([type(mixing) is ActNormConv1x1 and mixing.folds and mixing.actnorm.ready for mixing in self.mixings]):
+            return None
         return fold(self.mixings, inverse=inverse)
 
     def _joins(self, x: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from ..layers import FlowBatchNorm, MaskedAutoregressive
+from ..layers._sizes import parse_count, parse_widths
 from ..ops import ScaleMap
 from .flow import Flow
 
@@ -35,8 +36,7 @@ class MAF(Flow):
         scale: ScaleMap | None = None,
         context_rule: str = "every_output",
     ) -> None:
-        if transforms < 1:
-            raise ValueError(f"transforms must be at least 1; got {transforms}")
+        transforms, hidden_features = parse_count("transforms", transforms), parse_widths(hidden_features)
         layers = []
         for i in range(transforms):
             order = "descending" if i % 2 else "ascending"

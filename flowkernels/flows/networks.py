@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers._coupling_map import has_global_hooks, is_plain
 from ..layers._dtype import check_dtype
-from ..layers.mlp import parse_context_features
+from ..layers._plain import has_global_hooks, is_plain
+from ..layers._sizes import parse_context_features
 from ..ops import conv_net
 
 
@@ -110,10 +110,17 @@ class ConvNet(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, middle, last = self.conv_in, self.conv_mid, self.conv_out
         x = _joined(x, context, last.log_gain)
-        plain = is_plain(first, nn.Conv2d) and is_plain(middle, nn.Conv2d) and is_plain(last, ZeroConv2d)
+        plain = _is_plain(first, nn.Conv2d, 3) and _is_plain(middle, nn.Conv2d, 1) and _is_plain(last, ZeroConv2d, 3)
         if not plain or has_global_hooks():
             return last(F.relu(middle(F.relu(first(x)))))
         return conv_net(x, first.weight, first.bias, middle.weight, middle.bias, last.weight, last.bias, last.log_gain)
+
+
+def _is_plain(layer: nn.Module, kind: type[nn.Conv2d], size: int) -> bool:
+    """Whether it is a convolution that `conv_net` computes."""
+    if not is_plain(layer, kind) or layer.bias is None or layer.kernel_size != (size, size) or layer.padding != (size // 2, size // 2):
+        return False
+    return layer.stride == layer.dilation == (1, 1) and layer.groups == 1 and layer.padding_mode == "zeros"
 
 
 def _joined(x: Tensor, context: Tensor | None, parameter: Tensor) -> Tensor:

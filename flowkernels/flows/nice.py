@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from ..layers import MLP, AdditiveCoupling, DiagonalScale, Reshape
+from ..layers._sizes import parse_count, parse_widths
 from .base import Base, StandardLogistic
 from .flow import Flow, parse_shape
 
@@ -38,12 +39,11 @@ class NICE(Flow):
         features = math.prod(shape)
         if features < 2:
             raise ValueError(f"shape must have at least 2 features to split; got {features}")
-        if couplings < 1:
-            raise ValueError(f"couplings must be at least 1; got {couplings}")
+        couplings, widths = parse_count("couplings", couplings), parse_widths(hidden_features)
         layers = [] if len(shape) == 1 else [Reshape(shape, (features,))]
         for i in range(couplings):
             part, transformed = ("even", (features + 1) // 2) if i % 2 else ("odd", features // 2)
-            conditioner = MLP(features - transformed, hidden_features, transformed, context_features=context_features)
+            conditioner = MLP(features - transformed, widths, transformed, context_features=context_features)
             layers.append(AdditiveCoupling(conditioner, part=part))
         layers.append(DiagonalScale(features))
         super().__init__(layers, shape, context_features=context_features, base=StandardLogistic() if base is None else base)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..layers import MLP, AffineCoupling, FactorOut, FlowBatchNorm, Permute, Reshape, Squeeze
+from ..layers._sizes import parse_count, parse_widths
 from .flow import Flow, parse_shape
 from .networks import ResNet
 
@@ -47,11 +48,10 @@ class RealNVP(Flow):
         hidden_channels: int = 64,
     ) -> None:
         shape = parse_shape(shape)
-        for name, value in (("transforms", transforms), ("levels", levels), ("blocks", blocks), ("hidden_channels", hidden_channels)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+        transforms, levels = parse_count("transforms", transforms), parse_count("levels", levels)
+        blocks, hidden_channels = parse_count("blocks", blocks), parse_count("hidden_channels", hidden_channels)
         if len(shape) == 1:
-            layers = _vector_layers(shape[0], context_features, batch_norm, transforms, hidden_features)
+            layers = _vector_layers(shape[0], context_features, batch_norm, transforms, parse_widths(hidden_features))
         else:
             _check_sizes(shape, levels)
             layers = _Scales(context_features, batch_norm, blocks).layers(shape, levels, hidden_channels)

@@ -12,6 +12,7 @@ from ..ops import Activation, Conditioner, Form, Map, Part, ScaleMap
 from ..ops._autocast import any_autocast
 from ..ops._differentiation import transformed
 from ..ops.scale_map import PoweredMap
+from ._plain import has_global_hooks, is_plain
 from .mlp import MLP, Dense
 
 UNIT = ScaleMap.unit()  # an additive coupling's
@@ -77,18 +78,6 @@ def coupling_map(
 def most_rows(weights: Sequence[Tensor]) -> int | None:
     """The batch up to which a network of these weights runs inside the kernel; None for any."""
     return _FEW_ROWS if sum([w.numel() for w in weights]) > _LARGE else None
-
-
-def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the layer does what its class says, and nothing more: neither a subclass nor hooks."""
-    if type(layer) is not kind or layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
-        return False
-    return not (layer._backward_hooks or layer._backward_pre_hooks)
-
-
-def has_global_hooks() -> bool:
-    """Whether somebody watches the calls of all modules."""
-    return torch.nn.modules.module._has_any_global_hook()
 
 
 @lru_cache

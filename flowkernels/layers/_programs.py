@@ -17,7 +17,7 @@ from ..ops import Map
 from ..ops._autocast import any_autocast
 from ..ops._differentiation import transformed
 from ..ops.autoregressive.kept import CAN_KEEP, KeptStack
-from ._coupling_map import has_global_hooks
+from ._plain import has_global_hooks
 from .masked_linear import MaskedLinear, Unitwise
 
 Result = tuple[Tensor, Tensor]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Map, autoregressive_stack
-from ._coupling_map import has_global_hooks, is_plain, most_rows
+from ._coupling_map import most_rows
+from ._plain import has_global_hooks, is_plain
 from ._programs import Step
 from .batch_norm import FlowBatchNorm, evaluation_affines
 from .coupling import AdditiveCoupling, AffineCoupling

@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..ops import channel_affine
+from ._sizes import parse_count
 
 
 class ActNorm(nn.Module):
@@ -29,22 +30,27 @@ class ActNorm(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1; got {channels}")
-        self.channels = channels
+        self.channels = parse_count("channels", channels)
         self.bias = nn.Parameter(torch.zeros(channels))
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialised", torch.tensor(False))
-        self._ready = False  # the buffer's value: a call must not read it back from the device
+        # the buffer that was found true: a call must not read it back from the device, but that of a functional call is another one
+        self._seen: Tensor | None = None
 
     @property
     def ready(self) -> bool:
         """Whether the layer was initialised. The buffer is read only as long as it was not: others may have copied into it."""
-        if not self._ready:
-            if self.initialised.is_meta:  # it has no value, and shapes alone are asked for
-                return True
-            self._ready = bool(self.initialised)
-        return self._ready
+        flag = self._buffers["initialised"]
+        if torch.compiler.is_compiling():
+            return self._seen is not None or flag.is_meta or bool(flag)
+        if flag is self._seen or flag.is_meta:  # on the meta device it has no value, and shapes alone are asked for
+            return True
+        if type(flag) is not Tensor:  # nor has a fake one
+            return self._seen is not None
+        if not _is_true(flag):
+            return False
+        self._seen = flag
+        return True
 
     def prepare(self, x: Tensor) -> None:
         """Check x, and initialise from it if this is the first batch in training."""
@@ -74,7 +80,7 @@ class ActNorm(nn.Module):
         self.bias.copy_(-mean)
         self.log_scale.copy_(torch.where(varies, -std.log(), 0.0))
         self.initialised.fill_(True)
-        self._ready = True
+        self._seen = self.initialised
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.prepare(x)
@@ -94,10 +100,17 @@ class ActNorm(nn.Module):
 
     def _load_from_state_dict(self, *arguments) -> None:
         super()._load_from_state_dict(*arguments)
-        self._ready = bool(self.initialised)
+        self._seen = self.initialised if not self.initialised.is_meta and bool(self.initialised) else None
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"
+
+
+def _is_true(flag: Tensor) -> bool:
+    """For every member of an ensemble, where torch.func batches them."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(flag):
+        flag = torch._C._functorch.get_unwrapped(flag)
+    return bool(flag.all())
 
 
 def _sum_over_ranks(t: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..ops import channel_affine
 from ..ops.channel_affine.normalize import log_scale_of, normalize_channels, statistics
+from ._sizes import parse_count
 
 
 class FlowBatchNorm(nn.Module):
@@ -35,8 +36,7 @@ class FlowBatchNorm(nn.Module):
 
     def __init__(self, features: int, *, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True) -> None:
         super().__init__()
-        if features < 1:
-            raise ValueError(f"features must be at least 1; got {features}")
+        features = parse_count("features", features)
         if not eps > 0:
             raise ValueError(f"eps must be positive; got {eps}")
         if momentum is None or not 0 <= momentum <= 1:  # None is torch's for a cumulative average

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import channel_affine
+from ._sizes import parse_count
 
 
 class DiagonalScale(nn.Module):
@@ -20,9 +21,7 @@ class DiagonalScale(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        if features < 1:
-            raise ValueError(f"features must be at least 1; got {features}")
-        self.log_scale = nn.Parameter(torch.zeros(features))
+        self.log_scale = nn.Parameter(torch.zeros(parse_count("features", features)))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return channel_affine(x, None, self.log_scale)

@@ -1,6 +1,6 @@
 """Invertible 1x1 convolution, its fold with actnorm, and what all such layers of a flow compute in one go."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,8 +10,12 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..ops import lu_fold, slogdet, slogdet_inverse
 from ._building import built_on_cpu
 from ._dtype import check_dtype
+from ._plain import has_global_hooks, is_plain
+from ._sizes import parse_count
 from ._structure import Structured
 from .actnorm import ActNorm
+
+_Call = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Frozen(NamedTuple):
@@ -56,8 +60,7 @@ class InvertibleConv1x1(Structured):
     @built_on_cpu
     def __init__(self, channels: int, *, parametrization: str = "lu") -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1; got {channels}")
+        channels = parse_count("channels", channels)
         if parametrization not in ("lu", "plain"):
             raise ValueError(f"parametrization must be 'lu' or 'plain'; got {parametrization!r}")
         self.channels, self.parametrization = channels, parametrization
@@ -174,8 +177,15 @@ class ActNormConv1x1(nn.Module):
         self.actnorm = ActNorm(channels)
         self.conv = InvertibleConv1x1(channels, parametrization=parametrization)
 
+    @property
+    def folds(self) -> bool:
+        """Whether its parts are what `fold` computes. Others, and those that somebody watches, are called one after the other."""
+        return is_plain(self.actnorm, ActNorm) and is_plain(self.conv, InvertibleConv1x1) and not has_global_hooks()
+
     def forward(self, x: Tensor, context: Tensor | None = None, *, folded: Folded | None = None, at: int = 0) -> tuple[Tensor, Tensor]:
         """folded: what `fold` made of several layers, of which this is number `at`, where it is known already."""
+        if folded is None and not self.folds:
+            return _in_turn(x, self.actnorm, self.conv)
         self.actnorm.prepare(x)
         weight, logabsdet = _number(at, fold([self]) if folded is None else folded)
         _check(x, weight)
@@ -183,10 +193,18 @@ class ActNormConv1x1(nn.Module):
 
     def inverse(self, z: Tensor, context: Tensor | None = None, *, folded: Folded | None = None, at: int = 0) -> tuple[Tensor, Tensor]:
         """folded: what `fold(..., inverse=True)` made of several layers, of which this is number `at`, where it is known already."""
+        if folded is None and not self.folds:
+            return _in_turn(z, self.conv.inverse, self.actnorm.inverse)
         self.actnorm.prepare_inverse(z)
         weight, logabsdet = _number(at, fold([self], inverse=True) if folded is None else folded)
         _check(z, weight)
         return conv1x1(z, weight, after=-self.actnorm.bias), _over_sites(logabsdet, z)
+
+
+def _in_turn(x: Tensor, first: _Call, second: _Call) -> tuple[Tensor, Tensor]:
+    x, a = first(x)
+    x, b = second(x)
+    return x, a + b
 
 
 def fold(layers: Sequence[ActNormConv1x1], *, inverse: bool = False) -> Folded:

@@ -1,7 +1,6 @@
 """The masked autoregressive layer: MAF's in its parallel direction, IAF's in the other."""
 
 from collections.abc import Callable, Sequence
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,9 @@ from ..ops.degrees import hidden_degrees, staircase
 from ..ops.scale_map import Form, parse_form
 from ._building import built_on_cpu
 from ._programs import KeepsPrograms, Step
+from ._sizes import parse_context_features, parse_count, parse_widths
 from ._structure import Structured
 from .masked_linear import MaskedLinear, Unitwise
-from .mlp import parse_context_features, parse_widths
 
 
 def _checked_scale(scale: ScaleMap | None) -> ScaleMap:
@@ -68,8 +67,7 @@ class MaskedAutoregressive(KeepsPrograms, Structured):
     ) -> None:
         super().__init__()
         widths = parse_widths(hidden_features)
-        if not isinstance(features, Integral) or features < 1:
-            raise ValueError(f"features must be a whole number of at least 1; got {features!r}")
+        features = parse_count("features", features)
         if residual and len(set(widths)) > 1:
             raise ValueError(f"hidden_features must all be equal with residual=True; got {widths}")
         parse_context_features(context_features)
@@ -207,14 +205,14 @@ def _module(layer: MaskedLayer) -> nn.Module:
     return module
 
 
-def parse_order(order: str | Sequence[int] | Tensor, features: int) -> Tensor:
+def parse_order(order: str | Sequence[int] | Tensor, features: int, name: str = "order") -> Tensor:
     """Indices of the features in the order in which they are generated, int64 [features]."""
     if isinstance(order, str):
         if order not in ("ascending", "descending"):
-            raise ValueError(f"order must be 'ascending', 'descending' or a permutation; got {order!r}")
+            raise ValueError(f"{name} must be 'ascending', 'descending' or a permutation; got {order!r}")
         ascending = torch.arange(features)
         return ascending if order == "ascending" else ascending.flip(0)
-    permutation = torch.as_tensor(order, dtype=torch.int64).clone()
-    if sorted(permutation.flatten().tolist()) != list(range(features)) or permutation.dim() != 1:
-        raise ValueError(f"order must be a permutation of 0..{features - 1}; got {permutation.tolist()}")
-    return permutation
+    given = torch.as_tensor(order)
+    if given.dim() != 1 or sorted(given.tolist()) != list(range(features)):
+        raise ValueError(f"{name} must be a permutation of 0..{features - 1}; got {given.tolist()}")
+    return given.to(torch.int64, copy=True)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..ops import masked_linear
 from ..ops.degrees import check_staircase
 from ..ops.masked_linear.reference import staircase_mask
+from ._context import check_context
 from ._structure import Structured
 
 
@@ -52,8 +53,9 @@ class MaskedLinear(Structured):
             self.weight.mul_(staircase_mask(self.visible, self.weight.shape[0]))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        check_context(self.context_weight, x, context)
         y = masked_linear(x, self.weight, self.bias, self.visible)
-        if self.context_weight is not None:
+        if context is not None:
             y = y + context @ self.context_weight
         return y if self.context_bias is None else y + self.context_bias
 

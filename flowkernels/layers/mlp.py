@@ -3,39 +3,14 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
+from ._context import check_context
 from ._dtype import check_dtype
-
-
-def parse_widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
-    """The widths of hidden layers.
-
-    Raises:
-        ValueError: they are no sequence, or none, or one of them is no whole number or less than 1.
-    """
-    if isinstance(hidden_features, Integral):
-        raise ValueError(
-            f"hidden_features must be a sequence of widths; got {hidden_features}, which for one layer is ({hidden_features},)"
-        )
-    widths = tuple(hidden_features)
-    if not widths or not all(isinstance(width, Integral) and width >= 1 for width in widths):
-        raise ValueError(f"hidden_features must be widths, whole numbers of at least 1; got {widths}")
-    return tuple(map(int, widths))
-
-
-def parse_context_features(context_features: int) -> int:
-    """The width of a context; 0 is none.
-
-    Raises:
-        ValueError: it is less than 0, or no integer.
-    """
-    if not isinstance(context_features, Integral) or context_features < 0:
-        raise ValueError(f"context_features must be at least 0; got {context_features}")
-    return context_features
+from ._plain import has_global_hooks, is_plain
+from ._sizes import parse_context_features, parse_widths
 
 
 class Dense(nn.Module):
@@ -61,16 +36,8 @@ class Dense(nn.Module):
         check_dtype(self.bias, x=x, context=context)
         # not F.linear of a transposed weight, whose gradient comes out transposed and is copied
         y = torch.addmm(self.bias, x, self.weight) if x.dim() == 2 else x @ self.weight + self.bias
-        if self.context_weight is None:
-            if context is not None:
-                raise ValueError(f"context was given, {list(context.shape)}, but the network takes none")
-            return y
-        if context is None:
-            raise ValueError(f"context is missing: the network takes [batch, {self.context_weight.shape[0]}]")
-        wanted = (*x.shape[:-1], self.context_weight.shape[0])
-        if context.shape != wanted:
-            raise ValueError(f"context must have shape {list(wanted)}, one row per row of x; got {list(context.shape)}")
-        return y + context @ self.context_weight
+        check_context(self.context_weight, x, context)
+        return y if context is None else y + context @ self.context_weight
 
     def extra_repr(self) -> str:
         contexts = 0 if self.context_weight is None else len(self.context_weight)
@@ -102,5 +69,6 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = self.layers[0](x, context)
         for below, layer in pairwise(self.layers):
-            h = layer(torch.relu(h) if below._forward_hooks else torch.relu_(h))  # a hook may have kept it
+            own = is_plain(below, Dense) and not has_global_hooks()  # else somebody may have kept what it returned
+            h = layer(torch.relu_(h) if own else torch.relu(h))
         return h

@@ -30,7 +30,7 @@ class Permute(Structured):
         self.features = len(permutation) if features is None else features
         if self.features < 1:
             raise ValueError(f"permutation must have at least one feature; got {permutation}")
-        self.register_integers("permutation", parse_order(permutation, self.features))
+        self.register_integers("permutation", parse_order(permutation, self.features, "permutation"))
 
     @classmethod
     def random(cls, features: int, generator: torch.Generator | None = None) -> "Permute":

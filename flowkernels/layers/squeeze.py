@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from ._sizes import parse_count
 from ._zero import zero_logabsdet
 
 
@@ -21,9 +22,7 @@ class Squeeze(nn.Module):
 
     def __init__(self, factor: int = 2) -> None:
         super().__init__()
-        if factor < 1:
-            raise ValueError(f"factor must be at least 1; got {factor}")
-        self.factor = factor
+        self.factor = parse_count("factor", factor)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if x.dim() != 4 or x.shape[2] % self.factor or x.shape[3] % self.factor:

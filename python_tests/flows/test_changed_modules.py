@@ -5,10 +5,12 @@ import functools
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 from flowkernels import ScaleMap
 from flowkernels.flows import IAF, MAF, NICE, Flow, Glow, RealNVP
 from flowkernels.layers import ActNorm, AffineCoupling, DiagonalScale, FlowBatchNorm, InvertibleConv1x1, Permute
+from flowkernels.layers.mlp import Dense
 
 
 def glow(**options) -> Glow:
@@ -202,7 +204,7 @@ def test_a_log_determinant_may_be_added_to():
         (lambda: ActNorm(2)(torch.full((3, 2), torch.nan)), "x must be finite: it is the first batch"),
         (lambda: FlowBatchNorm(2)(torch.randint(0, 9, (6, 2))), "x must be torch.float32, like the layer's statistics; got torch.int64"),
         (lambda: FlowBatchNorm(2).eval()(torch.randn(6, 2).double()), "x must be torch.float32, like the layer's statistics"),
-        (lambda: FlowBatchNorm(0), "features must be at least 1; got 0"),
+        (lambda: FlowBatchNorm(0), "features must be a whole number of at least 1; got 0"),
         (lambda: FlowBatchNorm(2, eps=-1.0), "eps must be positive"),
         (lambda: MAF((1, 4, 4)), r"features must be a whole number of at least 1; got \(1, 4, 4\)"),
         (lambda: MAF(4, hidden_features=16), r"hidden_features must be a sequence of widths; got 16, which for one layer is \(16,\)"),
@@ -241,3 +243,112 @@ def test_a_nan_in_the_first_batch_leaves_actnorm_as_it_was():
         layer(spoilt)
     assert not layer.initialised and not layer.bias.any()
     torch.testing.assert_close(layer(x)[0].mean(0), torch.zeros(2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"padding_mode": "circular"}, {"dilation": 2, "padding": 2}, {"bias": False}, {"kernel_size": 5, "padding": 2}, {"groups": 3}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_conditioner_of_other_convolutions_calls_them(change):
+    flow, x = glow(), torch.randn(5, 3, 8, 8)
+    net = flow.layers[1].couplings[0].conditioner
+    options = {"kernel_size": 3, "padding": 1} | change
+    net.conv_in = torch.nn.Conv2d(6, 9 if "groups" in change else 8, **options)
+    if "groups" in change:
+        net.conv_mid = torch.nn.Conv2d(9, 8, 1)
+    h = torch.randn(5, 6, 8, 8)
+    want = net.conv_out(net.conv_mid(net.conv_in(h).relu()).relu())
+    torch.testing.assert_close(net(h), want)
+    torch.testing.assert_close(flow.inverse(flow(x)[0])[0], x, rtol=1e-3, atol=1e-4)
+
+
+class Twice(InvertibleConv1x1):
+    """Twice the map of its parent."""
+
+    def forward(self, x, context=None):
+        y, logabsdet = super().forward(x, context)
+        return 2 * y, logabsdet + x[0].numel() * torch.tensor(2.0).log()
+
+    def inverse(self, z, context=None):
+        x, logabsdet = super().inverse(z / 2, context)
+        return x, logabsdet - z[0].numel() * torch.tensor(2.0).log()
+
+
+def test_a_part_of_a_mixing_that_was_replaced_is_called():
+    flow, x = glow(), torch.randn(5, 3, 8, 8)
+    mixing, plain = flow.layers[1].mixings[1], flow(x)
+    doubled = Twice(mixing.conv.channels)
+    doubled.load_state_dict(mixing.conv.state_dict())
+    mixing.conv = doubled
+    z, logabsdet = flow(x)
+    assert not torch.allclose(logabsdet, plain[1])
+    torch.testing.assert_close((z, logabsdet), module_by_module(flow, x), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(flow.inverse(z)[0], x, rtol=1e-3, atol=1e-4)
+
+
+def test_hooks_on_the_parts_of_a_mixing_run():
+    flow, x, called = glow(), torch.randn(5, 3, 8, 8), []
+    want = flow(x)
+    for part in flow.layers[1].mixings[0].children():
+        part.register_forward_hook(lambda *_: called.append(1))
+    torch.testing.assert_close(flow(x), want, rtol=1e-4, atol=1e-3)
+    assert len(called) == 2
+
+
+def test_a_pruned_mixing_trains():
+    flow, x = glow().train(), torch.randn(5, 3, 8, 8)
+    conv = flow.layers[1].mixings[0].conv
+    prune.l1_unstructured(conv, "factors", 0.5)
+    for _ in range(2):
+        flow.log_prob(x).sum().backward()
+        with torch.no_grad():
+            conv.factors_orig.add_(0.01)
+    torch.testing.assert_close(conv.factors, conv.factors_orig.detach() * conv.factors_mask, rtol=0, atol=0.02)
+
+
+def test_an_inverse_of_its_own_is_called():
+    for flow in (MAF(4, transforms=2, hidden_features=(8,)), RealNVP(4, transforms=2, hidden_features=(8,))):
+        layer = flow.eval().layers[0]
+        layer.inverse = lambda z, context=None: (z + 1, z[:, 0])
+        z = torch.randn(3, 4)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                x, _ = flow.inverse(z)
+                between = z
+                for other in list(flow.layers)[:0:-1]:
+                    between, _ = other.inverse(between)
+                torch.testing.assert_close(x, between + 1)
+
+
+@pytest.mark.parametrize("hook", ["forward", "full_backward", "full_backward_pre"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_what_a_layer_of_an_mlp_returned_stays(hook, everywhere):
+    """Its ReLU works in place, but not on what somebody else may hold."""
+    torch.manual_seed(0)
+    flow, x, kept = RealNVP(4, transforms=2, hidden_features=(8,), batch_norm=False), torch.randn(5, 4), []
+    layer = flow.layers[0].conditioner.layers[0]
+    keep = lambda module, *values: kept.append(values[-1]) if module is layer else None
+    name = f"register_{hook}_hook"
+    handle = (
+        getattr(torch.nn.modules.module, name.replace("register_", "register_module_"))(keep) if everywhere else getattr(layer, name)(keep)
+    )
+    try:
+        flow.log_prob(x).sum().backward()
+    finally:
+        handle.remove()
+    assert len(kept) == 1
+    if hook == "forward":
+        assert (kept[0] < 0).any()
+
+
+def test_a_layer_of_an_mlp_whose_gradient_needs_its_output():
+    class Squashed(Dense):
+        def forward(self, x, context=None):
+            return torch.tanh(super().forward(x, context))
+
+    torch.manual_seed(0)
+    flow, x = RealNVP(4, transforms=2, hidden_features=(8,), batch_norm=False), torch.randn(5, 4)
+    flow.layers[0].conditioner.layers[0] = Squashed(2, 8)
+    flow.log_prob(x).sum().backward()
+    assert all(p.grad is not None for p in flow.parameters())

@@ -139,7 +139,7 @@ def test_one_step_of_maximum_likelihood_raises_the_likelihood(gate):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: IAF(3, transforms=0), "transforms must be at least 1; got 0"),
+        (lambda: IAF(3, transforms=0), "transforms must be a whole number of at least 1; got 0"),
         (lambda: IAF(3, context_features=2, hidden_features=(4,)).sample(2), "context is missing"),
         (lambda: IAF(3, hidden_features=(4,)).rsample(2, torch.zeros(2)), r"context must be None, as the flow takes none; got \[2\]"),
         (

@@ -149,7 +149,7 @@ def test_empty_batch():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: MAF(3, transforms=0), "transforms must be at least 1; got 0"),
+        (lambda: MAF(3, transforms=0), "transforms must be a whole number of at least 1; got 0"),
         (lambda: MAF(3, context_features=2, hidden_features=(4,)).sample(2), "context is missing"),
         (lambda: MAF(3, hidden_features=(4,)).sample(2, torch.zeros(2)), r"context must be None, as the flow takes none; got \[2\]"),
         (

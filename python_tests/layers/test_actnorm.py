@@ -116,7 +116,7 @@ def test_statistics_are_those_of_all_ranks():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: ActNorm(0), ValueError, "channels must be at least 1; got 0"),
+        (lambda: ActNorm(0), ValueError, "channels must be a whole number of at least 1; got 0"),
         (lambda: ActNorm(3)(torch.zeros(2, 4)), ValueError, r"x must have shape \[batch, 3, \*sites\]; got \[2, 4\]"),
         (lambda: ActNorm(3)(torch.zeros(3)), ValueError, r"got \[3\]"),
         (lambda: ActNorm(3)(torch.zeros(0, 3)), ValueError, "x must not be empty"),

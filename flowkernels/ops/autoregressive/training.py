@@ -268,7 +268,8 @@ class _Maps(torch.autograd.Function):
             training = _training_on_gpu if x.is_cuda and _by_library(maps, x) else _training
             y, total, kept = training(x, context, *tensors, orders, activations, wiring, stages, packed)
         ctx.save_for_backward(x, context, *kept, *parameters)
-        ctx.orders, ctx.visible = orders, lists.visible  # integers, which autograd need not watch: a small flow feels that
+        ctx.orders, ctx.visible = orders, lists.visible  # integers, which autograd is not asked to watch: a small flow feels that
+        ctx.written = _times_written(orders, lists.visible)
         learned = [int(isinstance(m.scale, PoweredMap)) for m in maps]
         bases = [m.scale.scale if powered else m.scale for m, powered in zip(maps, learned, strict=True)]
         ctx.numbers = _Numbers(activations, wiring, stages, packed, bases, learned)
@@ -280,6 +281,8 @@ class _Maps(torch.autograd.Function):
     def backward(ctx, dy: Tensor, dlogabsdet: Tensor):
         (activations, wiring, stages, packed, bases, learned), x, context, *tensors = ctx.numbers, *ctx.saved_tensors
         orders, visible, layers = ctx.orders, ctx.visible, len(activations)
+        if ctx.written != _times_written(orders, visible):
+            raise RuntimeError("order or visible, which the gradient needs, has been modified by an inplace operation")
         kept, *parameters, numbers = _split(tensors, (ctx.kept, layers, layers, *ctx.contexts))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # views, or what one input owes to another, or to itself in another place, would be counted twice
@@ -300,6 +303,13 @@ class _Maps(torch.autograd.Function):
                 parameters[i] = (parameters[i] * bound).view_as(a)
         dcontext = dcontext if context is not None and ctx.needs_input_grad[1] else None
         return dx if need_dx else None, dcontext, None, None, *parameters
+
+
+def _times_written(*lists: Sequence[Tensor]) -> int:
+    """How often somebody has written into tensors; nobody counts that of inference tensors, nor do compilers."""
+    if torch.compiler.is_compiling():
+        return 0
+    return sum([t._version for tensors in lists for t in tensors if not t.is_inference()])
 
 
 def _split(items: Sequence, sizes: Sequence[int]) -> list[list]:

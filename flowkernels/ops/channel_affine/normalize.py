@@ -90,6 +90,8 @@ def normalize_channels(x: Tensor, log_gain: Tensor | None, bias: Tensor | None, 
         z; logabsdet, [batch], of z with m and v held fixed; and v and m, [channels], without a gradient. Gradients of z and logabsdet go
         through m and v.
     """
+    compute = torch.promote_types(x.dtype, torch.float32)
+    log_gain, bias = (t if t is None or t.dtype == compute else t.to(compute) for t in (log_gain, bias))
     if forward_mode():
         return _composite(x, log_gain, bias, eps)
     if needs_autograd((x, log_gain, bias)):

@@ -35,7 +35,7 @@ def channel_affine_backward_reference(
     kept, dnew = kept.to(scale.dtype), dy.to(scale.dtype)
     dold = dnew * scale
     along = dnew * (kept - after) if from_output else dold * (kept + before)
-    dbefore, dafter, dlog = (t.transpose(0, 1).flatten(1).sum(1) for t in (dold, dnew, along))
+    dbefore, dafter, dlog = (t.sum([0, *range(2, t.dim())]) for t in (dold, dnew, along))
     dlog = dlog + kept.shape[2:].numel() * dlogabsdet.sum()
     if inverse:
         return as_dtype(dold, dy.dtype), -dafter, -dlog, -dbefore

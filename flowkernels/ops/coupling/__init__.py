@@ -196,12 +196,12 @@ def coupling(
             raise ValueError("raw_scale is missing: without it the coupling is additive, and takes neither scale nor scale_parameter")
         if form == Form.GATE:
             raise ValueError("raw_scale is missing: form 'gate' needs one")
-        scale = _SOFTCLIP
+        scale = _default(learned=False)
     else:
         if raw_scale.shape != expected or raw_scale.dtype != dtype or raw_scale.device != device:
             raw_scale = _fitted("raw_scale", raw_scale, x, expected)
         if scale is None:
-            scale = _SOFTCLIP if scale_parameter is None else _TANH
+            scale = _default(learned=scale_parameter is not None)
         elif not isinstance(scale, ScaleMap):
             raise ValueError(f"scale must be a ScaleMap, such as ScaleMap.sigmoid(bias=2.0); got {scale!r}")
         elif scale.kind == ScaleKind.UNIT:
@@ -219,6 +219,15 @@ def coupling(
 
 
 _SOFTCLIP, _TANH = ScaleMap.softclip(), ScaleMap.exp_tanh(1.0)
+
+
+def _default(*, learned: bool) -> ScaleMap:
+    """For a compiler the same from literals: where shapes are dynamic, it takes the numbers of a global for variables, and loses them."""
+    if torch.compiler.is_compiling():
+        return ScaleMap(ScaleKind.EXP_TANH, (1.0, 1.0)) if learned else ScaleMap(ScaleKind.SOFTCLIP, (1e-3,))
+    return _TANH if learned else _SOFTCLIP
+
+
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 

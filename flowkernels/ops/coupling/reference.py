@@ -95,7 +95,7 @@ def coupling_backward_reference(
         terms = (-base if divides else base) * (along + c)
         if form == Form.GATE and inverse:
             terms = terms + dold * shift_ * scale.sigma(s) * base
-        per_channel = terms.transpose(0, 1).flatten(1).sum(1)
+        per_channel = terms.sum([0, *range(2, terms.dim())])
         dscale_parameter = (per_channel if scale_parameter.numel() == len(per_channel) else per_channel.sum()).to(scale_parameter.dtype)
         dscale_parameter = dscale_parameter.view_as(scale_parameter)
     if mask is not None:

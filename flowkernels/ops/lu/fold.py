@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..._backend import wants_reference
 from ..._library import library, register_fake
-from .._differentiation import apply_function, needs_autograd, transformed
+from .._differentiation import apply_function, each_cotangent, needs_autograd, transformed
 from .reference import lu_fold_backward_reference, lu_fold_reference
 
 _LISTS = "Tensor[] factors, Tensor[] log_diagonal, Tensor[] log_scale, Tensor[] sign, Tensor[] row, bool inverse"
@@ -53,6 +53,10 @@ def _(dweight: Tensor, dlogabsdet: Tensor, weight: Tensor, factors, log_diagonal
     return weight.new_empty(weight.shape), weight.new_empty(len(factors), *diagonal[:1]), weight.new_empty(len(log_scale), *diagonal[:1])
 
 
+def _bare_backward(dweight: Tensor, dlogabsdet: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    return _lu_fold_backward(dweight.contiguous(), dlogabsdet.contiguous(), *args)
+
+
 class _LuFold(torch.autograd.Function):
     @staticmethod
     def forward(count: int, inverse: bool, *tensors) -> tuple[Tensor, Tensor]:
@@ -70,7 +74,7 @@ class _LuFold(torch.autograd.Function):
         if torch.is_grad_enabled():  # double backward differentiates the reference once more
             gradients = lu_fold_backward_reference(dweight, dlogabsdet, *_stacked(*lists))
         else:
-            gradients = _lu_fold_backward(dweight.contiguous(), dlogabsdet.contiguous(), weight, *lists)
+            gradients = each_cotangent(_bare_backward, dweight, dlogabsdet, weight, *lists)
         scaled = len(tensors) > 4 * ctx.count
         each = [d for stacked in gradients[: 3 if scaled else 2] for d in stacked.unbind()]
         return (None, None, *each[: 2 * ctx.count], *(None for _ in range(2 * ctx.count)), *each[2 * ctx.count :])

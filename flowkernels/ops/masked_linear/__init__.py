@@ -101,7 +101,7 @@ class _MaskedLinear(torch.autograd.Function):
         x, weight, visible = ctx.saved_tensors
         dx = _dx(dy, weight, visible) if ctx.needs_input_grad[0] else None
         dweight = _dweight(x, dy, visible) if ctx.needs_input_grad[1] else None
-        dbias = dy.flatten(0, -2).sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        dbias = dy.sum([*range(dy.dim() - 1)]) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None
 
 

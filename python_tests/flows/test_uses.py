@@ -1,0 +1,107 @@
+"""What torch's users do with modules besides calling them: functional calls, many cotangents at once, half precision, odd arguments."""
+
+import copy
+
+import pytest
+import torch
+
+from flowkernels.flows import IAF, MAF, NICE, Flow, Glow, RealNVP
+from flowkernels.layers import FlowBatchNorm, MaskedLinear, Permute, Squeeze
+
+
+def test_a_functional_call_says_nothing_of_the_module_itself():
+    x, made = torch.randn(16, 3, 8, 8), lambda: Glow((3, 8, 8), levels=1, steps=2, hidden_channels=8)
+    ready, other = ready_glow(made(), x), made().eval()
+    torch.testing.assert_close(torch.func.functional_call(other, ready.state_dict(), (x,)), ready(x))
+    with pytest.raises(RuntimeError, match="used in evaluation before it was initialised"):
+        other(x)
+    with pytest.raises(RuntimeError, match="used in evaluation before it was initialised"):
+        torch.func.functional_call(ready, other.state_dict(), (x,))
+    other.train()(x)  # the first batch
+    assert all(flag for name, flag in other.named_buffers() if name.endswith("initialised"))
+    assert copy.deepcopy(other).eval()(x)[0].isfinite().all() and ready(x)[0].isfinite().all()
+
+
+def ready_glow(flow: Glow, x: torch.Tensor) -> Glow:
+    flow(x)
+    return flow.eval()
+
+
+def test_a_flow_returns_flat_noise():
+    with pytest.raises(ValueError, match=r"the last layer must return flat noise, \[batch, 4\]; got \[6, 4, 1, 1\]: add a layers.Reshape"):
+        Flow([Squeeze()], (1, 2, 2)).log_prob(torch.randn(6, 1, 2, 2))
+
+
+@pytest.mark.parametrize("name", ["order", "visible"])
+def test_integers_that_were_written_between_forward_and_backward(name):
+    flow, x = MAF(5, transforms=2, hidden_features=(16,)), torch.randn(4, 5)
+    loss = flow(x)[0].sum()
+    layer = flow.layers[0]
+    written = layer.order if name == "order" else layer.layers[0].visible
+    written.copy_(written.clone())
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_batch_norm_of_half_precision_trains(dtype):
+    torch.manual_seed(0)
+    norm, x = FlowBatchNorm(4).to(dtype), torch.randn(50, 4, dtype=dtype)
+    z, logabsdet = norm(x)
+    (z.float().square().sum() - logabsdet.sum()).backward()
+    assert z.dtype == dtype and norm.bias.grad.dtype == dtype
+    torch.testing.assert_close(z.float().mean(0), torch.zeros(4), atol=0.02, rtol=0)
+    torch.testing.assert_close(z.float().std(0), torch.ones(4), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("parametrization", ["lu", "plain"])
+def test_many_cotangents_at_once(parametrization):
+    x = torch.randn(4, 3, 8, 8)
+    flow = ready_glow(Glow((3, 8, 8), levels=1, steps=2, hidden_channels=8, parametrization=parametrization), x)
+    parameters = [flow.layers[1].mixings[0].conv.get_parameter("factors" if parametrization == "lu" else "plain_weight")]
+    together = torch.autograd.grad(flow.log_prob(x), parameters, torch.eye(4), is_grads_batched=True)[0]
+    each = [torch.autograd.grad(flow.log_prob(x)[i], parameters)[0] for i in range(4)]
+    torch.testing.assert_close(together, torch.stack(each), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flow",
+    [
+        lambda: MAF(3, transforms=1, hidden_features=(8,), activation="tanh"),
+        lambda: RealNVP(3, transforms=2, hidden_features=(8,), batch_norm=False),
+        lambda: NICE(3, couplings=2, hidden_features=(8,)),
+    ],
+    ids=["maf", "realnvp", "nice"],
+)
+def test_a_vectorized_hessian(flow):
+    torch.manual_seed(0)
+    flow = flow().double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    of = lambda vectorize: torch.autograd.functional.hessian(lambda x: flow.log_prob(x).sum(), x, vectorize=vectorize)
+    torch.testing.assert_close(of(True), of(False))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MAF(3, transforms=2.5), "transforms must be a whole number of at least 1; got 2.5"),
+        (lambda: Glow((1, 8, 8), levels=1, steps=1, hidden_channels="8"), "hidden_channels must be a whole number of at least 1; got '8'"),
+        (lambda: Permute([0, 1, 1]), r"permutation must be a permutation of 0..2; got \[0, 1, 1\]"),
+        (lambda: Permute(torch.tensor([0.0, 1.0, 2.9])), "permutation must be a permutation of 0..2"),
+        (lambda: masked()(torch.randn(2, 3)), r"context is missing: the network takes \[batch, 2\]"),
+        (lambda: masked()(torch.randn(2, 3), torch.randn(1, 2)), r"context must have shape \[2, 2\]"),
+        (lambda: masked(0)(torch.randn(2, 3), torch.randn(2, 2)), r"context was given, \[2, 2\], but the network takes none"),
+    ],
+)
+def test_errors_of_sizes_and_contexts(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def masked(context_features: int = 2) -> MaskedLinear:
+    return MaskedLinear(torch.tensor([1, 2, 3], dtype=torch.int32), 3, context_features=context_features)
+
+
+def test_widths_may_come_from_a_generator():
+    for kind in (MAF, IAF, NICE, RealNVP):
+        assert kind(3, hidden_features=(8 for _ in range(2)))(torch.randn(4, 3))[0].shape == (4, 3)
