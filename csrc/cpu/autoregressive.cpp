@@ -47,11 +47,11 @@ struct Map {
     args.layers = network.layers.data();
     args.n_layers = static_cast<int>(network.layers.size());
     for (const MaskedLayer<T>& layer : network.layers) args.gated |= layer.gate;
-    args.x = {static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1)};
+    args.x = {data_of<T>(x), x.stride(0), x.stride(1)};
     if (!parts.context_weights.empty()) {
       check_network(context->dim() == 2 && context->size(0) == args.batch && context->scalar_type() == x.scalar_type() && context->is_cpu(),
                     "context does not fit x");
-      args.context = {static_cast<const T*>(context->const_data_ptr()), context->stride(0), context->stride(1)};
+      args.context = {data_of<T>(*context), context->stride(0), context->stride(1)};
       args.context_features = context->size(1);
     }
     if (order) {
@@ -127,7 +127,7 @@ template <class T>
 double learned_number(const Tensor& t) {
   const ScalarType dtype = sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
   check_network(t.numel() == 1 && t.scalar_type() == dtype && t.is_cpu(), "a learned scale does not fit x");
-  return *static_cast<const T*>(t.const_data_ptr());
+  return *data_of<T>(t);
 }
 
 template <class T>

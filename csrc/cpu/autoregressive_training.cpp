@@ -17,6 +17,7 @@
 #include "cpu/autoregressive.h"
 #include "cpu/autoregressive_training.h"
 #include "cpu/scratch.h"
+#include "cpu/tensor.h"
 #include "stack_lists.h"
 
 #define FK_KERNEL "cpu/autoregressive_training_targets.h"
@@ -80,7 +81,7 @@ Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tenso
   const int64_t n_steps = static_cast<int64_t>(ends.size() / (net.layers.size() + 1));
   Tensor values = empty(x, {call.span, net.columns});
   call.args.values = static_cast<T*>(values.mutable_data_ptr());
-  call.args.set_x(static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1));
+  call.args.set_x(data_of<T>(x), x.stride(0), x.stride(1));
 
   for_each_span(call.batch, call.span, [&](int64_t first, int64_t span) {
     TrainingArgs<T> args = call.args.span(first, span);

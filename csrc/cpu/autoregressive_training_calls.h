@@ -16,6 +16,7 @@
 #include "cpu/parameter_gradients.h"
 #include "cpu/scratch.h"
 #include "cpu/shares.h"
+#include "cpu/tensor.h"
 
 namespace flowkernels {
 namespace {
@@ -96,7 +97,7 @@ struct ContextRows {
                        context->is_cpu(),
                    "context does not fit the batch");
     kept = rows_contiguous(*context);
-    data = static_cast<const T*>(kept.const_data_ptr());
+    data = data_of<T>(kept);
     ld = batch > 1 ? kept.stride(0) : net.contexts;
   }
 
@@ -189,7 +190,7 @@ struct ForwardCall {
 
  private:
   TrainingArgs<T> with_tensors(TrainingArgs<T> some, const Tensor& x) {
-    some.set_x(static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1));
+    some.set_x(data_of<T>(x), x.stride(0), x.stride(1));
     some.values = static_cast<T*>(values.mutable_data_ptr());
     some.y = static_cast<T*>(y.mutable_data_ptr());
     return some;
@@ -279,8 +280,7 @@ struct GradientCall {
     check_training(dy.dim() == 2 && dy.scalar_type() == net.dtype && dy.is_cpu(), "dy must be a matrix like y");
     check_training(dlogabsdet.dim() == 1 && dlogabsdet.size(0) == batch && dlogabsdet.scalar_type() == net.dtype && dlogabsdet.is_cpu(),
                    "dlogabsdet must have one entry per row");
-    args.set_cotangents(static_cast<const T*>(dy.const_data_ptr()), dy.stride(0), dy.stride(1),
-                        static_cast<const T*>(dlogabsdet.const_data_ptr()), dlogabsdet.stride(0));
+    args.set_cotangents(data_of<T>(dy), dy.stride(0), dy.stride(1), data_of<T>(dlogabsdet), dlogabsdet.stride(0));
     args.deltas = static_cast<T*>(deltas.mutable_data_ptr());
     args.remade = static_cast<T*>(remade.mutable_data_ptr());
     args.dx = static_cast<T*>(dx.mutable_data_ptr());
@@ -301,7 +301,7 @@ template <class T>
 void set_values(GradientCall<T>& call, const Tensor& values) {
   check_training(values.dim() == 2 && values.size(0) == call.batch && values.size(1) == call.net.columns && values.is_contiguous(),
                  "values are not those of the forward pass");
-  call.args.values = const_cast<T*>(static_cast<const T*>(values.const_data_ptr()));
+  call.args.values = const_cast<T*>(data_of<T>(values));
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #include "cpu/channel_affine.h"
 #include "cpu/elementwise.h"
 #include "cpu/scratch.h"
+#include "cpu/tensor.h"
 #include "cpu/tile_map.h"
 
 #define FK_KERNEL "cpu/channel_affine_kernel.h"
@@ -40,7 +41,7 @@ class Parameters {
     read(inverse ? bias : shift, inverse ? T(-1) : T(1), before());
     read(inverse ? shift : bias, inverse ? T(-1) : T(1), after());
     fits(log_scale);
-    const T* from = static_cast<const T*>(log_scale.const_data_ptr());
+    const T* from = data_of<T>(log_scale);
     FK_DISPATCH(exp_of(from, log_scale.stride(0), inverse ? T(-1) : T(1), channels_, scale()));
     double sum = 0;
     for (int64_t c = 0; c < channels_; ++c) sum += from[c * log_scale.stride(0)];
@@ -68,7 +69,7 @@ class Parameters {
   void read(const std::optional<Tensor>& t, T sign, T* to) const {
     if (!t) return std::fill(to, to + channels_, T(0));
     fits(*t);
-    const T* from = static_cast<const T*>(t->const_data_ptr());
+    const T* from = data_of<T>(*t);
     for (int64_t c = 0; c < channels_; ++c) to[c] = sign * from[c * t->stride(0)];
   }
 
@@ -108,7 +109,7 @@ bool forward_on_lines(const Tensor& x, const Parameters<E>& parameters, int64_t 
   for (int64_t d = 0; d < x.dim(); ++d)
     if (x.size(d) > 1 && x.stride(d) != y.stride(d)) return false;
   const int64_t channels = x.size(1), elements = x.numel(), run = is_channels_last(x) ? 1 : sites;  // run: sites side by side
-  DenseLines<T> lines{static_cast<const T*>(x.const_data_ptr()),
+  DenseLines<T> lines{data_of<T>(x),
                       static_cast<T*>(y.mutable_data_ptr()),
                       parameters.before(),
                       parameters.scale(),
@@ -175,8 +176,8 @@ Sums<T> gradients_of_vectors(const Tensor& dy, const Tensor& kept, const Paramet
   const int64_t batch = dy.size(0), channels = dy.size(1), length = 16 * channels, units = (batch + kLine - 1) / kLine;
   const std::unique_ptr<T[]> repeated = parameters.repeated(length, 1);
   Sums<T> sums(units * channels);
-  const VectorGradients<T> gradients{static_cast<const T*>(dy.const_data_ptr()),
-                                     static_cast<const T*>(kept.const_data_ptr()),
+  const VectorGradients<T> gradients{data_of<T>(dy),
+                                     data_of<T>(kept),
                                      static_cast<T*>(dx.mutable_data_ptr()),
                                      repeated.get(),
                                      repeated.get() + length,
@@ -214,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
     return gradients_of_any<E>(dy, kept, parameters, from_output, dx);
   }();
 
-  const T* c = static_cast<const T*>(dlogabsdet.const_data_ptr());
+  const T* c = data_of<T>(dlogabsdet);
   double by_logabsdet = 0;
   for (int64_t b = 0; b < dy.size(0); ++b) by_logabsdet += c[b * dlogabsdet.stride(0)];
   by_logabsdet *= static_cast<double>(sites);

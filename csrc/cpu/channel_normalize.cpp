@@ -15,6 +15,7 @@
 #include "cpu/channel_normalize.h"
 #include "cpu/elementwise.h"
 #include "cpu/scratch.h"
+#include "cpu/tensor.h"
 
 #define FK_KERNEL "cpu/channel_normalize_kernel.h"
 #include "cpu/for_each_target.h"
@@ -54,7 +55,7 @@ struct Sizes {
 template <class T>
 void means(const Tensor& x, const Sizes& n, const T* mean, T* result) {
   const int64_t samples = std::max<int64_t>(1, 1024 / n.sites);
-  ChannelSums<T> sums{static_cast<const T*>(x.const_data_ptr()), mean, nullptr, n.batch, n.channels, n.sites, samples, n.rows};
+  ChannelSums<T> sums{data_of<T>(x), mean, nullptr, n.batch, n.channels, n.sites, samples, n.rows};
   const int64_t parts = sums.n_parts();
   const std::unique_ptr<double[]> of_parts(new double[parts * n.channels]);
   sums.parts = of_parts.get();
@@ -73,7 +74,7 @@ template <class T>
 const T* channel_values(const Tensor& t, int64_t channels) {
   check(t.is_cpu() && t.dim() == 1 && t.size(0) == channels && t.scalar_type() == compute_type<T> && t.is_contiguous(),
         "log_gain, bias, variance or mean does not fit x");
-  return static_cast<const T*>(t.const_data_ptr());
+  return data_of<T>(t);
 }
 
 template <class T>
@@ -128,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_dz, const Tensor
     slope[c] = values<T>(dlog_scale)[c] / (v[c] + static_cast<T>(eps)) / -count;
     offset[c] = values<T>(dshift)[c] / -count;
   }
-  const StatisticsGradient<T> to_x{static_cast<const T*>(x.const_data_ptr()), values<T>(dx), m, slope.get(), offset, n.channels,
+  const StatisticsGradient<T> to_x{data_of<T>(x), values<T>(dx), m, slope.get(), offset, n.channels,
                                    n.rows ? 1 : n.sites};
   in_parallel(n.batch * n.sites / to_x.run, n.elements(), [&](int64_t first, int64_t last) {
     FK_DISPATCH(add_statistics_gradient<T>(to_x, first, last));

@@ -29,18 +29,18 @@ void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "flowkernels::conv_n
 
 // Python has checked what users get wrong; here only what would corrupt memory.
 template <class T>
-const T* data_of(const Tensor& t, const Tensor& x, std::initializer_list<int64_t> sizes) {
+const T* checked_data(const Tensor& t, const Tensor& x, std::initializer_list<int64_t> sizes) {
   check(t.is_cpu() && t.scalar_type() == x.scalar_type() && t.is_contiguous() && t.dim() == static_cast<int64_t>(sizes.size()),
         "tensors must be like x, and contiguous");
   int64_t d = 0;
   for (int64_t size : sizes) check(t.size(d++) == size, "tensors must have fitting sizes");
-  return static_cast<const T*>(t.const_data_ptr());
+  return data_of<T>(t);
 }
 
 template <class T>
 Convolution<T> convolution(const Tensor& weight, const Tensor& x, int64_t taps, int64_t inputs) {
   check(weight.dim() == 4, "weights must have four dimensions");
-  return {data_of<T>(weight, x, {weight.size(0), inputs, taps, taps}), nullptr, taps, inputs, weight.size(0), nullptr};
+  return {checked_data<T>(weight, x, {weight.size(0), inputs, taps, taps}), nullptr, taps, inputs, weight.size(0), nullptr};
 }
 
 template <class T>
@@ -111,16 +111,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   args.in = convolution<T>(weight_in, x, 3, x.size(3));
   args.mid = convolution<T>(weight_mid, x, 1, args.in.outputs);
   args.out = convolution<T>(weight_out, x, 3, args.mid.outputs);
-  args.in.bias = data_of<T>(bias_in, x, {args.in.outputs});
-  args.mid.bias = data_of<T>(bias_mid, x, {args.mid.outputs});
-  args.out.bias = data_of<T>(bias_out, x, {args.out.outputs});
-  const T* gains = data_of<T>(log_gain, x, {args.out.outputs});
+  args.in.bias = checked_data<T>(bias_in, x, {args.in.outputs});
+  args.mid.bias = checked_data<T>(bias_mid, x, {args.mid.outputs});
+  args.out.bias = checked_data<T>(bias_out, x, {args.out.outputs});
+  const T* gains = checked_data<T>(log_gain, x, {args.out.outputs});
   const auto images = [&](int64_t batch, int64_t channels) { return empty(x, {batch, args.height, args.width, channels}); };
   Tensor y = images(args.batch, args.out.outputs);
   Tensor first = images(keep ? args.batch : 0, args.mid.inputs), second = images(keep ? args.batch : 0, args.out.inputs);
   if (y.numel() == 0) return {y, first, second};
   check(x.size(3) > 0 && args.in.outputs > 0 && args.mid.outputs > 0, "there must be channels");
-  args.x = static_cast<const T*>(x.const_data_ptr());
+  args.x = data_of<T>(x);
   args.y = static_cast<T*>(y.mutable_data_ptr());
   if (keep) args.first = static_cast<T*>(first.mutable_data_ptr()), args.second = static_cast<T*>(second.mutable_data_ptr());
   const Packed<T> packed({&args.in, &args.mid, &args.out}, false, gains, args.out.outputs);
@@ -147,12 +147,12 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const
   const Convolution<T> out = convolution<T>(weight_out, x, 3, mid.outputs);
   const auto reversed = [](const Convolution<T>& c) { return Convolution<T>{c.weight, nullptr, c.taps, c.outputs, c.inputs, nullptr}; };
   args.in = reversed(in), args.mid = reversed(mid), args.out = reversed(out);
-  const T* bias = data_of<T>(bias_out, x, {out.outputs});
-  const T* gains = data_of<T>(log_gain, x, {out.outputs});
-  args.x = static_cast<const T*>(x.const_data_ptr());
-  args.dy = data_of<T>(dy, x, {args.batch, args.height, args.width, out.outputs});
-  args.first = data_of<T>(first, x, {args.batch, args.height, args.width, in.outputs});
-  args.second = data_of<T>(second, x, {args.batch, args.height, args.width, mid.outputs});
+  const T* bias = checked_data<T>(bias_out, x, {out.outputs});
+  const T* gains = checked_data<T>(log_gain, x, {out.outputs});
+  args.x = data_of<T>(x);
+  args.dy = checked_data<T>(dy, x, {args.batch, args.height, args.width, out.outputs});
+  args.first = checked_data<T>(first, x, {args.batch, args.height, args.width, in.outputs});
+  args.second = checked_data<T>(second, x, {args.batch, args.height, args.width, mid.outputs});
   check(in.inputs > 0 && in.outputs > 0 && mid.outputs > 0 && out.outputs > 0, "there must be channels");
 
   Tensor dx = empty(x, {args.batch, args.height, args.width, in.inputs});

@@ -11,6 +11,7 @@
 
 #include "cpu/elementwise.h"
 #include "cpu/for_each_target.h"  // declares the codes of maps and forms
+#include "cpu/tensor.h"
 #include "cpu/tile_map.h"
 
 namespace flowkernels {
@@ -65,7 +66,7 @@ void set_scale_parameter(Elementwise<E>& args, const std::optional<Tensor>& a) {
   check(a->is_cpu() && a->dim() == 1 && (a->size(0) == 1 || a->size(0) == args.transformed) && a->scalar_type() == compute_type<E>,
         "scale_parameter does not fit x");
   args.n_parameters = 1;
-  args.parameter[0] = static_cast<const compute_t<E>*>(a->const_data_ptr());
+  args.parameter[0] = data_of<compute_t<E>>(*a);
   args.parameter_stride[0] = a->size(0) == 1 ? 0 : a->stride(0);
 }
 
@@ -128,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
   const Tensor *in[] = {&dy, &kept, &shift, &raw_scale}, *out[] = {&dx, &dshift, &draw_scale};
   set_views(args, in, 4, 2, out, 3);
   set_scale_parameter(args, scale_parameter);
-  args.per_sample = static_cast<const T*>(dlogabsdet.const_data_ptr());
+  args.per_sample = data_of<T>(dlogabsdet);
   args.per_sample_stride = dlogabsdet.stride(0);
   plan(args, learned);
 

@@ -231,7 +231,7 @@ void set_views(Elementwise<E>& args, const torch::stable::Tensor* const* in, int
   args.n_inputs = n_inputs;
   args.n_outputs = n_outputs;
   for (int i = 0; i < n_inputs; ++i) {
-    const View<const E> view = sites.view(*in[i], static_cast<const E*>(in[i]->const_data_ptr()), i);
+    const View<const E> view = sites.view(*in[i], data_of<E>(*in[i]), i);
     args.in[i] = i < n_whole ? part_of(args, view, true) : view;
     if (i == 0) args.whole_in = view, args.rest_in = part_of(args, view, false);
   }

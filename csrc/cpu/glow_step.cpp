@@ -65,10 +65,10 @@ GlowStepArgs<T> describe(const Inputs& in, bool inverse) {
   args.inverse = inverse;
   args.channels_first = !x.is_contiguous();
   check(x.is_cpu() && (x.is_contiguous() || channels_first(x)), "x must be contiguous, channels first or last");
-  args.x = static_cast<const T*>(x.const_data_ptr());
+  args.x = data_of<T>(x);
   if (in.raw) {
     check_like(*in.raw, x, args.channels);
-    args.raw = static_cast<const T*>(in.raw->const_data_ptr());
+    args.raw = data_of<T>(*in.raw);
   }
   check(in.weight.has_value() == in.bias.has_value(), "weight and bias come together");
   if (in.weight) {
@@ -77,8 +77,8 @@ GlowStepArgs<T> describe(const Inputs& in, bool inverse) {
     }
     check(in.weight->dim() == 2 && in.weight->size(0) == args.channels && in.weight->size(1) == args.channels, "weight does not fit x");
     check(in.bias->dim() == 1 && in.bias->size(0) == args.channels, "bias does not fit x");
-    args.weight = static_cast<const T*>(in.weight->const_data_ptr());
-    args.bias = static_cast<const T*>(in.bias->const_data_ptr());
+    args.weight = data_of<T>(*in.weight);
+    args.bias = data_of<T>(*in.bias);
   }
   return args;
 }
@@ -140,9 +140,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
   const int64_t channels = in.weight ? args.channels : 0;  // not args.weight: tensors without elements have no data
   Tensor dx = empty(x, sizes), draw = empty(x, in.raw ? sizes : std::vector<int64_t>{0});
   Tensor dweight = empty(x, {channels, channels}), dbias = empty(x, {channels});
-  args.dy = static_cast<const T*>(dy.const_data_ptr());
-  args.dlogabsdet = static_cast<const T*>(dlogabsdet.const_data_ptr());
-  args.dpassing = dpassing ? static_cast<const T*>(dpassing->const_data_ptr()) : nullptr;
+  args.dy = data_of<T>(dy);
+  args.dlogabsdet = data_of<T>(dlogabsdet);
+  args.dpassing = dpassing ? data_of<T>(*dpassing) : nullptr;
   args.dx = static_cast<T*>(dx.mutable_data_ptr());
   args.draw = static_cast<T*>(draw.mutable_data_ptr());
   const int64_t parts = args.batch == 0 ? 0 : args.parts(), size = channels * channels;

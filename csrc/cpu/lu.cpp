@@ -32,7 +32,7 @@ void launch(const Tensor& w, const Tensor& sign, const Tensor& logabsdet, const 
   std::vector<int64_t> sizes(dims), strides(dims);
   for (int64_t d = 0; d < dims; ++d) sizes[d] = w.size(d), strides[d] = w.stride(d);
   LuArgs<In> args{};
-  args.w = static_cast<const In*>(w.const_data_ptr());
+  args.w = data_of<In>(w);
   args.sizes = sizes.data();
   args.strides = strides.data();
   args.dims = dims;

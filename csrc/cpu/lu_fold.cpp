@@ -27,7 +27,7 @@ void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "flowkernels::lu_fol
 
 // their data; Python has checked what users get wrong, here only what would corrupt memory
 template <class T>
-std::vector<const T*> data_of(const Tensors& tensors, size_t count, int64_t n, int64_t dims, ScalarType dtype) {
+std::vector<const T*> checked_data(const Tensors& tensors, size_t count, int64_t n, int64_t dims, ScalarType dtype) {
   check(tensors.size() == count, "there must be as many tensors of each kind as matrices");
   std::vector<const T*> data;
   data.reserve(count);
@@ -35,7 +35,7 @@ std::vector<const T*> data_of(const Tensors& tensors, size_t count, int64_t n, i
     bool fits = t.is_cpu() && t.is_contiguous() && t.scalar_type() == dtype && t.dim() == dims;
     for (int64_t d = 0; d < dims && fits; ++d) fits = t.size(d) == n;
     check(fits, "tensors must be contiguous, on the CPU, of one dtype and size");
-    data.push_back(static_cast<const T*>(t.const_data_ptr()));
+    data.push_back(data_of<T>(t));
   }
   return data;
 }
@@ -50,14 +50,14 @@ auto with_args(const Lists& lists, bool inverse, const F& f) {
   const size_t count = lists.factors.size();
   const int64_t n = lists.factors[0].size(0);
   const ScalarType dtype = lists.factors[0].scalar_type();
-  const auto factors = data_of<T>(lists.factors, count, n, 2, dtype), log_diagonal = data_of<T>(lists.log_diagonal, count, n, 1, dtype);
-  const auto sign = data_of<T>(lists.sign, count, n, 1, dtype);
-  const auto row = data_of<int64_t>(lists.row, count, n, 1, ScalarType::Long);
+  const auto factors = checked_data<T>(lists.factors, count, n, 2, dtype), log_diagonal = checked_data<T>(lists.log_diagonal, count, n, 1, dtype);
+  const auto sign = checked_data<T>(lists.sign, count, n, 1, dtype);
+  const auto row = checked_data<int64_t>(lists.row, count, n, 1, ScalarType::Long);
   for (const int64_t* rows : row) {
     for (int64_t i = 0; i < n; ++i) check(rows[i] >= 0 && rows[i] < n, "row must hold numbers of rows");
   }
   const bool scaled = !lists.log_scale.empty();
-  const auto log_scale = data_of<T>(lists.log_scale, scaled ? count : 0, n, 1, dtype);
+  const auto log_scale = checked_data<T>(lists.log_scale, scaled ? count : 0, n, 1, dtype);
   LuFoldArgs<T> args{};
   args.n = n;
   args.inverse = inverse;
@@ -106,9 +106,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dweight, const Tensor&
           "dlogabsdet does not fit");
     const bool scaled = args.log_scale != nullptr;
     Tensor dfactors = empty(like, {count, n, n}), dlog_diagonal = empty(like, {count, n}), dlog_scale = empty(like, {scaled ? count : 0, n});
-    args.dweight = static_cast<const T*>(dweight.const_data_ptr());
-    args.dlogabsdet = static_cast<const T*>(dlogabsdet.const_data_ptr());
-    args.composed = static_cast<const T*>(weight.const_data_ptr());
+    args.dweight = data_of<T>(dweight);
+    args.dlogabsdet = data_of<T>(dlogabsdet);
+    args.composed = data_of<T>(weight);
     args.dfactors = static_cast<T*>(dfactors.mutable_data_ptr());
     args.dlog_diagonal = static_cast<T*>(dlog_diagonal.mutable_data_ptr());
     args.dlog_scale = scaled ? static_cast<T*>(dlog_scale.mutable_data_ptr()) : nullptr;

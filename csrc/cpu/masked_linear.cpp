@@ -52,13 +52,13 @@ struct Product {
     check(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && fits(t, dtype), misfit);
     kept.push_back(rows_contiguous(t));
     ld = row_stride(kept.back());
-    return static_cast<const T*>(kept.back().const_data_ptr());
+    return data_of<T>(kept.back());
   }
 
   void set_staircase(const Tensor& visible) {
     check(visible.dim() == 1 && visible.size(0) == args.outputs && fits(visible, ScalarType::Int), "visible does not fit the weight");
     kept.push_back(made_contiguous(visible));
-    args.visible = static_cast<const int32_t*>(kept.back().const_data_ptr());
+    args.visible = data_of<int32_t>(kept.back());
     check(args.inputs < (int64_t{1} << 31), "too many inputs");
     check(is_staircase(args.visible, args.outputs, args.inputs), "visible must ascend from 0 to the number of inputs");
   }
@@ -118,7 +118,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   if (bias) {
     check(bias->dim() == 1 && bias->size(0) == p.args.outputs && fits(*bias, x.scalar_type()), "bias does not fit the weight");
     p.kept.push_back(made_contiguous(*bias));
-    p.args.finish.bias = static_cast<const T*>(p.kept.back().const_data_ptr());
+    p.args.finish.bias = data_of<T>(p.kept.back());
   }
   std::vector<int64_t> sizes = sizes_of(x);
   sizes.back() = p.args.outputs;

@@ -108,7 +108,7 @@ struct Network {
   const void* vector(const Tensor& t, int64_t length, ScalarType type, const char* name) {
     check_network(t.dim() == 1 && t.size(0) == length && t.scalar_type() == type && t.is_cpu(), name, " does not fit its layer");
     kept.push_back(made_contiguous(t));
-    return kept.back().const_data_ptr();
+    return data_of<void>(kept.back());
   }
 
   const T* vector(const Tensor& t, int64_t length, const char* name) { return static_cast<const T*>(vector(t, length, dtype, name)); }
@@ -117,7 +117,7 @@ struct Network {
     check_network(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.scalar_type() == dtype && t.is_cpu(), name, " does not fit its layer");
     kept.push_back(rows_contiguous(t));
     ld = rows > 1 ? kept.back().stride(0) : columns;
-    return static_cast<const T*>(kept.back().const_data_ptr());
+    return data_of<T>(kept.back());
   }
 };
 

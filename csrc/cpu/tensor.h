@@ -13,6 +13,14 @@
 
 namespace flowkernels {
 
+// What a tensor holds, for reading. Its memory may be gone: sharding frees the storage of parameters that nobody is to use.
+template <class T>
+const T* data_of(const torch::stable::Tensor& t) {
+  const void* data = t.const_data_ptr();
+  STD_TORCH_CHECK(data || t.numel() == 0, "flowkernels: a tensor's memory was freed: its storage holds nothing");
+  return static_cast<const T*>(data);
+}
+
 // asks first: the call of contiguous itself goes through the dispatcher
 inline torch::stable::Tensor made_contiguous(const torch::stable::Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from flowkernels import ops
 from flowkernels.flows import IAF, MAF, NICE, Flow, Glow, RealNVP
 from flowkernels.layers import FlowBatchNorm, MaskedLinear, Permute, Squeeze
 
@@ -105,3 +106,38 @@ def masked(context_features: int = 2) -> MaskedLinear:
 def test_widths_may_come_from_a_generator():
     for kind in (MAF, IAF, NICE, RealNVP):
         assert kind(3, hidden_features=(8 for _ in range(2)))(torch.randn(4, 3))[0].shape == (4, 3)
+
+
+def freed(t: torch.Tensor) -> torch.Tensor:
+    """As tools for sharding leave what is not to be used for now."""
+    t.detach().untyped_storage().resize_(0)
+    return t
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", [MAF, IAF, NICE, RealNVP])
+def test_a_parameter_whose_memory_was_freed(kind, grad):
+    flow, x = kind(4, hidden_features=(8, 8)), torch.randn(5, 4)
+    with torch.set_grad_enabled(grad):
+        flow.log_prob(x)
+        freed([p for p in flow.parameters() if p.dim() == 2][1])
+        with pytest.raises(RuntimeError, match="memory was freed|not allocated"):
+            flow.log_prob(x)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: ops.coupling(x, torch.zeros(4, 2), torch.zeros(4, 2)),
+        lambda x: ops.channel_affine(x, torch.zeros(4), torch.zeros(4)),
+        lambda x: ops.masked_linear(x, torch.ones(4, 3), None, torch.tensor([1, 2, 3], dtype=torch.int32)),
+        lambda x: ops.slogdet(x),
+        lambda x: FlowBatchNorm(4)(x),
+        lambda x: ops.glow_step(x.view(4, 1, 4), None, torch.eye(4), torch.zeros(4)),
+    ],
+    ids=["coupling", "channel_affine", "masked_linear", "slogdet", "batch_norm", "glow_step"],
+)
+def test_an_input_whose_memory_was_freed(call):
+    call(torch.randn(4, 4))
+    with pytest.raises(RuntimeError, match="memory was freed|not allocated"):
+        call(freed(torch.randn(4, 4)))
