@@ -113,13 +113,13 @@ class _Steps(nn.Module):
 
     def _fold(self, *, inverse: bool = False) -> Folded | None:
         # the first batch changes the matrices, and others than Glow's own parts have to be called
-        if not all([type(mixing) is ActNormConv1x1 and mixing.folds and mixing.actnorm.ready for mixing in self.mixings]):
+        if has_global_hooks() or not all([type(m) is ActNormConv1x1 and m.folds() and m.actnorm.ready for m in self.mixings]):
             return None
         return fold(self.mixings, inverse=inverse)
 
     def _joins(self, x: Tensor) -> bool:
         served = x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-        if not served or x.dtype != self.mixings[0].actnorm.bias.dtype or has_global_hooks():
+        if not served or x.dtype != self.mixings[0].actnorm.bias.dtype:
             return False
         return all(map(_is_glows, self.couplings)) and all([is_plain(mixing, ActNormConv1x1) for mixing in self.mixings])
 

@@ -118,9 +118,10 @@ class ConvNet(nn.Module):
 
 def _is_plain(layer: nn.Module, kind: type[nn.Conv2d], size: int) -> bool:
     """Whether it is a convolution that `conv_net` computes."""
-    if not is_plain(layer, kind) or layer.bias is None or layer.kernel_size != (size, size) or layer.padding != (size // 2, size // 2):
+    if not is_plain(layer, kind) or layer._parameters["bias"] is None:  # without a detour: a small flow feels each
         return False
-    return layer.stride == layer.dilation == (1, 1) and layer.groups == 1 and layer.padding_mode == "zeros"
+    settings = layer.kernel_size, layer.padding, layer.stride, layer.dilation, layer.groups, layer.padding_mode
+    return settings == ((size, size), (size // 2, size // 2), (1, 1), (1, 1), 1, "zeros")
 
 
 def _joined(x: Tensor, context: Tensor | None, parameter: Tensor) -> Tensor:

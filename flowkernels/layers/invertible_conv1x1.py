@@ -177,14 +177,14 @@ class ActNormConv1x1(nn.Module):
         self.actnorm = ActNorm(channels)
         self.conv = InvertibleConv1x1(channels, parametrization=parametrization)
 
-    @property
     def folds(self) -> bool:
         """Whether its parts are what `fold` computes. Others, and those that somebody watches, are called one after the other."""
-        return is_plain(self.actnorm, ActNorm) and is_plain(self.conv, InvertibleConv1x1) and not has_global_hooks()
+        parts = self._modules
+        return is_plain(parts["actnorm"], ActNorm) and is_plain(parts["conv"], InvertibleConv1x1)
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, folded: Folded | None = None, at: int = 0) -> tuple[Tensor, Tensor]:
         """folded: what `fold` made of several layers, of which this is number `at`, where it is known already."""
-        if folded is None and not self.folds:
+        if folded is None and (has_global_hooks() or not self.folds()):
             return _in_turn(x, self.actnorm, self.conv)
         self.actnorm.prepare(x)
         weight, logabsdet = _number(at, fold([self]) if folded is None else folded)
@@ -193,7 +193,7 @@ class ActNormConv1x1(nn.Module):
 
     def inverse(self, z: Tensor, context: Tensor | None = None, *, folded: Folded | None = None, at: int = 0) -> tuple[Tensor, Tensor]:
         """folded: what `fold(..., inverse=True)` made of several layers, of which this is number `at`, where it is known already."""
-        if folded is None and not self.folds:
+        if folded is None and (has_global_hooks() or not self.folds()):
             return _in_turn(z, self.conv.inverse, self.actnorm.inverse)
         self.actnorm.prepare_inverse(z)
         weight, logabsdet = _number(at, fold([self], inverse=True) if folded is None else folded)
