@@ -28,6 +28,16 @@ def ready_glow(flow: Glow, x: torch.Tensor) -> Glow:
     return flow.eval()
 
 
+def test_a_state_without_an_actnorms_flag_may_be_assigned_to_a_meta_module():
+    made = lambda: Glow((3, 8, 8), levels=1, steps=1, hidden_channels=8)
+    state = ready_glow(made(), torch.randn(16, 3, 8, 8)).state_dict()
+    with torch.device("meta"):
+        flow = made()
+    flag = next(name for name in state if name.endswith("initialised"))
+    without = {name: value for name, value in state.items() if name != flag}
+    assert flow.load_state_dict(without, assign=True, strict=False).missing_keys == [flag]
+
+
 def test_a_flow_returns_flat_noise():
     with pytest.raises(ValueError, match=r"the last layer must return flat noise, \[batch, 4\]; got \[6, 4, 1, 1\]: add a layers.Reshape"):
         Flow([Squeeze()], (1, 2, 2)).log_prob(torch.randn(6, 1, 2, 2))
