@@ -54,6 +54,9 @@ class Flow(Chain):
         return super().inverse(z, context)
 
     def _check(self, name: str, rows: Tensor, shape: tuple[int, ...], context: Tensor | None) -> None:
+        for argument, given in ((name, rows), ("context", context)):
+            if given is not None and not isinstance(given, Tensor):
+                raise TypeError(f"{argument} must be a torch.Tensor; got {type(given).__module__}.{type(given).__qualname__}")
         if rows.shape[1:] != shape:
             raise ValueError(f"{name} must have shape [batch, {', '.join(map(str, shape))}]; got {list(rows.shape)}")
         if context is None:

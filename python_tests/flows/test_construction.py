@@ -60,15 +60,15 @@ def test_an_op_refuses_a_part_without_data():
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("call", "name"),
     [
-        lambda order: MaskedAutoregressive(3, (4,), order=order),
-        lambda order: Permute(order, 3),
+        (lambda order: MaskedAutoregressive(3, (4,), order=order), "order"),
+        (lambda order: Permute(order, 3), "permutation"),
     ],
 )
 @pytest.mark.parametrize("order", [[0, 1], [0, 1, 1], [1, 2, 3], [[0, 1, 2]]])
-def test_an_order_that_is_none(call, order):
-    with pytest.raises(ValueError, match=r"order must be a permutation of 0\.\.2; got \["):
+def test_an_order_that_is_none(call, name, order):
+    with pytest.raises(ValueError, match=rf"^{name} must be a permutation of 0\.\.2; got \["):
         call(order)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,6 +108,15 @@ def test_a_vectorized_hessian(flow):
 def test_errors_of_sizes_and_contexts(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("method", ["forward", "inverse", "log_prob"])
+def test_what_is_no_tensor_is_refused(method):
+    flow = MAF(3, hidden_features=(8,), context_features=2)
+    with pytest.raises(TypeError, match=r"must be a torch.Tensor; got numpy.ndarray"):
+        getattr(flow, method)(np.zeros((4, 3), np.float32), torch.zeros(4, 2))
+    with pytest.raises(TypeError, match=r"context must be a torch.Tensor; got builtins.list"):
+        getattr(flow, method)(torch.zeros(4, 3), [[0.0, 0.0]] * 4)
 
 
 def masked(context_features: int = 2) -> MaskedLinear:
