@@ -22,6 +22,11 @@ def _checked_scale(scale: ScaleMap | None) -> ScaleMap:
     return ScaleMap.softclip() if scale is None else scale
 
 
+# Shift and raw scale begin at so much of what nn.Linear would give: a new layer is near its form with both at zero, and a flow of several
+# near standard noise. From there training reaches a better likelihood: measured on digits, and on made tables of 16 and 43 features.
+INITIAL_OUTPUTS = 0.1
+
+
 class MaskedAutoregressive(KeepsPrograms, Structured):
     """Affine autoregressive transform with a MADE as its conditioner (Papamakarios et al. 2017; Germain et al. 2015).
 
@@ -29,7 +34,7 @@ class MaskedAutoregressive(KeepsPrograms, Structured):
         inverse:  x_i = (z_i - shift_i) / sigma(s_i), in the order of generation, in one fused loop
 
     The modules in `layers` hold the parameters and are not called: parametrizations of them work (torch.nn.utils.parametrizations), what
-    rests on their hooks (torch.nn.utils.prune, the older torch.nn.utils.weight_norm) does not.
+    rests on their hooks (torch.nn.utils.prune, the older torch.nn.utils.weight_norm) does not. A new layer is near the identity.
 
     Args:
         features: number of features D.
@@ -84,6 +89,9 @@ class MaskedAutoregressive(KeepsPrograms, Structured):
             len(below),
             context_features=context_features if every_output else 0,
         )
+        with torch.no_grad():
+            for parameter in last.parameters():
+                parameter.mul_(INITIAL_OUTPUTS)
         modules.append(last)
         layers.append(_layer(last))
         self._assemble(modules, Conditioner.of(layers, parse_order(order, features)), scale, form)

@@ -43,9 +43,10 @@ class MaskedLinear(Structured):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform within 1/sqrt(fan-in), as in nn.Linear, where fan-in counts what an output sees."""
+        """Uniform within 1/sqrt(fan-in), as in nn.Linear. Fan-in counts all inputs, those that an output does not see too: a unit that sees
+        few of them would have weights and a bias so large that training begins far off."""
         contexts = 0 if self.context_weight is None else self.context_weight.shape[0]
-        bound = 1 / (self.visible + contexts).clamp(min=1).sqrt()
+        bound = max(self.weight.shape[0] + contexts, 1) ** -0.5
         with torch.no_grad():
             for parameter in self.parameters():
                 if parameter is not None:
