@@ -71,7 +71,7 @@ def add_output(parser: argparse.ArgumentParser, default: str, kinds: str = ".npy
 def check_device(name: str) -> str:
     """The device's name, if this machine has it; a ValueError otherwise."""
     try:
-        torch.empty(0, device=name)
+        torch.empty(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return name

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import secrets
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ def atomic_write(path: str | Path, data: bytes | memoryview) -> None:
         OSError: the disk is full, read-only or broken. The old file is untouched and no temporary file is left.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_TEMPORARY}")  # no other writer's
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -35,6 +36,14 @@ def atomic_write(path: str | Path, data: bytes | memoryview) -> None:
     _sync_folder(path.parent)
 
 
+_TEMPORARY = ".tmp"
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a process that was killed may have left this file of `atomic_write` behind."""
+    return path.name.startswith(".") and path.name.endswith(_TEMPORARY)
+
+
 def _sync_folder(folder: Path) -> None:
     """Make the rename itself durable, where the system can."""
     try:
@@ -47,10 +56,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def save_array(path: str | Path, array: Tensor | np.ndarray, header: list[str] | None = None) -> None:
-    """Write an array of one or two dimensions as .npy or .csv (numbers that read back to the same bits), atomically.
+    """Write an array as .npy, or one of one or two dimensions as .csv (numbers that read back to the same bits), atomically.
 
     Raises:
-        ValueError: the name ends in something else.
+        ValueError: the name ends in something else, or a .csv cannot hold the array.
         OSError: as `atomic_write`.
     """
     path = Path(path)
@@ -60,6 +69,8 @@ def save_array(path: str | Path, array: Tensor | np.ndarray, header: list[str] |
         np.save(buffer, array, allow_pickle=False)
         atomic_write(path, buffer.getbuffer())
     elif path.suffix == ".csv":
+        if array.ndim not in (1, 2):
+            raise ValueError(f"array must have one or two dimensions to be written as .csv; got shape {list(array.shape)}")
         rows = array[:, None] if array.ndim == 1 else array
         lines = [",".join(header)] if header else []
         lines += [",".join(str(value) for value in row) for row in rows]

@@ -70,8 +70,13 @@ class Standardize(Preprocess):
         bad = constant | ~torch.isfinite(std)
         if bad.any():
             column = int(bad.nonzero()[0])
-            what = f"constant ({x[0, column]:g}) in the training rows" if torch.isfinite(std[column]) else "too large to standardise"
-            raise ValueError(f"data must vary in every column; column {column}, counted from 0, is {what}")
+            if not torch.isfinite(std[column]):
+                raise ValueError(
+                    f"columns must have a finite standard deviation; column {column}, counted from 0, is too large to standardise"
+                )
+            raise ValueError(
+                f"data must vary in every column; column {column}, counted from 0, is constant ({x[0, column]:g}) in the training rows"
+            )
         self.mean, self.std = mean, std
 
     def forward(self, x: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral
+from typing import Self
 
 import torch
 from torch import Size, Tensor, nn
@@ -92,7 +93,7 @@ class Flow(Chain):
         """n samples for each context and their log-densities, in one pass: [n, *context batch, *shape], [n, *context batch]."""
         return self.distribution(context).rsample_and_log_prob(_count(n))
 
-    def freeze(self) -> "Flow":
+    def freeze(self) -> Self:
         """Evaluation mode for serving: what costs to prepare is prepared once and kept until `train()`, loading, moving or writing
         into the parameters. Writes that torch does not count are not seen: through `.data`, `vector_to_parameters` or NumPy, and by
         fused optimizers; and a flow under torch.compile sees none. Call `freeze()` again, or `train()` before them."""

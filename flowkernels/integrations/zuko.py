@@ -37,10 +37,15 @@ def from_zuko(module: nn.Module) -> MaskedAutoregressive | Flow:
     if not isinstance(module, ZukoFlow):
         raise TypeError(f"module must be a zuko MaskedAutoregressiveTransform or Flow; got {type(module).__name__}")
     transforms = list(getattr(module.transform, "transforms", [module.transform]))
+    if not transforms:
+        raise ValueError("module must have at least one transform; got none")
     for number, transform in enumerate(transforms):
         if not isinstance(transform, MaskedAutoregressiveTransform):
             raise TypeError(f"transform {number} of the flow must be a MaskedAutoregressiveTransform; got {type(transform).__name__}")
     layers = [_layer(transform) for transform in transforms]
+    contexts = [layer.context_features for layer in layers]
+    if len(set(contexts)) > 1:
+        raise ValueError(f"all transforms must take the same context; theirs have {contexts} features")
     _check_base(module.base, layers[0].features)
     flow = Flow(layers, layers[0].features, context_features=layers[0].context_features).train(module.training)
     check_same(flow, lambda x, context: module(context).transform.call_and_ladj(x), module)

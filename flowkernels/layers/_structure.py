@@ -1,6 +1,7 @@
 """Integer buffers that say what a module computes, and how it is noticed that somebody has averaged them."""
 
 from collections.abc import Iterator
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Structured(nn.Module):
                 "weights must leave integer buffers alone, as torch's AveragedModel does with use_buffers=False"
             )
 
-    def train(self, mode: bool = True) -> "Structured":
+    def train(self, mode: bool = True) -> Self:
         if not mode:  # some loops say train() at every step
             self._check_whole()
         return super().train(mode)
@@ -53,7 +54,7 @@ class Structured(nn.Module):
         for name in self._integers:
             self._buffers[f"_{name}_sum"] = _sum(self._buffers[name])
 
-    def _apply(self, *arguments, **options) -> "Structured":
+    def _apply(self, *arguments, **options) -> Self:
         sums = {f"_{name}_sum": self._buffers[f"_{name}_sum"] for name in self._integers}
         super()._apply(*arguments, **options)
         for name, before in sums.items():  # whatever the module was cast to, they stay exact; new memory holds anything

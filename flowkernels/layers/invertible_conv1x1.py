@@ -1,7 +1,7 @@
 """Invertible 1x1 convolution, its fold with actnorm, and what all such layers of a flow compute in one go."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -133,12 +133,12 @@ class InvertibleConv1x1(Structured):
         """Keep weight, log-determinant and inverse until `train()`, loading, moving or writing into the parameters."""
         freeze_weights({"InvertibleConv1x1": self})
 
-    def train(self, mode: bool = True) -> "InvertibleConv1x1":
+    def train(self, mode: bool = True) -> Self:
         if mode:
             self._frozen = None
         return super().train(mode)
 
-    def _apply(self, *arguments, **options) -> "InvertibleConv1x1":
+    def _apply(self, *arguments, **options) -> Self:
         self._frozen = None
         return super()._apply(*arguments, **options)
 

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -41,8 +42,9 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 1), ("batch_size", 2), ("patience", 1), ("seed", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < low:
+                raise ValueError(f"{name} must be a whole number of at least {low}; got {value!r}")
         for name in ("learning_rate", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
@@ -112,9 +114,15 @@ class Trainer:
         model: the flow with its fitted preprocessing.
         split: training and validation rows.
         settings: how to train.
+
+    Raises:
+        ValueError: there are no training rows, or none to validate on.
     """
 
     def __init__(self, model: DataModel, split: Split, settings: TrainingSettings) -> None:
+        for name, rows in (("train", split.train), ("validation", split.validation)):
+            if not len(rows):
+                raise ValueError(f"split.{name} must have at least one row; got none")
         self.model, self.split, self.settings = model, split, settings
         self.average = DataModel(copy.deepcopy(model.flow), model.preprocess, model.context_map)
         # one kernel for all parameters: a loop over them takes longer than a small flow's whole forward and backward pass
@@ -157,7 +165,7 @@ class Trainer:
             The epoch's row of the history.
 
         Raises:
-            ValueError: the loss is no longer finite.
+            ValueError: the loss is no longer finite, or the held-out likelihood is not.
         """
         flow, settings = self.model.flow, self.settings
         learning_rate = self._learning_rate()
@@ -185,6 +193,8 @@ class Trainer:
             mine.copy_(theirs)
         set_training_statistics(self.average.flow, y, context)
         validation = self.validate()
+        if not math.isfinite(validation):
+            self._refuse_validation()
         if validation > self.best_nats:
             self.best_nats, self.best_epoch = validation, self.epoch + 1
             self.best = copy.deepcopy(self.average.flow.state_dict())
@@ -200,11 +210,24 @@ class Trainer:
 
     def validate(self) -> float:
         """Mean log-density of the held-out rows in nats, under the averaged weights and always the same noise."""
-        noise = torch.Generator().manual_seed(0)
-        return self.average.log_prob(self.split.validation, noise, VALIDATION_DRAWS).mean().item()
+        return self._held_out().mean().item()
+
+    def _held_out(self) -> Tensor:
+        return self.average.log_prob(self.split.validation, torch.Generator().manual_seed(0), VALIDATION_DRAWS)
+
+    def _refuse_validation(self) -> None:
+        nats = self._held_out()
+        row = int((~torch.isfinite(nats)).nonzero()[0])
+        raise ValueError(
+            f"the held-out log p(x) is {nats[row].item()} for row {row}, counted from 0, in epoch {self.epoch + 1}: it may lie too far "
+            f"from the training rows, or learning_rate {self.settings.learning_rate} may be too large"
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a continuation needs, as tensors and plain values."""
+        """Everything that a continuation needs, as tensors and plain values; a copy, which training on does not change."""
+        return copy.deepcopy(self._state())
+
+    def _state(self) -> dict[str, Any]:
         return {
             "flow": self.model.flow.state_dict(),
             "average": self.average.flow.state_dict(),
@@ -225,8 +248,8 @@ class Trainer:
         """
         self.model.flow.load_state_dict(state["flow"])
         self.average.flow.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # which would write into what it is given
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_generator"])
         self.history = [list(row) for row in state["history"]]
-        self.best_epoch, self.best_nats, self.best = state["best_epoch"], state["best_nats"], state["best"]
+        self.best_epoch, self.best_nats, self.best = state["best_epoch"], state["best_nats"], copy.deepcopy(state["best"])

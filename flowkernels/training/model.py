@@ -68,19 +68,16 @@ class DataModel:
             parts.append(self._cast(y))
             totals.append(logabsdet)
         y = torch.cat(parts)
-        if not torch.isfinite(y).all():
-            row, column = (~torch.isfinite(y)).nonzero()[0].tolist()
-            raise ValueError(
-                f"data must fit {y.dtype} after preprocessing; row {row}, column {column}, counted from 0, of {table.name} "
-                f"is {table.x[row, column]:g}"
-            )
-        return y.view(-1, *self.flow.shape), torch.cat(totals).to(y.device), self.prepare_context(table.context)
+        _check_finite("data", table.name, y, table.x)
+        return y.view(-1, *self.flow.shape), torch.cat(totals).to(y.device), self.prepare_context(table.context, table.name)
 
-    def prepare_context(self, context: Tensor | None) -> Tensor | None:
-        """The context as the flow sees it."""
+    def prepare_context(self, context: Tensor | None, name: str = "the context") -> Tensor | None:
+        """The context as the flow sees it; name: of where it came from."""
         if context is None:
             return None
-        return self._cast(context if self.context_map is None else self.context_map.forward(context)[0])
+        seen = self._cast(context if self.context_map is None else self.context_map.forward(context)[0])
+        _check_finite("context", name, seen, context)
+        return seen
 
     def _cast(self, x: Tensor) -> Tensor:
         parameter = next(self.flow.parameters())
@@ -134,3 +131,14 @@ class DataModel:
         parts = x.split(rows)
         contexts = [None] * len(parts) if context is None else context.split(rows)
         return list(zip(parts, contexts, strict=True))
+
+
+def _check_finite(what: str, name: str, seen: Tensor, given: Tensor) -> None:
+    """seen: what the flow sees of `given`, both [rows, columns]."""
+    bad = ~torch.isfinite(seen)
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{what} must fit {seen.dtype} after preprocessing; row {row}, column {column}, counted from 0, of {name} "
+            f"is {given[row, column]:g}"
+        )

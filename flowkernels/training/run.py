@@ -1,15 +1,19 @@
 """Run folders: config.json says what is trained, checkpoint.pt how far it is, metrics.csv how it went."""
 
+import contextlib
 import io
 import json
+import os
 import pickle
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..data import atomic_write, build_preprocess
+from ..data.files import is_temporary
 from .loop import HISTORY, Trainer
 from .model import DataModel
 from .registry import FLOWS
@@ -47,7 +51,7 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"run folder {self.path} must be a folder; it is a file")
-        if self.path.exists() and any(self.path.iterdir()):
+        if self.path.exists() and any(not is_temporary(path) for path in self.path.iterdir()):
             if not self.config_path.exists():
                 raise RunError(f"run folder {self.path} must be new, empty or a run's; it holds other files and no config.json")
             different = _differences(self.read_config(), config)
@@ -134,8 +138,40 @@ class RunFolder:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         atomic_write(self.checkpoint_path, buffer.getbuffer())
+        self._write_metrics(trainer)
+
+    def _write_metrics(self, trainer: Trainer) -> None:
         lines = [",".join(HISTORY)] + [",".join(map(str, row)) for row in trainer.history]
-        atomic_write(self.metrics_path, ("\n".join(lines) + "\n").encode())
+        data = ("\n".join(lines) + "\n").encode()
+        if not self.metrics_path.exists() or self.metrics_path.read_bytes() != data:
+            atomic_write(self.metrics_path, data)
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """While training runs: nobody else may train here, where the system has locks.
+
+        Raises:
+            RunError: somebody else does.
+        """
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"run folder {self.path} is in use: another process trains in it") from None
+            except OSError:
+                pass  # a file system without locks
+            for path in self.path.iterdir():  # of a process that was killed while it wrote
+                if is_temporary(path):
+                    path.unlink(missing_ok=True)
+            yield
+        finally:
+            os.close(descriptor)
 
     def resume(self, trainer: Trainer) -> bool:
         """Load the checkpoint into a trainer, or, where the run is finished, its best weights into the model.
@@ -151,10 +187,13 @@ class RunFolder:
         with _fitting(self):
             if finished:
                 trainer.model.flow.load_state_dict(checkpoint["best"])
+                trainer.average.flow.load_state_dict(checkpoint["best"])
                 trainer.history = [list(row) for row in checkpoint["history"]]
                 trainer.best_epoch, trainer.best_nats, trainer.best = (checkpoint[key] for key in ("best_epoch", "best_nats", "best"))
             else:
                 trainer.load_state_dict(checkpoint)
+        if finished:
+            self._write_metrics(trainer)  # which may not have been written after the last checkpoint
         return finished
 
 

@@ -116,7 +116,7 @@ def train_run(path: str | Path, config: dict[str, Any], split: Split, *, device:
         The trainer; its model holds the best weights.
 
     Raises:
-        RunError: the folder holds something else, other settings, or a damaged checkpoint.
+        RunError: the folder holds something else, other settings, or a damaged checkpoint, or another process trains in it.
         OSError: the disk is full or read-only.
         Interrupted: Ctrl-C.
     """
@@ -129,6 +129,12 @@ def train_run(path: str | Path, config: dict[str, Any], split: Split, *, device:
     begun = folder.open(config)
     torch.manual_seed(settings.seed)
     trainer = Trainer(model, split, settings)
+    with folder.in_use():
+        return _train(folder, trainer, begun, progress)
+
+
+def _train(folder: RunFolder, trainer: Trainer, begun: bool, progress: Progress) -> Trainer:
+    path = folder.path
     if begun:
         finished = folder.resume(trainer)
         progress.note(f"{path} is finished" if finished else f"going on in {path} after epoch {trainer.epoch}")
@@ -147,5 +153,5 @@ def train_run(path: str | Path, config: dict[str, Any], split: Split, *, device:
                     next_write = time.monotonic() + (time.monotonic() - began) / _WRITING_SHARE
     except KeyboardInterrupt:
         raise Interrupted(f"{path} is kept up to epoch {kept}; start the same command again to go on") from None
-    model.flow.load_state_dict(trainer.best)
+    trainer.model.flow.load_state_dict(trainer.best)
     return trainer

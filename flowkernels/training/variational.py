@@ -50,7 +50,11 @@ def reverse_kl(flow: Flow, log_density: LogDensity, n: int, context: Tensor | No
         raise ValueError(
             "reverse_kl needs gradients, and they are switched off (torch.no_grad or inference_mode); use log_normalizer there"
         )
+    if n < 1:
+        raise ValueError(f"n must be at least 1; got {n}")
     x, log_q, rows = _samples(flow, n, context)
+    if not torch.isfinite(x.detach()).all():
+        raise ValueError("samples of the flow must be finite: its parameters have become NaN or infinite, or too large")
     log_p = _evaluate(log_density, x, rows)
     if x.requires_grad and not log_p.requires_grad:
         raise ValueError(
@@ -88,8 +92,9 @@ def train_reverse_kl(
     for name, value in (("steps", steps), ("samples", samples)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate must be positive; got {learning_rate}")
+    for name, value in (("learning_rate", learning_rate), ("clip_norm", clip_norm)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive; got {value}")
     optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
@@ -97,7 +102,9 @@ def train_reverse_kl(
         loss = reverse_kl(flow, log_density, samples, context)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), clip_norm).item()
+        if not math.isfinite(norm):
+            raise ValueError(f"the gradient's norm is {norm} in step {step}: log_density may have no finite gradient at some sample")
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
@@ -120,7 +127,7 @@ def log_normalizer(flow: Flow, log_density: LogDensity, n: int, context: Tensor 
     """log Z = log of the integral of p~, by importance sampling from the flow: log mean p~(x) / q(x) over n samples.
 
     The standard error is that of a mean, by the delta method: it is to be trusted where many samples are effective. A density may be 0
-    (log_density -inf) here.
+    (log_density -inf) here; where it is 0 at all samples, log Z is -inf, its error infinite, and none is effective.
 
     Args:
         flow, log_density: as in `reverse_kl`.
@@ -145,6 +152,8 @@ def log_normalizer(flow: Flow, log_density: LogDensity, n: int, context: Tensor 
         parts.append(log_p.double() - log_q.double())
     log_weight = torch.cat(parts)
     log_z = log_weight.logsumexp(0) - math.log(n)
+    if log_z == -math.inf:
+        return Normalizer(-math.inf, math.inf, 0.0)
     weight = (log_weight - log_z).exp()  # of mean 1
     return Normalizer(log_z.item(), (weight.std() / math.sqrt(n)).item(), (weight.sum() ** 2 / weight.square().sum()).item())
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -52,3 +53,22 @@ def test_one_dimension_is_one_column_and_other_names_are_refused(tmp_path):
     assert (tmp_path / "x.csv").read_text() == "log_prob\n1.5\n2.0\n"
     with pytest.raises(ValueError, match=r"must end in .npy or .csv; got .*x.txt"):
         save_array(tmp_path / "x.txt", torch.zeros(1))
+
+
+def test_two_writers_leave_the_content_of_one(tmp_path):
+    """Neither tears what the other publishes, nor takes its temporary file away."""
+    path, contents = tmp_path / "file.bin", [bytes([i]) * 1_000_000 for i in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        writers = [pool.submit(lambda content: [atomic_write(path, content) for _ in range(20)], content) for content in contents]
+        while not all(writer.done() for writer in writers):
+            if path.exists():
+                assert path.read_bytes() in contents
+    for writer in writers:
+        writer.result()
+    assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_a_csv_has_rows_and_columns_alone(tmp_path):
+    with pytest.raises(ValueError, match=r"one or two dimensions to be written as .csv; got shape \[2, 2, 2\]"):
+        save_array(tmp_path / "x.csv", torch.zeros(2, 2, 2))
+    assert not os.listdir(tmp_path)

@@ -188,3 +188,28 @@ def test_a_layer_taken_over_trains_copies_and_is_independent():
 def test_other_libraries_are_not_imported_with_the_package():
     code = "import sys, flowkernels.integrations as i; print([m for m in ('nflows', 'normflows', 'zuko') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_another_map_is_refused_beside_a_nan_too():
+    class Stretched(autoregressive.MaskedAffineAutoregressiveTransform):
+        def _elementwise_forward(self, inputs, autoregressive_params):
+            z, logabsdet = super()._elementwise_forward(inputs, autoregressive_params)
+            return 7 * z, logabsdet
+
+    plain, stretched = (kind(3, 8) for kind in (autoregressive.MaskedAffineAutoregressiveTransform, Stretched))
+    for module in (plain, stretched):
+        with torch.no_grad():
+            module.autoregressive_net.final_layer.bias[0] = torch.nan
+    assert isinstance(from_nflows(plain), MaskedAutoregressive)
+    with pytest.raises(ValueError, match="Stretched does not compute"):
+        from_nflows(stretched)
+
+
+def test_flows_whose_layers_take_other_contexts_are_refused():
+    layers = [zuko.flows.MaskedAutoregressiveTransform(3, context, hidden_features=(8,)) for context in (0, 2)]
+    base = zuko.flows.MAF(3, transforms=1).base
+    for transforms in (layers, layers[::-1]):
+        with pytest.raises(ValueError, match=r"all transforms must take the same context; theirs have \[[02], [02]\] features"):
+            from_zuko(zuko.flows.Flow(transforms, base))
+    with pytest.raises(ValueError, match="module must have at least one transform; got none"):
+        from_zuko(zuko.flows.Flow([], base))

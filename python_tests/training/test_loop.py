@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -192,3 +193,35 @@ def test_model_refuses_other_data():
     model.preprocess.std.fill_(1e-300)
     with pytest.raises(ValueError, match="data must fit torch.float32 after preprocessing; row 0, column 0"):
         model.prepare(data.train)
+
+
+def test_a_state_is_a_copy_that_may_be_loaded_again():
+    data = split()
+    first = trainer(data)
+    first.run_epoch()
+    state = first.state_dict()
+    before = bits(state)
+    first.run_epoch()
+    assert bits(state) == before
+    others = [trainer(data, seed=seed) for seed in (1, 2)]
+    for other in others:
+        other.load_state_dict(state)
+        other.run_epoch()
+    assert bits(state) == before
+    assert bits(others[0].state_dict()) == bits(others[1].state_dict()) == bits(first.state_dict())
+
+
+def test_a_held_out_row_without_a_density_is_named():
+    data = split()
+    data.validation.x[2, 1] = 1e25
+    with pytest.raises(ValueError, match="the held-out log p.x. is -inf for row 2, counted from 0, in epoch 1: it may lie too far"):
+        trainer(data).run_epoch()
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_rows_are_needed_to_train_and_to_validate(part):
+    data = split()
+    model = trainer(data).model
+    without = replace(data, **{part: getattr(data, part).rows(torch.arange(0))})
+    with pytest.raises(ValueError, match=f"split.{part} must have at least one row; got none"):
+        Trainer(model, without, TrainingSettings())

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from flowkernels.baseline import fit_gaussian
+from flowkernels.data import Table
 from flowkernels.training import RunError, RunFolder, Trainer, TrainingSettings, load_model, load_split, make_config, train_run
 from flowkernels.training.loop import VALIDATION_DRAWS
 from flowkernels.training.registry import FLOWS
@@ -227,3 +228,38 @@ def test_every_flow_beats_the_fitted_gaussian_on_held_out_digits(flow, unconditi
     gaussian = fit_gaussian(model.preprocess, split.train, split.validation, VALIDATION_DRAWS)
     baseline = gaussian.log_prob(split.validation, torch.Generator().manual_seed(0), VALIDATION_DRAWS).mean().item()
     assert trainer.best_nats > baseline + 0.3
+
+
+def test_a_folder_in_use_is_refused(run, data):
+    with RunFolder(run).in_use(), pytest.raises(RunError, match="is in use: another process trains in it"):
+        train_run(run, config(data), data)
+    train_run(run, config(data), data)
+
+
+def test_what_a_killed_writer_left_is_no_obstacle(tmp_path, data):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".config.json.0123456789abcdef.tmp").touch()
+    train_run(folder, config(data), data)
+    assert sorted(os.listdir(folder)) == ["checkpoint.pt", "config.json", "metrics.csv"]
+
+
+def test_a_finished_run_validates_and_has_its_metrics(run, data):
+    metrics = (run / "metrics.csv").read_bytes()
+    (run / "metrics.csv").unlink()
+    trainer = train_run(run, config(data), data)
+    assert trainer.validate() == trainer.best_nats
+    assert (run / "metrics.csv").read_bytes() == metrics
+
+
+def test_a_context_that_is_not_finite_is_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    x, context = rng.normal(size=(40, 3)), rng.normal(size=(40, 2))
+    np.savez(tmp_path / "x.npz", x=x, context=context)
+    data = load_split(str(tmp_path / "x.npz"), seed=0)
+    train_run(tmp_path / "run", config(data), data)
+    model, *_ = load_model(tmp_path / "run")
+    far = data.validation.context.clone()
+    far[1, 0] = 1e60
+    with pytest.raises(ValueError, match="context must fit torch.float32 after preprocessing; row 1, column 0, .* of .* is 1e"):
+        model.log_prob(Table(data.validation.x, far, "far.npy"))

@@ -87,6 +87,21 @@ def test_log_normalizer_takes_a_density_with_zeros():
     assert abs(found.log_z - math.log(share)) < 5 * found.standard_error
 
 
+def no_gradient(x):
+    return gaussian(x) - (0 * x).abs().sum(1).sqrt()
+
+
+def nan_flow():
+    made = flow()
+    with torch.no_grad():
+        next(made.parameters()).fill_(math.nan)
+    return made
+
+
+def test_a_density_that_is_zero_at_all_samples():
+    assert log_normalizer(flow(), lambda x: torch.full((len(x),), -math.inf), 100) == (-math.inf, math.inf, 0.0)
+
+
 def nan_at_two(x):
     return torch.where(torch.arange(len(x)) == 2, math.nan, gaussian(x))
 
@@ -109,6 +124,14 @@ def nan_at_two(x):
         ),
         (lambda: train_reverse_kl(flow(), gaussian, steps=0), ValueError, "steps must be at least 1; got 0"),
         (lambda: train_reverse_kl(flow(), gaussian, learning_rate=-1.0), ValueError, "learning_rate must be positive"),
+        (lambda: train_reverse_kl(flow(), gaussian, clip_norm=-1.0), ValueError, "clip_norm must be positive; got -1.0"),
+        (
+            lambda: train_reverse_kl(flow(), no_gradient, steps=3),
+            ValueError,
+            "the gradient's norm is nan in step 1",
+        ),
+        (lambda: reverse_kl(flow(), gaussian, 0), ValueError, "n must be at least 1; got 0"),
+        (lambda: reverse_kl(nan_flow(), gaussian, 5), ValueError, "samples of the flow must be finite: its parameters have become NaN"),
     ],
 )
 def test_mistakes_are_named(call, error, message):
