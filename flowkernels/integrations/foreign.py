@@ -180,8 +180,8 @@ def check_same(ours: nn.Module, theirs: Map, module: nn.Module) -> None:
     for mine, other in zip(ours(x, context), theirs(x, context), strict=True):
         if torch.equal(mine.isfinite(), other.isfinite()):  # NaN in a foreign parameter is in ours too, and says nothing
             mine, other = mine[mine.isfinite()], other[other.isfinite()]
-        far = (mine - other).abs().max().item() if len(other) else 0.0
-        if not far <= torch.finfo(like.dtype).eps ** 0.5 * (1 + other.abs().max().item() if len(other) else 1):
+        far, size = ((mine - other).abs().max().item(), other.abs().max().item()) if len(other) else (0.0, 0.0)
+        if not far <= torch.finfo(like.dtype).eps ** 0.5 * (1 + size):
             raise ValueError(
                 f"{type(module).__name__} does not compute what this version of its library's does: on 16 rows of noise the layer made of "
                 f"it differs by up to {far:.1e}"
