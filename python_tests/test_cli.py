@@ -292,6 +292,7 @@ def test_a_mistake_in_training_makes_no_folder(files, tmp_path, monkeypatch, cap
         ("sample run -n 3 --context context.npy", ["context was given"]),
         ("train maf --data x.npy --out run --transforms 3", ["other settings: transforms was 1, now 3"]),
         ("train maf --data x.npy --out x.csv", ["must be a folder; it is a file"]),
+        ("train maf --data digits --no-standardize --out new", ["standardize must not be switched off for images, such as digits"]),
     ],
 )
 def test_a_mistake_in_use_changes_nothing(files, monkeypatch, capsys, arguments, messages):
@@ -302,6 +303,12 @@ def test_a_mistake_in_use_changes_nothing(files, monkeypatch, capsys, arguments,
     error = refusal(capsys, arguments.split())
     assert all(message in error for message in messages), error
     assert before == {path: path.stat().st_mtime_ns for path in files.rglob("*")}
+
+
+def test_a_reader_who_has_seen_enough():
+    command = f"{sys.executable} -m flowkernels info; echo $? >&2"
+    done = subprocess.run(f"({command}) | true", shell=True, capture_output=True, text=True)
+    assert done.stderr.split() in (["141"], ["0"])  # the latter where all of it was written before the reader left
 
 
 @pytest.mark.parametrize("number", ["-1", "10"])

@@ -1,6 +1,7 @@
 """The command line: the four tasks of a flow, and what is installed. Each sub-command is one small file."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -37,15 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0; 2 after one line on standard error that says what was wrong; 130 after Ctrl-C.
+        The exit code: 0; 2 after one line on standard error that says what was wrong; 130 after Ctrl-C; 141 where nobody reads the output.
     """
     options = build_parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
     except Interrupted as interruption:
         return _say(f"interrupted: {interruption}", 130)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it ends
+        return 128 + 13  # as if by SIGPIPE
     except (ValueError, OSError, RunError, ModuleNotFoundError, NotImplementedError) as error:
         return _say(f"error: {_text(error)}", 2)
     return 0

@@ -156,7 +156,8 @@ class Trainer:
     def _learning_rate(self) -> float:
         if self.settings.schedule == "constant":
             return self.settings.learning_rate
-        return self.settings.learning_rate * 0.5 * (1 + math.cos(math.pi * self.epoch / self.settings.epochs))
+        passed = min(self.epoch / self.settings.epochs, 1.0)  # of the epochs; whoever goes on beyond them trains no further
+        return self.settings.learning_rate * 0.5 * (1 + math.cos(math.pi * passed))
 
     def run_epoch(self, on_step: Callable[[], None] = lambda: None) -> dict[str, float]:
         """One pass over the training rows, with fresh dequantisation noise where there is any, and the held-out likelihood after it.

@@ -12,6 +12,7 @@ from ..data import DIGITS, Split, load_digits, load_table, split_rows
 from ..data.digits import LEVELS
 from .loop import Trainer, TrainingSettings
 from .progress import Progress
+from .registry import FLOWS
 from .run import FORMAT, RunFolder, build_model
 
 # alpha keeps the logit finite; files have RealNVP's for colour images
@@ -65,7 +66,12 @@ def make_config(
         standardize: for a user's tables: zero mean and unit variance in every column of the training rows, and of their context.
         grey_levels, alpha: for images; see `data.GreyLevels`. By default 17 and 0.01 for the digits, 256 and 0.05 for images in files.
         unconditional: whether a context that came with the data was left out.
+
+    Raises:
+        ValueError: no such flow is known, or a setting is for tables and the data are images, or the other way round.
     """
+    if flow not in FLOWS:
+        raise ValueError(f"flow must be one of {', '.join(FLOWS)}; got {flow!r}")
     x, context, image_shape = split.train.x, split.train.context, split.train.image_shape
     digits = split.train.name == DIGITS
     if image_shape is None:
@@ -74,6 +80,8 @@ def make_config(
                 raise ValueError(f"{name} must be given for images alone; {split.train.name} is a table of numbers, got {name} {value}")
         preprocess = {"kind": "standardize" if standardize else "identity"}
     else:
+        if not standardize:
+            raise ValueError(f"standardize must not be switched off for images, such as {split.train.name}: their logits are standardised")
         usual = (LEVELS, ALPHA_OF_DIGITS) if digits else (LEVELS_OF_FILES, ALPHA_OF_FILES)
         preprocess = {
             "kind": "grey_levels",

@@ -121,6 +121,8 @@ class VAE(nn.Module):
     @torch.no_grad()
     def log_prob(self, x: Tensor, samples: int = 1000) -> Tensor:
         """Importance-weighted log P(x) of each row, log mean p(x, z) / q(z | x) (Burda et al. 2016): a lower bound in the mean, [batch]."""
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1; got {samples}")
         parts = []
         for rows in x.split(max(1, _ROWS // samples)):
             z, log_q = self.posterior(rows, samples)

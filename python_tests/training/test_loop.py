@@ -225,3 +225,10 @@ def test_rows_are_needed_to_train_and_to_validate(part):
     without = replace(data, **{part: getattr(data, part).rows(torch.arange(0))})
     with pytest.raises(ValueError, match=f"split.{part} must have at least one row; got none"):
         Trainer(model, without, TrainingSettings())
+
+
+def test_the_learning_rate_does_not_rise_again():
+    run = trainer(split(), epochs=2)
+    for _ in range(4):
+        run.run_epoch()
+    assert [row[1] for row in run.history][2:] == [0.0, 0.0]

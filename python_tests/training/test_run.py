@@ -263,3 +263,8 @@ def test_a_context_that_is_not_finite_is_refused(tmp_path):
     far[1, 0] = 1e60
     with pytest.raises(ValueError, match="context must fit torch.float32 after preprocessing; row 1, column 0, .* of .* is 1e"):
         model.log_prob(Table(data.validation.x, far, "far.npy"))
+
+
+def test_an_unknown_flow_is_named(data):
+    with pytest.raises(ValueError, match="flow must be one of .*maf.*; got 'nope'"):
+        make_config("nope", {}, data, TrainingSettings())
