@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from flowkernels.flows import MAF
+from flowkernels.layers import masked_autoregressive
 
 PROCESSES = 2
 
@@ -25,6 +26,7 @@ def gradients(call, model: torch.nn.Module, rows: slice) -> dict[str, torch.Tens
 
 
 def flow(seed: int) -> MAF:
+    masked_autoregressive.INITIAL_OUTPUTS = 1.0  # as in conftest, which spawned processes do not read
     torch.manual_seed(seed)
     return MAF(5, context_features=2, transforms=3, hidden_features=(16, 12)).double()
 
