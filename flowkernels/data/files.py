@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import secrets
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def atomic_write(path: str | Path, data: bytes | memoryview) -> None:
         OSError: the disk is full, read-only or broken. The old file is untouched and no temporary file is left.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_TEMPORARY}")  # no other writer's
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # no other writer's
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -36,12 +37,12 @@ def atomic_write(path: str | Path, data: bytes | memoryview) -> None:
     _sync_folder(path.parent)
 
 
-_TEMPORARY = ".tmp"
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
 def is_temporary(path: Path) -> bool:
     """Whether a process that was killed may have left this file of `atomic_write` behind."""
-    return path.name.startswith(".") and path.name.endswith(_TEMPORARY)
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -242,6 +242,9 @@ def test_what_a_killed_writer_left_is_no_obstacle(tmp_path, data):
     (folder / ".config.json.0123456789abcdef.tmp").touch()
     train_run(folder, config(data), data)
     assert sorted(os.listdir(folder)) == ["checkpoint.pt", "config.json", "metrics.csv"]
+    (folder / ".notes.tmp").touch()  # somebody else's
+    train_run(folder, config(data), data)
+    assert ".notes.tmp" in os.listdir(folder)
 
 
 def test_a_finished_run_validates_and_has_its_metrics(run, data):
