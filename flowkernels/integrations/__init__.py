@@ -1,6 +1,6 @@
-"""Layers of other libraries, taken over: the same function, from their parameters, through our kernels.
+"""Layers and flows of other libraries, taken over: the same function, from their parameters, through our kernels.
 
-    layer = flowkernels.integrations.from_nflows(transform)
+    flow = flowkernels.integrations.from_nflows(flow)
 
 The other library is imported when one of its modules is taken over, not before.
 """

@@ -171,7 +171,7 @@ def check_same(ours: nn.Module, theirs: Map, module: nn.Module) -> None:
     Raises:
         ValueError: they differ: module's class overrides a part of the map, or its library is of a version with another one.
     """
-    like = next(module.parameters())
+    like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), torch.empty(0))
     if like.is_meta:
         return
     draws = torch.Generator().manual_seed(0)

@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from ..flows import Flow
-from ..layers import MaskedAutoregressive
+from ..layers import AffineCoupling, MaskedAutoregressive
 from ..ops import ScaleMap
 from ..ops.activation import parse_activation
 from .foreign import ForeignLayer, check_same, conditioner_of
+from .parts import ContextAppended, copied, coupling_layers, flow_of, mlp_of
 
 
 def from_zuko(module: nn.Module) -> MaskedAutoregressive | Flow:
@@ -18,17 +19,22 @@ def from_zuko(module: nn.Module) -> MaskedAutoregressive | Flow:
     z = x * exp(s / (1 + |s / log slope|)) + shift, data to noise in both libraries. Orders, passes and adjacencies are read from the
     masks: any nested adjacency becomes an order of degrees.
 
+    Couplings of ReLU networks run network and map in one kernel.
+
     Args:
-        module: a `MaskedAutoregressiveTransform`, or a `MAF` or other `Flow` made of them over a standard normal base.
+        module: a `MaskedAutoregressiveTransform` becomes a layer; a `MAF`, `NICE`, `RealNVP` or other `Flow` made of such transforms and
+            of `GeneralCouplingTransform`s, over a standard normal base, becomes a `flows.Flow`.
 
     Raises:
         TypeError: module is none of these, or holds another transformation.
         ValueError: an adjacency is not nested (the message says which output sees which input), the context does not reach all units, the
-            univariate transformation is not affine, the base is not standard normal, an activation is none that the kernels know, or the
-            module computes something else on rows of noise, as a subclass may.
+            univariate transformation is not affine, the base is not standard normal, an activation of a masked network is none that the
+            kernels know, a coupling transforms fewer or more than half of the features, or the module computes something else on rows of
+            noise, as a subclass may.
     """
     from zuko.flows import Flow as ZukoFlow
     from zuko.flows import MaskedAutoregressiveTransform
+    from zuko.flows.coupling import GeneralCouplingTransform
 
     if isinstance(module, MaskedAutoregressiveTransform):
         layer = _layer(module)
@@ -39,17 +45,33 @@ def from_zuko(module: nn.Module) -> MaskedAutoregressive | Flow:
     transforms = list(getattr(module.transform, "transforms", [module.transform]))
     if not transforms:
         raise ValueError("module must have at least one transform; got none")
+    layers: list[nn.Module] = []
+    sizes: list[tuple[int, int]] = []  # features and context features of each
     for number, transform in enumerate(transforms):
-        if not isinstance(transform, MaskedAutoregressiveTransform):
-            raise TypeError(f"transform {number} of the flow must be a MaskedAutoregressiveTransform; got {type(transform).__name__}")
-    layers = [_layer(transform) for transform in transforms]
-    contexts = [layer.context_features for layer in layers]
-    if len(set(contexts)) > 1:
-        raise ValueError(f"all transforms must take the same context; theirs have {contexts} features")
-    _check_base(module.base, layers[0].features)
-    flow = Flow(layers, layers[0].features, context_features=layers[0].context_features).train(module.training)
+        if isinstance(transform, MaskedAutoregressiveTransform):
+            layer = _layer(transform)
+            layers.append(layer)
+            sizes.append((layer.features, layer.context_features))
+        elif isinstance(transform, GeneralCouplingTransform):
+            layers += _coupling(transform)
+            sizes.append((len(transform.mask), transform.hyper.in_features - int(transform.mask.sum())))
+        else:
+            raise TypeError(
+                f"transform {number} of the flow must be a MaskedAutoregressiveTransform or a GeneralCouplingTransform; "
+                f"got {type(transform).__name__}"
+            )
+    features, contexts = sizes[0][0], [context for _, context in sizes]
+    _check_base(module.base, features)
+    flow = flow_of(layers, features, contexts, module.training)
     check_same(flow, lambda x, context: module(context).transform.call_and_ladj(x), module)
     return flow
+
+
+def _coupling(transform: nn.Module) -> list[nn.Module]:
+    """Shift and raw scale of each feature stand side by side."""
+    scale, hyper = _scale(transform), transform.hyper
+    network = mlp_of(hyper, int(transform.mask.sum())) or ContextAppended(copied(hyper))
+    return coupling_layers(~transform.mask, lambda part: AffineCoupling(network, part=part, scale=scale, interleaved=True))
 
 
 def _layer(transform: nn.Module) -> MaskedAutoregressive:

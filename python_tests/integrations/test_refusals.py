@@ -12,6 +12,9 @@ from flowkernels.flows import Flow
 from flowkernels.integrations import from_nflows, from_normflows, from_zuko
 from flowkernels.layers import MaskedAutoregressive
 
+nflows = pytest.importorskip("nflows.flows")
+distributions = pytest.importorskip("nflows.distributions")
+transforms = pytest.importorskip("nflows.transforms")
 autoregressive = pytest.importorskip("nflows.transforms.autoregressive")
 normflows = pytest.importorskip("normflows")
 zuko = pytest.importorskip("zuko")
@@ -95,11 +98,21 @@ def test_adjacencies_that_are_not_nested_are_refused():
             from_nflows,
             lambda: nn.Linear(2, 2),
             TypeError,
-            "module must be an nflows MaskedAffineAutoregressiveTransform or MADE; got Linear",
+            "module must be an nflows MaskedAffineAutoregressiveTransform, MADE, CompositeTransform or Flow; got Linear",
         ),
-        (from_normflows, lambda: nn.Linear(2, 2), TypeError, "module must be a normflows MaskedAffineAutoregressive or MADE; got Linear"),
+        (
+            from_normflows,
+            lambda: nn.Linear(2, 2),
+            TypeError,
+            "module must be a normflows MaskedAffineAutoregressive, MADE or NormalizingFlow; got Linear",
+        ),
         (from_zuko, lambda: nn.Linear(2, 2), TypeError, "module must be a zuko MaskedAutoregressiveTransform or Flow; got Linear"),
-        (from_zuko, lambda: zuko.flows.NICE(4), TypeError, "transform 0 of the flow must be a MaskedAutoregressiveTransform"),
+        (
+            from_zuko,
+            lambda: zuko.flows.GF(4),
+            TypeError,
+            "transform 0 of the flow must be a MaskedAutoregressiveTransform or a GeneralCouplingTransform; got",
+        ),
         (from_nflows, lambda: nflows_layer(activation=torch.sin), ValueError, "activation must be one of"),
         (
             from_nflows,
@@ -213,3 +226,172 @@ def test_flows_whose_layers_take_other_contexts_are_refused():
             from_zuko(zuko.flows.Flow(transforms, base))
     with pytest.raises(ValueError, match="module must have at least one transform; got none"):
         from_zuko(zuko.flows.Flow([], base))
+
+
+def nflows_flow(*parts, base=(4,), embedding=None):
+    transform = transforms.CompositeTransform([transforms.CompositeTransform([transforms.ReversePermutation(4)]), *parts])
+    return nflows.Flow(transform, distributions.StandardNormal(base), embedding)
+
+
+def normflows_model(*parts, base=None):
+    return normflows.NormalizingFlow(base or normflows.distributions.DiagGaussian(4), list(parts))
+
+
+def normflows_coupling(network=None, **settings):
+    return normflows.flows.AffineCouplingBlock(network or normflows.nets.MLP([2, 8, 4]), **settings)
+
+
+@pytest.mark.parametrize(
+    ("take_over", "module", "error", "message"),
+    [
+        (from_nflows, lambda: nflows_flow(base=(3,)), ValueError, r"must be a StandardNormal of \[4\]; got StandardNormal of \[3\]"),
+        (
+            from_nflows,
+            lambda: nflows_flow(embedding=nn.Linear(2, 2)),
+            ValueError,
+            "embedding_net must be the identity; got Linear: take over flow._transform, and give it embedded contexts",
+        ),
+        (
+            from_nflows,
+            lambda: nflows_flow(transforms.CompositeTransform([transforms.LULinear(4)])),
+            TypeError,
+            "transform 1.0, LULinear, is none of the transforms that are taken over",
+        ),
+        (from_nflows, lambda: nflows_flow(transforms.ActNorm(4)), ValueError, "transform 1, ActNorm, has not been initialised: give it"),
+        (
+            from_nflows,
+            lambda: nflows_flow(transforms.RandomPermutation(4, 2)),
+            ValueError,
+            "must permute dimension 1, the features; got dim=2",
+        ),
+        (
+            from_nflows,
+            lambda: nflows_flow(transforms.AffineCouplingTransform([1, 0, 0, 0], nn.Linear)),
+            ValueError,
+            "transform 1, AffineCouplingTransform, must transform half of the features, 2 of 4; it transforms 1",
+        ),
+        (
+            from_nflows,
+            lambda: nflows_flow(*(nflows_layer(features=4, context_features=c) for c in (2, None))),
+            ValueError,
+            r"all transforms must take the same context; theirs have \[2, 0\] features",
+        ),
+        (
+            from_nflows,
+            lambda: transforms.PointwiseAffineTransform(1.0, 2.0),
+            ValueError,
+            "knows how many features there are; got Pointwise",
+        ),
+        (
+            from_normflows,
+            lambda: normflows_model(base=normflows.distributions.GaussianMixture(2, 4)),
+            ValueError,
+            "q0 must be a DiagGaussian of vectors without temperature; got GaussianMixture",
+        ),
+        (
+            from_normflows,
+            lambda: normflows_model(base=normflows.distributions.DiagGaussian((3, 2, 2))),
+            ValueError,
+            r"got DiagGaussian of shape \(3, 2, 2\), temperature None",
+        ),
+        (
+            from_normflows,
+            lambda: normflows_model(normflows.flows.Planar((4,))),
+            TypeError,
+            "flow 0 of the model, Planar, is none of the flows that are taken over",
+        ),
+        (
+            from_normflows,
+            lambda: normflows_model(normflows.flows.ActNorm(4)),
+            ValueError,
+            "ActNorm, has not been initialised: give the model",
+        ),
+        (
+            from_normflows,
+            lambda: normflows_model(normflows_coupling(split_mode="checkerboard")),
+            ValueError,
+            "split_mode must be 'channel' or 'channel_inv'; got 'checkerboard'",
+        ),
+        (
+            from_normflows,
+            lambda: normflows_model(normflows_coupling(normflows.nets.MLP([2, 8, 4], leaky=0.1), scale_map="sigmoid")),
+            ValueError,
+            "scale_map must be 'exp' or 'sigmoid_inv', or 'sigmoid' with a ReLU MLP; got 'sigmoid'",
+        ),
+        (
+            from_zuko,
+            lambda: zuko.flows.Flow([zuko.flows.GeneralCouplingTransform(4, mask=[1, 0, 0, 0])], zuko.flows.MAF(4).base),
+            ValueError,
+            "must transform half of the features, 2 of 4; it transforms 3",
+        ),
+        (from_zuko, lambda: zuko.flows.Flow(zuko.flows.NICE(4).transform, zuko.flows.MAF(3).base), ValueError, "base must be a standard"),
+    ],
+)
+def test_flows_with_other_parts_are_refused(take_over, module, error, message):
+    with pytest.raises(error, match=message):
+        take_over(module().eval())
+
+
+def test_batch_norms_between_layers_are_refused_in_training():
+    flow = nflows.MaskedAutoregressiveFlow(3, 8, 2, 1, batch_norm_between_layers=True)
+    with pytest.raises(ValueError, match=r"transform 2, BatchNorm, normalises by the batch it sees; call eval\(\) on the flow"):
+        from_nflows(flow)
+    assert not from_nflows(flow.eval()).training
+
+
+def test_a_flow_with_another_map_is_refused():
+    class Shifted(transforms.ReversePermutation):
+        def forward(self, inputs, context=None):
+            z, logabsdet = super().forward(inputs, context)
+            return z + 0.1, logabsdet
+
+    class Halved(normflows.NormalizingFlow):
+        def log_prob(self, x):
+            return super().log_prob(x) / 2
+
+    with pytest.raises(ValueError, match="Flow does not compute what this version"):
+        from_nflows(nflows_flow(Shifted(4)))
+    with pytest.raises(ValueError, match="Halved does not compute what this version"):
+        from_normflows(Halved(normflows.distributions.DiagGaussian(4), [normflows_coupling()]))
+
+
+@pytest.mark.parametrize("library", ["nflows", "normflows", "zuko"])
+def test_a_flow_taken_over_trains_copies_and_is_independent(library):
+    torch.manual_seed(0)
+    if library == "nflows":
+        standardise = transforms.PointwiseAffineTransform(torch.randn(4), torch.rand(4) + 0.5)
+        network = lambda inputs, outputs: nn.Sequential(nn.Linear(inputs, 8), nn.ReLU(), nn.Linear(8, outputs))
+        coupling = transforms.AffineCouplingTransform([1, 0, 1, 0], lambda i, o: WithoutContext(network(i, o)))
+        module, take_over, fixed = nflows_flow(standardise, coupling, nflows_layer(features=4)), from_nflows, 2
+    elif library == "normflows":
+        base = normflows.distributions.DiagGaussian(4, trainable=False)
+        module, take_over, fixed = normflows_model(normflows_coupling(), normflows_coupling(), base=base), from_normflows, 2
+    else:
+        module, take_over, fixed = zuko.flows.RealNVP(4), from_zuko, 0
+    flow, x = take_over(module), torch.randn(50, 4)
+    assert flow.training
+    with torch.no_grad():
+        want = flow.log_prob(x)
+        for p in module.parameters():
+            p.fill_(0.3)
+        for twin in (flow, copy.deepcopy(flow)):
+            assert torch.equal(twin.log_prob(x), want)
+    flow.log_prob(x).mean().neg().backward()
+    assert sum(p.grad is None for p in flow.parameters()) == fixed and all(p.grad is None for p in flow.parameters() if not p.requires_grad)
+    torch.optim.SGD((p for p in flow.parameters() if p.requires_grad), lr=0.05).step()
+    assert flow.log_prob(x).mean() > want.mean()
+    z, logabsdet = flow(x)
+    back, opposite = flow.inverse(z)
+    torch.testing.assert_close((back, opposite), (x, -logabsdet), rtol=1e-3, atol=1e-3)
+
+
+class WithoutContext(nn.Module):
+    """nflows gives networks a context, and None where there is none."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        assert context is None
+        return self.network(x)

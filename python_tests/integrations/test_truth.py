@@ -8,13 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowkernels.flows import Flow
 from flowkernels.integrations import from_nflows, from_normflows, from_zuko
+from flowkernels.layers import MLP
 
+nflows = pytest.importorskip("nflows.flows")
+nflows_distributions = pytest.importorskip("nflows.distributions")
+nflows_nets = pytest.importorskip("nflows.nn.nets")
+nflows_transforms = pytest.importorskip("nflows.transforms")
 nflows_autoregressive = pytest.importorskip("nflows.transforms.autoregressive")
 normflows = pytest.importorskip("normflows")
 zuko = pytest.importorskip("zuko")
 
 CONFIGURATIONS = range(200)
+FLOWS = range(60)
 FUNCTIONS = [F.relu, torch.tanh, F.elu, F.gelu, F.silu, F.leaky_relu, torch.sigmoid]
 MODULES = [nn.ReLU, nn.Tanh, nn.ELU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Sigmoid]
 Outputs = tuple[Tensor, Tensor]
@@ -36,7 +43,7 @@ def prepared(module: nn.Module) -> nn.Module:
         for p in module.parameters():
             p.add_(0.2 * torch.randn_like(p))
         for m in module.modules():
-            if isinstance(m, nn.BatchNorm1d):
+            if hasattr(m, "running_var"):
                 m.running_mean.normal_()
                 m.running_var.uniform_(0.5, 2.0)
     return module
@@ -138,3 +145,115 @@ def test_zuko(seed):
     ours = from_zuko(module)
     forward, inverse = zuko_directions(module)
     assert_agree(ours, forward, inverse, features, context, draw.choice([1, 2, 3, 5, 11]))
+
+
+def assert_flows_agree(ours: Flow, log_prob, inverse, features: int, context: int, rows: int) -> None:
+    """Densities of data, and samples of noise with their log|det|."""
+    assert isinstance(ours, Flow) and ours.shape == (features,) and ours.context_features == context and not ours.training
+    draw = lambda width: torch.randn(rows, width, dtype=torch.float64) if width else None
+    x, z, c = draw(features), draw(features), draw(context)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.log_prob(x, c), log_prob(x, c), rtol=1e-10, atol=1e-10)
+        samples, logabsdet = ours.inverse(z, c)
+        theirs, other = inverse(z, c)
+        torch.testing.assert_close(samples, theirs, rtol=1e-7, atol=1e-7)  # their D passes and ours differ by the map's condition
+        torch.testing.assert_close(logabsdet, other, rtol=1e-6, atol=1e-6)  # normflows adds it up in float32
+
+
+def nflows_transform(draw: random.Random, features: int, context: int) -> nn.Module:
+    """One of the transforms that whole flows are made of."""
+    t = nflows_transforms
+    kind = draw.choice(["made", "made", "permutation", "norm", "affine", "inverse", "coupling"])
+    if kind == "made":
+        settings = made_settings(draw) | {"features": features, "context_features": context or None}
+        return t.MaskedAffineAutoregressiveTransform(**settings)
+    if kind == "permutation":
+        return draw.choice([t.RandomPermutation, t.ReversePermutation])(features)
+    if kind == "norm":
+        norm = draw.choice([t.BatchNorm, t.ActNorm])(features)
+        norm.initialized = torch.tensor(True)
+        return norm
+    if kind == "affine":
+        numbers = (0.3, 1.7) if draw.random() < 0.5 else (torch.randn(features), torch.rand(features) + 0.5)
+        return t.PointwiseAffineTransform(*numbers)
+    if kind == "inverse":
+        return t.InverseTransform(t.CompositeTransform([nflows_transform(draw, features, context) for _ in range(2)]))
+    mask = torch.randperm(features) % 2
+    network = lambda inputs, outputs: nflows_nets.ResidualNet(inputs, outputs, 8, context_features=context or None)
+    return draw.choice([t.AffineCouplingTransform, t.AdditiveCouplingTransform])(mask, network)
+
+
+@pytest.mark.parametrize("seed", FLOWS)
+def test_flows_of_nflows(seed):
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    features, context = draw.choice([2, 3, 5, 6]), draw.choice([0, 3])
+    kind = draw.choice(["maf", "realnvp", "own", "own"])
+    if kind == "own":
+        parts = [nflows_transform(draw, features, context) for _ in range(draw.choice([1, 3, 5]))]
+        made = nflows_autoregressive.MaskedAffineAutoregressiveTransform(features, 9, context_features=context or None)
+        transform = nflows_transforms.CompositeTransform([nflows_transforms.CompositeTransform(parts), made])
+        module = nflows.Flow(transform, nflows_distributions.StandardNormal([features]))
+    elif kind == "maf":
+        context, norms = 0, draw.random() < 0.5
+        module = nflows.MaskedAutoregressiveFlow(features, 9, 3, 2, use_random_permutations=True, batch_norm_between_layers=norms)
+    else:
+        context, norms = 0, draw.random() < 0.5
+        module = nflows.SimpleRealNVP(features, 9, 3, 2, batch_norm_between_layers=norms)
+    module = prepared(module)
+    ours = from_nflows(module if draw.random() < 0.7 else module._transform)
+    assert_flows_agree(ours, module.log_prob, module._transform.inverse, features, context, draw.choice([1, 2, 11]))
+
+
+def normflows_flow(draw: random.Random, features: int, context: int) -> nn.Module:
+    kind = draw.choice(["made"] if context else ["made", "permutation", "norm", "coupling", "coupling"])
+    if kind == "made":
+        blocks = 2 if draw.random() < 0.5 or context else 0
+        return normflows.flows.MaskedAffineAutoregressive(features, 9, context_features=context or None, num_blocks=blocks)
+    if kind == "permutation":
+        return normflows.flows.Permute(features, mode=draw.choice(["swap", "shuffle"]))
+    if kind == "norm":
+        return normflows.flows.ActNorm(features)
+    mode, scale_map = draw.choice(["channel", "channel_inv"]), draw.choice(["exp", "sigmoid", "sigmoid_inv", None])
+    halves = [(features + 1) // 2, features // 2]
+    inputs, outputs = halves if mode == "channel" else halves[::-1]
+    leaky = 0.0 if scale_map == "sigmoid" else draw.choice([0.0, 0.1])
+    network = normflows.nets.MLP([inputs, 8, 8, outputs * (2 if scale_map else 1)], leaky=leaky)
+    return normflows.flows.AffineCouplingBlock(network, scale=scale_map is not None, scale_map=scale_map or "exp", split_mode=mode)
+
+
+@pytest.mark.parametrize("seed", FLOWS)
+def test_models_of_normflows(seed):
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    features, context = draw.choice([2, 3, 5, 6]), draw.choice([0, 0, 3])
+    base = normflows.distributions.DiagGaussian(features, trainable=draw.random() < 0.5)
+    parts = [normflows_flow(draw, features, context) for _ in range(draw.choice([1, 3, 5]))]
+    kind = normflows.ConditionalNormalizingFlow if context else normflows.NormalizingFlow
+    module = prepared(kind(base, parts))
+    given = lambda c: () if c is None else (c,)
+    log_prob = lambda x, c: module.log_prob(x, *given(c))
+    x, c = (torch.randn(20, width, dtype=torch.float64) for width in (features, context))
+    log_prob(x, c if context else None)  # initialises actnorms
+    to_base = lambda z: base.loc + z * base.log_scale.exp()
+
+    def inverse(z: Tensor, c: Tensor | None) -> Outputs:
+        samples, logabsdet = module.forward_and_log_det(to_base(z), *given(c))
+        return samples, (logabsdet + base.log_scale.sum()).double()
+
+    assert_flows_agree(from_normflows(module), log_prob, inverse, features, context, draw.choice([1, 2, 11]))
+
+
+@pytest.mark.parametrize("seed", FLOWS)
+def test_couplings_of_zuko(seed):
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    features, context = draw.choice([2, 3, 5, 6]), draw.choice([0, 3])
+    settings = {"hidden_features": draw.choice([(), (8,), (9, 20)]), "activation": draw.choice([nn.ReLU, nn.ReLU, nn.Tanh])}
+    settings |= {"randmask": draw.random() < 0.5, "normalize": draw.random() < 0.2, "transforms": draw.choice([1, 4])}
+    module = prepared(draw.choice([zuko.flows.NICE, zuko.flows.RealNVP])(features, context, **settings))
+    ours = from_zuko(module)
+    if settings["activation"] is nn.ReLU and settings["hidden_features"] and not settings["normalize"]:
+        assert any(isinstance(m, MLP) for m in ours.modules())
+    _, inverse = zuko_directions(module)
+    assert_flows_agree(ours, lambda x, c: module(c).log_prob(x), inverse, features, context, draw.choice([1, 2, 11]))

@@ -1,0 +1,96 @@
+"""What whole flows of other libraries are made of, besides masked networks."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..flows import Flow
+from ..layers import MLP, ActNorm, Permute
+from ..ops import Part
+
+
+class ContextAppended(nn.Module):
+    """A network that takes the context as more features of its input: network([x, context])."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.network(x if context is None else torch.cat([x, context], 1))
+
+
+def flow_of(layers: Sequence[nn.Module], features: int, contexts: Sequence[int], training: bool) -> Flow:
+    """Layers, from data to noise, over a standard normal base. contexts: width of what each of them takes, of those that might take one.
+
+    Raises:
+        ValueError: they do not all take the same context.
+    """
+    if len(set(contexts)) > 1:
+        raise ValueError(f"all transforms must take the same context; theirs have {list(contexts)} features")
+    flow = Flow(layers, features, context_features=contexts[0] if contexts else 0).train(training)
+    return flow.to(next(flow.parameters(), torch.empty(0)).device)  # permutations are made on the CPU
+
+
+def coupling_layers(transformed: Tensor, coupling: Callable[[str], nn.Module]) -> list[nn.Module]:
+    """A coupling of these features, [features], between permutations where no part of x has them all.
+
+    coupling: makes the layer that transforms a part of that name; its conditioner sees the others in their order.
+
+    Raises:
+        ValueError: fewer or more than half of the features are transformed, which no part has.
+    """
+    mask = transformed.cpu()
+    features, count = len(mask), int(mask.sum())
+    parts = [part for part in Part if not part.is_checkerboard and part.count(features) == count and 0 < count < features]
+    if not parts:
+        halves = " or ".join(map(str, sorted({features // 2, features - features // 2})))
+        raise ValueError(f"must transform half of the features, {halves} of {features}; it transforms {count}")
+    index = torch.arange(features)
+    for part in parts:
+        if mask[part.transformed(index[None])[0]].all():
+            return [coupling(part.name.lower())]
+    part, order = parts[0], torch.empty_like(index)
+    order[part.transformed(index[None])[0]] = index[mask]
+    order[part.untouched(index[None])[0]] = index[~mask]
+    return [Permute(order), coupling(part.name.lower()), Permute(order.argsort())]
+
+
+def mlp_of(network: nn.Sequential, inputs: int) -> MLP | None:
+    """A ReLU network as a `layers.MLP`, which runs inside the kernels; None if it is none. Features beyond the inputs are a context."""
+    linears, relus = list(network)[0::2], list(network)[1::2]
+    if not relus or len(relus) != len(linears) - 1 or not all(map(_is_relu, relus)):
+        return None
+    weights, biases = ([getattr(linear, name, None) for linear in linears] for name in ("weight", "bias"))
+    if not all(isinstance(t, Tensor) and t.dim() == dim for part, dim in ((weights, 2), (biases, 1)) for t in part):
+        return None
+    widths = [w.shape[0] for w in weights]
+    with torch.device("meta"):
+        mlp = MLP(inputs, widths[:-1], widths[-1], context_features=weights[0].shape[1] - inputs)
+    copy_of = lambda t: nn.Parameter(t.clone(memory_format=torch.contiguous_format))
+    for dense, weight, bias in zip(mlp.layers, weights, biases, strict=True):
+        own, context = weight.detach().T.tensor_split([len(dense.weight)])
+        dense.weight, dense.bias = copy_of(own), copy_of(bias.detach())
+        if dense.context_weight is not None:
+            dense.context_weight = copy_of(context)
+    return mlp.train(network.training)
+
+
+def _is_relu(module: nn.Module) -> bool:
+    return type(module) is nn.ReLU or (type(module) is nn.LeakyReLU and module.negative_slope == 0)
+
+
+def copied(network: nn.Module) -> nn.Module:
+    """The network itself, with parameters of its own."""
+    return copy.deepcopy(network)
+
+
+def affine_layer(bias: Tensor, log_scale: Tensor, *, learned: bool) -> ActNorm:
+    """z = (x + bias) * exp(log_scale) of each feature."""
+    with torch.device("meta"):
+        layer = ActNorm(len(bias))
+    layer.bias, layer.log_scale = (nn.Parameter(t.detach().clone(), requires_grad=learned) for t in (bias, log_scale))
+    layer.initialised = torch.tensor(True, device=bias.device)
+    return layer
