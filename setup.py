@@ -118,6 +118,14 @@ def host_flags() -> list[str]:
     return flags
 
 
+def arch_list() -> str:
+    """The architectures to compile for; left alone, torch would ask the visible GPUs, and fail where there is none."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCH_LIST
+    if older := [arch for arch in re.findall(r"\d+\.\d+", wanted) if float(arch) < 8.0]:
+        fail(f"TORCH_CUDA_ARCH_LIST must name architectures from 8.0 on, which copy asynchronously; got {', '.join(older)}")
+    return wanted
+
+
 def plan() -> tuple[list, dict, dict]:
     """The extensions to build, the commands that build them, and the record that the package keeps of it (flowkernels/_build.json)."""
     if switch("FLOWKERNELS_SKIP_EXT"):
@@ -159,7 +167,7 @@ def plan() -> tuple[list, dict, dict]:
     if record["cuda"] is None:
         record["cuda_version"] = nvcc_version(CUDA_HOME)
         # torch would ask the visible GPUs instead, and fail where there is none
-        record["arch_list"] = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCH_LIST
+        record["arch_list"] = os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list()
         nvcc = [
             *common[:1],
             *system,

@@ -32,7 +32,8 @@ _choice = _Choice()
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose the implementation of every op inside a `with` block, in this thread.
+    """Choose the implementation of every op that is called inside a `with` block, in this thread. Gradients follow the calls that they are
+    gradients of, wherever they are asked for.
 
     Args:
         name: "auto" (the tensor's device decides, and the reference serves where nothing was compiled), "reference"
@@ -49,6 +50,25 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _choice.name = before
+
+
+def chosen() -> str:
+    """The name of the choice in force."""
+    return _choice.name
+
+
+def as_called(backward: Callable) -> Callable:
+    """The backward of an autograd.Function under the choice that its call was made under, `ctx.backend = chosen()`. A GPU's gradients are
+    asked for by another thread, in which nothing was chosen."""
+
+    @functools.wraps(backward)
+    def run(ctx, *cotangents):
+        if ctx.backend == _choice.name:
+            return backward(ctx, *cotangents)
+        with backend(ctx.backend):
+            return backward(ctx, *cotangents)
+
+    return run
 
 
 def prefers_compiled() -> bool:
@@ -94,10 +114,16 @@ def register_triton(op: str, module: str, reference: Callable) -> None:
             return _triton.launch(op, *args)
         if _choice.name == "triton":
             raise RuntimeError(f"backend 'triton' was chosen, but {why_not}")
+        _say_once(why_not)
         return reference(*args)
 
     library.impl(op, serve, "CUDA")
     _route_cpu_to_triton()
+
+
+@functools.cache
+def _say_once(why_not: str) -> None:
+    warnings.warn(f"flowkernels: {why_not}. Until then the reference serves in the place of Triton kernels", stacklevel=2)
 
 
 def look_at_gpus_later() -> None:

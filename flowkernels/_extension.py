@@ -93,9 +93,9 @@ def find_unserved_gpus() -> dict[int, str]:
     for index in range(torch.cuda.device_count() if archs and status().cuda_library else 0):
         major, minor = torch.cuda.get_device_capability(index)
         if not _runs_on(archs, (major, minor)):
+            again = f"build it again: TORCH_CUDA_ARCH_LIST={major}.{minor} {_REBUILD}" if major >= 8 else "it needs 8.0 or newer"
             unserved_gpus[index] = (
-                f"the CUDA library was built for {archs} and cuda:{index}, {torch.cuda.get_device_name(index)}, is {major}.{minor}; "
-                f"build it again: TORCH_CUDA_ARCH_LIST={major}.{minor} {_REBUILD}"
+                f"the CUDA library was built for {archs} and cuda:{index}, {torch.cuda.get_device_name(index)}, is {major}.{minor}; {again}"
             )
     return unserved_gpus
 

@@ -205,6 +205,16 @@ def test_force_cuda_fails_loudly(why_no_cuda, monkeypatch):
         why_no_cuda(fake_torch(None), None)
 
 
+def test_architectures_that_the_kernels_do_not_run_on_are_refused(script, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;8.0 9.0a+PTX")
+    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST must name architectures from 8\.0 on, .*; got 7\.5"):
+        script.arch_list()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a+PTX 10.0")
+    assert script.arch_list() == "8.0 9.0a+PTX 10.0"
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    assert script.arch_list() == script.DEFAULT_ARCH_LIST
+
+
 def test_warnings_are_errors_on_demand_only(script, monkeypatch):
     monkeypatch.delenv("FLOWKERNELS_WERROR", raising=False)
     flags = script.host_flags()

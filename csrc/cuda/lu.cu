@@ -171,8 +171,8 @@ void launch(const Tensor& given, const Tensor& sign, const Tensor& logabsdet, co
 
   auto* kernel = plan.workspace == 0 ? (inverse ? &lu_kernel<In, T, true, true> : &lu_kernel<In, T, true, false>)
                                      : (inverse ? &lu_kernel<In, T, false, true> : &lu_kernel<In, T, false, false>);
-  if (plan.shared_bytes > 48 * 1024) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)));
+  if (plan.shared_bytes > 48 * 1024) {  // all that a block may have: the attribute is one for all threads of the process
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit));
   }
   kernel<<<static_cast<unsigned>(plan.blocks), 32 * plan.warps, plan.shared_bytes, static_cast<cudaStream_t>(stream)>>>(args);
   STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
     wrong = []
     for device in devices:
         found = list(check.results(device))
-        for dtype in check.DTYPES:
+        for dtype in check.dtypes(device):
             print(f"\n{device}, {dtype}: largest difference from plain PyTorch in float64 ({check.LARGEST_ERROR[dtype]:.0e} passes)")
             width = max(map(len, check.FLOWS))
             print("  ".join([" " * width, *check.TASKS]))

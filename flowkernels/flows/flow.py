@@ -26,7 +26,7 @@ class Flow(Chain):
             one's output is flat.
         shape: number of features D, or the shape of one row of x, such as (3, 32, 32).
         context_features: width of the context; 0 for none.
-        base: base distribution; standard normal by default.
+        base: base distribution, as `flows.Base` says; standard normal by default.
 
     Shape:
         x: [batch, *shape]; z: [batch, features], features being the product of the shape; logabsdet: [batch], in nats.
@@ -39,7 +39,7 @@ class Flow(Chain):
         self.shape = parse_shape(shape)
         self.features = math.prod(self.shape)
         self.context_features = parse_context_features(context_features)
-        self.base = StandardNormal() if base is None else base
+        self.base = StandardNormal() if base is None else _checked_base(base)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data to noise: z [batch, features] and log|det dz/dx| [batch]."""
@@ -57,7 +57,7 @@ class Flow(Chain):
     def _check(self, name: str, rows: Tensor, shape: tuple[int, ...], context: Tensor | None) -> None:
         for argument, given in ((name, rows), ("context", context)):
             if given is not None and not isinstance(given, Tensor):
-                raise TypeError(f"{argument} must be a torch.Tensor; got {type(given).__module__}.{type(given).__qualname__}")
+                raise TypeError(_no_tensor(argument, given))
         if rows.shape[1:] != shape:
             raise ValueError(f"{name} must have shape [batch, {', '.join(map(str, shape))}]; got {list(rows.shape)}")
         if context is None:
@@ -70,7 +70,13 @@ class Flow(Chain):
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density (nats) of each row of x: [batch, *shape] -> [batch]."""
         z, logabsdet = self(x, context)
-        return self.base.log_prob(z) + logabsdet
+        return self._base_log_prob(z) + logabsdet
+
+    def _base_log_prob(self, z: Tensor) -> Tensor:
+        density = self.base.log_prob(z)
+        if density.shape != z.shape[:1]:
+            raise ValueError(f"base.log_prob must return one number for each row, {list(z.shape[:1])}; got {list(density.shape)}")
+        return density
 
     def distribution(self, context: Tensor | None = None) -> "FlowDistribution":
         """p(x | context) as a torch distribution. context: [*batch, context features], or None."""
@@ -105,6 +111,18 @@ class Flow(Chain):
 _NO_CONTEXT = "None, as the flow takes none"
 
 
+def _no_tensor(argument: str, given: object) -> str:
+    return f"{argument} must be a torch.Tensor; got {type(given).__module__}.{type(given).__qualname__}"
+
+
+def _checked_base(base: Base) -> Base:
+    whole = not isinstance(base, type) and all(callable(getattr(base, name, None)) for name in ("log_prob", "sample"))
+    if not whole or isinstance(base, Distribution):
+        kind = f"the class {base.__name__}" if isinstance(base, type) else type(base).__name__
+        raise TypeError(f"base must have log_prob(z) and sample(n, features, *, like), as flows.StandardNormal has; got {kind}")
+    return base
+
+
 def _count(n: int) -> tuple[int]:
     if not isinstance(n, Integral) or n < 0:
         raise ValueError(f"n must be a number of at least 0; got {n}: distribution(context).sample takes shapes")
@@ -132,6 +150,8 @@ class FlowDistribution(Distribution):
     def __init__(self, flow: Flow, context: Tensor | None = None) -> None:
         if context is None and flow.context_features:
             raise ValueError(f"context is missing: the flow takes [*batch, {flow.context_features}]")
+        if context is not None and not isinstance(context, Tensor):
+            raise TypeError(_no_tensor("context", context))
         if context is not None and (not flow.context_features or context.shape[-1:] != (flow.context_features,)):
             wanted = f"[*batch, {flow.context_features}]" if flow.context_features else _NO_CONTEXT
             raise ValueError(f"context must be {wanted}; got {list(context.shape)}")
@@ -185,7 +205,7 @@ class FlowDistribution(Distribution):
         batch = self._sample_batch(sample_shape)
         z = self._noise(batch.numel())
         x, logabsdet = self._from_noise(z, batch)
-        return x.view(batch + self.event_shape), (self.flow.base.log_prob(z) - logabsdet).view(batch)
+        return x.view(batch + self.event_shape), (self.flow._base_log_prob(z) - logabsdet).view(batch)
 
     def _from_noise(self, z: Tensor, batch: Size) -> tuple[Tensor, Tensor]:
         """The inverse of the flow for noise of a batch shape, whose contexts take turns from row to row."""

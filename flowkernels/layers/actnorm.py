@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._wide import wide
 from ..ops import channel_affine
 from ._sizes import parse_count
 
@@ -67,7 +68,7 @@ class ActNorm(nn.Module):
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
         """Set bias and log_scale from x, [batch, channels, *sites], and the batches of all other ranks."""
-        values = x.detach().transpose(0, 1).flatten(1).double()
+        values = wide(x.detach().transpose(0, 1).flatten(1))
         count = _sum_over_ranks(values.new_tensor([values.shape[1]]))
         if not count:
             raise ValueError("x must not be empty: it is the first batch, which initialises ActNorm")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from .._wide import wide
 from ..ops import lu_fold, slogdet, slogdet_inverse
 from ._building import built_on_cpu
 from ._dtype import check_dtype
@@ -276,11 +277,11 @@ def freeze_weights(layers: Mapping[str, InvertibleConv1x1]) -> None:
     frozen: list[tuple[InvertibleConv1x1, Frozen]] = []
     for members in groups.values():
         weights = torch.stack([layer.weight() for _, layer in members])
-        exact = weights.double()
+        exact = wide(weights)
         _, logabsdets, inverses = slogdet_inverse(exact)
         # in the 1-norm; what is not a number is not less
         condition = torch.linalg.matrix_norm(exact, 1) * torch.linalg.matrix_norm(inverses, 1)
-        regular = (condition < 1 / torch.finfo(torch.float64).eps).tolist()
+        regular = (condition < 1 / torch.finfo(exact.dtype).eps).tolist()
         for i, (name, layer) in enumerate(members):
             if not regular[i]:
                 number = torch.linalg.cond(exact[i]).item()

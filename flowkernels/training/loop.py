@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .._wide import wide
 from ..data import Split
 from ..flows import Flow
 from ..layers import FlowBatchNorm, InvertibleConv1x1
@@ -82,14 +83,16 @@ def set_training_statistics(flow: Flow, x: Tensor, context: Tensor | None = None
         return
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
     momenta = [norm.momentum for norm in norms]
-    for i, chosen in enumerate(order.tensor_split(parts)):
-        for norm in norms:
-            norm.train()
-            norm.momentum = 1 / (i + 1)
-        flow(x[chosen], None if context is None else context[chosen])
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    flow.eval()
+    try:
+        for i, chosen in enumerate(order.tensor_split(parts)):
+            for norm in norms:
+                norm.train()
+                norm.momentum = 1 / (i + 1)
+            flow(x[chosen], None if context is None else context[chosen])
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        flow.eval()
 
 
 def _decayed_weights_alone(flow: Flow, weight_decay: float) -> list[dict[str, Any]]:
@@ -185,7 +188,7 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(flow.parameters(), settings.clip_norm)
             self.optimizer.step()
             self._follow(step)
-            total += nats.detach().double().sum().item() + logabsdet[rows].sum().item()
+            total += wide(nats.detach()).sum().item() + logabsdet[rows].sum().item()
             seen += len(rows)
             if not math.isfinite(total):
                 raise ValueError(f"the loss is {-total} in epoch {self.epoch + 1}; learning_rate {settings.learning_rate} may be too large")

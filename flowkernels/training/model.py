@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
+from .._wide import wide, wide_dtype
 from ..data import GreyLevels, Preprocess, Table
 from ..flows import Flow
 
@@ -60,7 +61,8 @@ class DataModel:
         """What the flow sees.
 
         Returns:
-            y [rows, *shape of the flow] in its dtype, log|det dy/dx| [rows] float64, and the context in the flow's dtype; on its device.
+            y [rows, *shape of the flow] in its dtype, log|det dy/dx| [rows], in float64 where the device has it, and the context in the
+            flow's dtype; on its device.
         """
         parts, totals = [], []
         for x in table.x.split(_ROWS):  # in float64, so not all at once
@@ -69,7 +71,8 @@ class DataModel:
             totals.append(logabsdet)
         y = torch.cat(parts)
         _check_finite("data", table.name, y, table.x)
-        return y.view(-1, *self.flow.shape), torch.cat(totals).to(y.device), self.prepare_context(table.context, table.name)
+        logabsdet = torch.cat(totals).to(y.device, wide_dtype(y.device))
+        return y.view(-1, *self.flow.shape), logabsdet, self.prepare_context(table.context, table.name)
 
     def prepare_context(self, context: Tensor | None, name: str = "the context") -> Tensor | None:
         """The context as the flow sees it; name: of where it came from."""
@@ -94,7 +97,7 @@ class DataModel:
         total = torch.zeros(len(table), dtype=torch.float64)
         for _ in range(draws):
             y, logabsdet, context = self.prepare(table, generator)
-            parts = [self.flow.log_prob(*rows).double() for rows in self._chunks(y, context)]
+            parts = [wide(self.flow.log_prob(*rows)) for rows in self._chunks(y, context)]
             total += (torch.cat(parts) + logabsdet).cpu()
         return total / draws
 

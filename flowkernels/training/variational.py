@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._wide import wide
 from ..flows import Flow
 from .model import rows_in_flight
 
@@ -149,7 +150,7 @@ def log_normalizer(flow: Flow, log_density: LogDensity, n: int, context: Tensor 
         if len(bad):
             i = int(bad[0])
             raise ValueError(f"log_density must be finite or -inf; it is {log_p[i].item()} for sample {first + i}, x = {_show(x[i])}")
-        parts.append(log_p.double() - log_q.double())
+        parts.append(wide(log_p) - wide(log_q))
     log_weight = torch.cat(parts)
     log_z = log_weight.logsumexp(0) - math.log(n)
     if log_z == -math.inf:

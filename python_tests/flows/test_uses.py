@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from flowkernels import ops
-from flowkernels.flows import IAF, MAF, NICE, Flow, Glow, RealNVP
-from flowkernels.layers import FlowBatchNorm, MaskedLinear, Permute, Squeeze
+from flowkernels.flows import IAF, MAF, NICE, Flow, Glow, RealNVP, StandardLogistic, StandardNormal
+from flowkernels.layers import DiagonalScale, FlowBatchNorm, MaskedLinear, Permute, Squeeze
 
 
 def test_a_functional_call_says_nothing_of_the_module_itself():
@@ -161,3 +161,36 @@ def test_an_input_whose_memory_was_freed(call):
     call(torch.randn(4, 4))
     with pytest.raises(RuntimeError, match="memory was freed|not allocated"):
         call(freed(torch.randn(4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("base", "got"),
+    [
+        (torch.distributions.Normal(0.0, 1.0), "Normal"),
+        (torch.distributions.Independent(torch.distributions.Normal(torch.zeros(3), 1.0), 1), "Independent"),
+        (StandardLogistic, "the class StandardLogistic"),
+        ("normal", "str"),
+    ],
+)
+def test_a_base_that_is_none_is_refused(base, got):
+    with pytest.raises(TypeError, match=rf"base must have log_prob\(z\) and sample\(n, features, \*, like\), .*; got {got}"):
+        Flow([DiagonalScale(3)], 3, base=base)
+
+
+def test_a_base_that_gives_a_density_for_each_feature_is_refused():
+    class Each(StandardNormal):
+        def log_prob(self, z):
+            return -0.5 * z.square()
+
+    flow = Flow([DiagonalScale(3)], 3, base=Each())
+    for call in (lambda: flow.log_prob(torch.randn(3, 3)), lambda: flow.rsample_and_log_prob(3)):
+        with pytest.raises(ValueError, match=r"base.log_prob must return one number for each row, \[3\]; got \[3, 3\]"):
+            call()
+
+
+@pytest.mark.parametrize("context", [np.zeros((2, 3), dtype=np.float32), [0.0, 0.0, 0.0]])
+def test_contexts_of_distributions_are_tensors(context):
+    flow = MAF(2, context_features=3, hidden_features=(4,))
+    for call in (flow.distribution, lambda c: flow.sample(4, c), lambda c: flow.rsample_and_log_prob(4, c)):
+        with pytest.raises(TypeError, match=r"context must be a torch.Tensor; got"):
+            call(context)

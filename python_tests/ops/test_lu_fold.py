@@ -100,6 +100,16 @@ def test_backends_opcheck_and_compile(inverse):
     torch.testing.assert_close(call(compiled, given, inverse), reference)
 
 
+def test_any_layout_of_the_factors():
+    given = lists(6, 2, torch.float32)
+    turned = [[t.mT.contiguous().mT if t.dim() == 2 else t.repeat_interleave(2)[::2] for t in each] for each in given]
+    for inverse in (False, True):
+        want, leaves = lu_fold(*given, inverse=inverse), [[t.requires_grad_(t.is_floating_point()) for t in each] for each in turned]
+        got = lu_fold(*leaves, inverse=inverse)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        got[0].sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype):
     given = lists(6, 2, dtype)
@@ -122,8 +132,13 @@ def test_the_inverse_of_float32_factors_is_rounded_once():
         (lambda f, d, s, r, e: ([], d, s, r, e), "factors must hold at least one layer; got none"),
         (lambda f, d, s, r, e: (f, d[1:], s, r, e), "log_diagonal must hold a tensor for each of 3 layers; got 2"),
         (lambda f, d, s, r, e: (f, d, s, r, e[1:]), "log_scale must hold a tensor for each of 3 layers; got 2"),
-        (lambda f, d, s, r, e: ([f[0], f[1], f[2][:4]], d, s, r, e), r"factors must have shape \[5, 5\]; got \[4, 5\]"),
-        (lambda f, d, s, r, e: (f, d, s, [t[:4] for t in r], e), r"row must have shape \[5\]; got \[4\]"),
+        (
+            lambda f, d, s, r, e: ([f[0], f[1], f[2][:4]], d, s, r, e),
+            r"factors must be torch.float64, \[5, 5\]; got torch.float64, \[4, 5\]",
+        ),
+        (lambda f, d, s, r, e: (f, d, s, [t[:4] for t in r], e), r"row must be torch.int64, \[5\]; got torch.int64, \[4\]"),
+        (lambda f, d, s, r, e: (f, d, s, [t.int() for t in r], e), r"row must be torch.int64, \[5\]; got torch.int32, \[5\]"),
+        (lambda f, d, s, r, e: (f, d, s, r, [t.float() for t in e]), r"log_scale must be torch.float64, \[5\]; got torch.float32"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):

@@ -111,6 +111,13 @@ def test_batch_norms_inside_scales_and_conditioners_take_the_training_sets_stati
     assert all(norm.momentum == 0.1 for norm in flow.modules() if hasattr(norm, "momentum"))
 
 
+def test_a_pass_for_statistics_that_fails_leaves_batch_norms_as_they_were():
+    flow = RealNVP((1, 4, 4), blocks=1, hidden_channels=4)
+    with pytest.raises(ValueError, match="x must have shape"):
+        set_training_statistics(flow, torch.randn(40, 2, 4, 4))
+    assert all(norm.momentum == 0.1 and not norm.training for norm in flow.modules() if hasattr(norm, "momentum"))
+
+
 def test_only_matrices_and_kernels_decay():
     torch.manual_seed(0)
     flow = NICE(4, hidden_features=(5,))

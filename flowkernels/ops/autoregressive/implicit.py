@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._backend import as_called, chosen
 from .._differentiation import apply_function, each_cotangent, pulled_back
 from ..masked_linear import masked_linear
 from ..scale_map import Form, PoweredMap, ScaleMap
@@ -65,10 +66,12 @@ class _Inverse(torch.autograd.Function):
         weights, biases, visible, activations, context_weights, order, wiring, context_biases = conditioner
         ctx.save_for_backward(x, order, *visible, z, context, *parameters)
         sizes = [len(tensors) for tensors in (weights, biases, context_weights, context_biases)]
+        ctx.backend = chosen()
         ctx.shape = _Shape(sizes, activations, wiring, scale.scale if isinstance(scale, PoweredMap) else scale, form)
         return x, logabsdet
 
     @staticmethod
+    @as_called
     def backward(ctx, g: Tensor, c: Tensor):
         shape, x, order, *tensors = ctx.shape, *ctx.saved_tensors
         layers, needed = shape.sizes[0], ctx.needs_input_grad[3:]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ... import _extension
-from ..._backend import wants_reference
+from ..._backend import as_called, chosen, wants_reference
 from ..._library import library, register_fake
 from .._differentiation import apply_function, each_cotangent, pulled_back, transformed
 from ..activation import Activation
@@ -269,7 +269,7 @@ class _Maps(torch.autograd.Function):
             y, total, kept = training(x, context, *tensors, orders, activations, wiring, stages, packed)
         ctx.save_for_backward(x, context, *kept, *parameters)
         ctx.orders, ctx.visible = orders, lists.visible  # integers, which autograd is not asked to watch: a small flow feels that
-        ctx.written = _times_written(orders, lists.visible)
+        ctx.backend, ctx.written = chosen(), _times_written(orders, lists.visible)
         learned = [int(isinstance(m.scale, PoweredMap)) for m in maps]
         bases = [m.scale.scale if powered else m.scale for m, powered in zip(maps, learned, strict=True)]
         ctx.numbers = _Numbers(activations, wiring, stages, packed, bases, learned)
@@ -278,6 +278,7 @@ class _Maps(torch.autograd.Function):
         return y, total
 
     @staticmethod
+    @as_called
     def backward(ctx, dy: Tensor, dlogabsdet: Tensor):
         (activations, wiring, stages, packed, bases, learned), x, context, *tensors = ctx.numbers, *ctx.saved_tensors
         orders, visible, layers = ctx.orders, ctx.visible, len(activations)

@@ -10,7 +10,7 @@ before and one after, since folding them into one would round badly where the sc
 import torch
 from torch import Tensor
 
-from ..._backend import register_triton, wants_reference
+from ..._backend import as_called, chosen, register_triton, wants_reference
 from ..._library import library, register_fake
 from .._differentiation import apply_function, forward_mode, needs_autograd, vmap_one_by_one
 from .._layout import empty_in_layout_of, in_layout_of
@@ -95,9 +95,11 @@ class _ChannelAffine(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         x, shift, log_scale, bias, ctx.inverse, ctx.keeps_output = inputs
+        ctx.backend = chosen()
         ctx.save_for_backward(output[0] if ctx.keeps_output else x, shift, log_scale, bias)
 
     @staticmethod
+    @as_called
     def backward(ctx, dy: Tensor, dlogabsdet: Tensor):
         kept, shift, log_scale, bias = ctx.saved_tensors
         arguments = (dy, dlogabsdet, kept, shift, log_scale, bias, ctx.inverse, ctx.keeps_output)

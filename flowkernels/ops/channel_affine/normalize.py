@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..._backend import wants_reference
+from ..._backend import as_called, chosen, wants_reference
 from ..._library import library, register_fake
 from .._differentiation import apply_function, forward_mode, needs_autograd, vmap_one_by_one
 from .._layout import empty_in_layout_of
@@ -115,12 +115,14 @@ class _NormalizeChannels(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         x, log_gain, bias, ctx.eps = inputs
+        ctx.backend = chosen()
         _, _, variance, mean = output
         ctx.has_bias = bias is not None
         ctx.mark_non_differentiable(variance, mean)
         ctx.save_for_backward(x, log_gain, variance, mean)
 
     @staticmethod
+    @as_called
     def backward(ctx, dz: Tensor, dlogabsdet: Tensor, *_):
         x, log_gain, variance, mean = ctx.saved_tensors
         if torch.is_grad_enabled():  # double backward: m and v vary with x

@@ -10,7 +10,7 @@ One kernel splits, applies the scale map and the form, copies the rest and sums 
 import torch
 from torch import Tensor
 
-from ..._backend import register_triton, wants_reference
+from ..._backend import as_called, chosen, register_triton, wants_reference
 from ..._library import library, register_fake
 from .._differentiation import apply_function, forward_mode, needs_autograd, vmap_one_by_one
 from .._layout import empty_in_layout_of, in_layout_of
@@ -111,12 +111,14 @@ class _Coupling(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         x, shift, raw_scale, scale_parameter, ctx.keeps_output, ctx.options = inputs
+        ctx.backend = chosen()
         if raw_scale is None:
             ctx.mark_non_differentiable(output[1])
         else:
             ctx.save_for_backward(output[0] if ctx.keeps_output else x, shift, raw_scale, scale_parameter)
 
     @staticmethod
+    @as_called
     def backward(ctx, dy: Tensor, dlogabsdet: Tensor):
         saved = ctx.saved_tensors
         if saved:

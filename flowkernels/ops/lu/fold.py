@@ -98,7 +98,7 @@ def lu_fold(
     """weight = P L (U + diag(sign * exp(log_diagonal))) diag(exp(log_scale)) of several layers, or its inverse, and log|det| of it.
 
     Args:
-        factors: of each layer, [n, n]: L below the diagonal and U above it; what is on it is ignored. Floating, contiguous.
+        factors: of each layer, [n, n]: L below the diagonal and U above it; what is on it is ignored. Floating.
         log_diagonal: of each layer, [n]. sign: [n], 1 or -1. row: [n], int64: row i of the weight is row row[i] of L U.
         log_scale: of each layer, [n], or none.
         inverse: the inverse of the weight, computed in float64.
@@ -107,7 +107,7 @@ def lu_fold(
         weight, [layers, n, n], with the dtype of the factors, and logabsdet (nats), [layers], in float32 where that is half precision.
 
     Raises:
-        ValueError: there is no layer, a shape differs, or there are not as many tensors of each kind.
+        ValueError: there is no layer, a shape or dtype differs, or there are not as many tensors of each kind.
     """
     _check(factors, log_diagonal, sign, row, log_scale)
     dtype = factors[0].dtype
@@ -116,27 +116,28 @@ def lu_fold(
             *([t.float() for t in each] for each in (factors, log_diagonal, sign)), row, [t.float() for t in log_scale], inverse=inverse
         )
         return weight.to(dtype), logabsdet
-    lists = (factors, log_diagonal, log_scale, sign, row)
+    lists = tuple([t.contiguous() for t in each] for each in (factors, log_diagonal, log_scale, sign, row))
     if transformed() or wants_reference("lu_fold", factors[0].device):
         return lu_fold_reference(*_stacked(*lists, inverse))
+    factors, log_diagonal, log_scale, sign, row = lists
     if needs_autograd((*factors, *log_diagonal, *log_scale)):
         return apply_function(_LuFold, len(factors), inverse, *factors, *log_diagonal, *sign, *row, *log_scale)
-    return _lu_fold(*map(list, lists), inverse)
+    return _lu_fold(*lists, inverse)
 
 
 def _check(factors, log_diagonal, sign, row, log_scale) -> None:
     if not factors:
         raise ValueError("factors must hold at least one layer; got none")
-    n = factors[0].shape[0]
-    for name, tensors, shape in (
-        ("factors", factors, (n, n)),
-        ("log_diagonal", log_diagonal, (n,)),
-        ("sign", sign, (n,)),
-        ("row", row, (n,)),
-        ("log_scale", log_scale, (n,)),
+    n, floating = factors[0].shape[0], factors[0].dtype
+    for name, tensors, shape, dtype in (
+        ("factors", factors, (n, n), floating),
+        ("log_diagonal", log_diagonal, (n,), floating),
+        ("sign", sign, (n,), floating),
+        ("row", row, (n,), torch.int64),
+        ("log_scale", log_scale, (n,), floating),
     ):
         if len(tensors) != len(factors) and (tensors or name != "log_scale"):
             raise ValueError(f"{name} must hold a tensor for each of {len(factors)} layers; got {len(tensors)}")
         for t in tensors:
-            if t.shape != shape:
-                raise ValueError(f"{name} must have shape {list(shape)}; got {list(t.shape)}")
+            if t.shape != shape or t.dtype != dtype:
+                raise ValueError(f"{name} must be {dtype}, {list(shape)}; got {t.dtype}, {list(t.shape)}")

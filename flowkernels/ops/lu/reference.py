@@ -3,18 +3,19 @@
 import torch
 from torch import Tensor
 
+from ..._wide import wide
 from .._differentiation import as_dtype
 
 
 def slogdet_reference(w: Tensor, in_float64: bool = False) -> tuple[Tensor, Tensor]:
     """Sign and log|det| of w, [*, n, n] -> [*], [*]."""
-    sign, logabsdet = torch.linalg.slogdet(w.double() if in_float64 else w)
+    sign, logabsdet = torch.linalg.slogdet(wide(w) if in_float64 else w)
     return as_dtype(sign, w.dtype), as_dtype(logabsdet, w.dtype)
 
 
 def slogdet_inverse_reference(w: Tensor, in_float64: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The same and the inverse, [*, n, n]. That of a singular matrix is not finite."""
-    factored = w.double() if in_float64 else w
+    factored = wide(w) if in_float64 else w
     sign, logabsdet = torch.linalg.slogdet(factored)
     # inv would raise; inv_ex leaves the columns that it did not reach as they were
     inverse, info = torch.linalg.inv_ex(factored)
@@ -33,12 +34,12 @@ def lu_fold_reference(
             lower, upper = _triangles(factors, log_diagonal, sign)
             weight = (lower @ upper).gather(1, rows)
             return weight if log_scale is None else weight * log_scale.exp()[:, None], logabsdet
-        lower, upper = _triangles(factors.double(), log_diagonal.double(), sign.double())
+        lower, upper = _triangles(wide(factors), wide(log_diagonal), wide(sign))
         unit = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
         permutation = unit.expand_as(lower).gather(1, rows)
         through = torch.linalg.solve_triangular(lower, permutation.mT, upper=False, unitriangular=True)
         weight = torch.linalg.solve_triangular(upper, through, upper=True)
-        weight = weight if log_scale is None else weight * (-log_scale.double()).exp()[:, :, None]
+        weight = weight if log_scale is None else weight * (-wide(log_scale)).exp()[:, :, None]
         return as_dtype(weight, factors.dtype), -logabsdet
 
 

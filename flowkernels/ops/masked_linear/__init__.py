@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..._backend import register_triton, wants_reference
+from ..._backend import as_called, chosen, register_triton, wants_reference
 from ..._library import library, register_fake
 from .._autocast import any_autocast, cast
 from .._differentiation import apply_function, forward_mode, needs_autograd, transformed, vmap_one_by_one
@@ -93,10 +93,11 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         x, weight, bias, visible = inputs
-        ctx.has_bias = bias is not None
+        ctx.has_bias, ctx.backend = bias is not None, chosen()
         ctx.save_for_backward(x, weight, visible)
 
     @staticmethod
+    @as_called
     def backward(ctx, dy: Tensor):
         x, weight, visible = ctx.saved_tensors
         dx = _dx(dy, weight, visible) if ctx.needs_input_grad[0] else None
@@ -114,9 +115,11 @@ class _Dx(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
+        ctx.backend = chosen()
         ctx.save_for_backward(*inputs)
 
     @staticmethod
+    @as_called
     def backward(ctx, g: Tensor):
         dy, weight, visible = ctx.saved_tensors
         return _product(g, weight, None, visible), _dweight(g, dy, visible), None
@@ -131,9 +134,11 @@ class _Dweight(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
+        ctx.backend = chosen()
         ctx.save_for_backward(*inputs)
 
     @staticmethod
+    @as_called
     def backward(ctx, g: Tensor):
         x, dy, visible = ctx.saved_tensors
         return _dx(dy, g, visible), _product(x, g, None, visible), None
