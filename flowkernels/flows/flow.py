@@ -24,19 +24,22 @@ class Flow(Chain):
     Args:
         layers: modules with `forward(x, context)` and `inverse(z, context)`, each returning (output, logabsdet [batch]). The last
             one's output is flat.
-        shape: number of features D, or the shape of one row of x, such as (3, 32, 32).
+        shape: number of features D, or the shape of one row of x, such as (3, 32, 32) or (2, 100).
         context_features: width of the context; 0 for none.
         base: base distribution, as `flows.Base` says; standard normal by default.
 
     Shape:
         x: [batch, *shape]; z: [batch, features], features being the product of the shape; logabsdet: [batch], in nats.
+
+    Raises:
+        ValueError: shape or context_features is none; or, of any call, an argument has another shape than it must. TypeError: base is none.
     """
 
     def __init__(
         self, layers: Iterable[nn.Module], shape: int | Sequence[int], *, context_features: int = 0, base: Base | None = None
     ) -> None:
         super().__init__(layers)
-        self.shape = parse_shape(shape)
+        self.shape = parse_shape(shape, sites=None)
         self.features = math.prod(self.shape)
         self.context_features = parse_context_features(context_features)
         self.base = StandardNormal() if base is None else _checked_base(base)
@@ -59,7 +62,8 @@ class Flow(Chain):
             if given is not None and not isinstance(given, Tensor):
                 raise TypeError(_no_tensor(argument, given))
         if rows.shape[1:] != shape:
-            raise ValueError(f"{name} must have shape [batch, {', '.join(map(str, shape))}]; got {list(rows.shape)}")
+            more = ": distribution(context).log_prob takes any" if rows.shape[-len(shape) :] == shape else ""
+            raise ValueError(f"{name} must have shape [batch, {', '.join(map(str, shape))}]; got {list(rows.shape)}{more}")
         if context is None:
             if self.context_features:
                 raise ValueError(f"context is missing: the flow takes [{rows.shape[0]}, {self.context_features}]")
@@ -68,7 +72,8 @@ class Flow(Chain):
             raise ValueError(f"context must be {wanted}; got {list(context.shape)}")
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Log-density (nats) of each row of x: [batch, *shape] -> [batch]."""
+        """Log-density (nats) of each row of x: [batch, *shape] -> [batch]. Score in evaluation mode: batch norms in training mode
+        normalise by the rows they see, and take note of them."""
         z, logabsdet = self(x, context)
         return self._base_log_prob(z) + logabsdet
 
@@ -92,8 +97,7 @@ class Flow(Chain):
 
     def sample_and_log_prob(self, n: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """n samples for each context and their log-densities, in one pass, without gradient."""
-        with torch.no_grad():
-            return self.rsample_and_log_prob(n, context)
+        return self.distribution(context).sample_and_log_prob(_count(n))
 
     def rsample_and_log_prob(self, n: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """n samples for each context and their log-densities, in one pass: [n, *context batch, *shape], [n, *context batch]."""
@@ -129,15 +133,17 @@ def _count(n: int) -> tuple[int]:
     return (n,)
 
 
-def parse_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
-    """The shape of one row of x: (D,) or (C, H, W).
+def parse_shape(shape: int | Sequence[int], sites: int | None = 2) -> tuple[int, ...]:
+    """The shape of one row of x: (D,) or (C, H, W); or (C, *sites) with another number of sites, or with any.
 
     Raises:
         ValueError: it is neither, or something in it is no whole number or less than 1.
     """
     numbers = tuple(shape) if isinstance(shape, Sequence) else (shape,)
-    if len(numbers) not in (1, 3) or not all(isinstance(n, Integral) and n >= 1 for n in numbers):
-        raise ValueError(f"shape must be a number of features or (C, H, W), whole numbers of at least 1; got {shape!r}")
+    fits = len(numbers) == 1 or (len(numbers) > 1 if sites is None else len(numbers) == 1 + sites)
+    if not fits or not all(isinstance(n, Integral) and n >= 1 for n in numbers):
+        image = "(C, H, W)" if sites == 2 else "(C, *sites)"
+        raise ValueError(f"shape must be a number of features or {image}, whole numbers of at least 1; got {shape!r}")
     return tuple(map(int, numbers))
 
 
@@ -182,26 +188,36 @@ class FlowDistribution(Distribution):
         return expanded
 
     def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density (nats) of each value: [*batch, *event shape], broadcast against the contexts, to [*batch]."""
         event = len(self.event_shape)
+        if value.shape[-event:] != self.event_shape:
+            raise ValueError(f"value must have shape [*batch, {', '.join(map(str, self.event_shape))}]; got {list(value.shape)}")
         shape = torch.broadcast_shapes(value.shape[:-event], self.batch_shape)
         rows = value.expand(*shape, *value.shape[-event:]).reshape(shape.numel(), *value.shape[-event:])
         return self.flow.log_prob(rows, self._rows(shape)).view(shape)
 
     def sample(self, sample_shape: Size | tuple = (), temperature: float = 1.0) -> Tensor:
+        """Samples without gradient: [*sample_shape, *context batch, *event shape]. temperature scales the base noise."""
         if not torch.is_grad_enabled():  # a microsecond of a small flow's sixty
             return self.rsample(sample_shape, temperature)
         with torch.no_grad():
             return self.rsample(sample_shape, temperature)
 
     def rsample(self, sample_shape: Size | tuple = (), temperature: float = 1.0) -> Tensor:
+        """As `sample`, and gradients reach the parameters and the context."""
         batch = self._sample_batch(sample_shape)
         z = self._noise(batch.numel())
         x, _ = self._from_noise(z * temperature if temperature != 1.0 else z, batch)
         shape = batch + self.event_shape
         return x if x.shape == shape else x.view(shape)
 
+    def sample_and_log_prob(self, sample_shape: Size | tuple = ()) -> tuple[Tensor, Tensor]:
+        """Samples and their log-densities in one pass, without gradient."""
+        with torch.no_grad():
+            return self.rsample_and_log_prob(sample_shape)
+
     def rsample_and_log_prob(self, sample_shape: Size | tuple = ()) -> tuple[Tensor, Tensor]:
-        """Samples and their log-densities in one pass."""
+        """Samples, [*sample_shape, *context batch, *event shape], and their log-densities, in one pass."""
         batch = self._sample_batch(sample_shape)
         z = self._noise(batch.numel())
         x, logabsdet = self._from_noise(z, batch)

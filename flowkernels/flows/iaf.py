@@ -27,6 +27,9 @@ class IAF(Flow):
         gate: the paper's numerically stable form; it starts near the identity. The scale of a step is then at most 1.
         scale: scale map; `ScaleMap.softclip()` by default, `ScaleMap.sigmoid(bias=2.0)` with `gate` (the paper's bias is 1 to 2).
         activation, residual, context_rule: see `layers.MaskedAutoregressive`.
+
+    Raises:
+        ValueError: an argument is none of these.
     """
 
     def __init__(

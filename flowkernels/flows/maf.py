@@ -19,8 +19,11 @@ class MAF(Flow):
         context_features: width of the context; 0 for none.
         transforms: number of autoregressive layers.
         hidden_features: widths of each layer's hidden layers.
-        batch_norm: flow batch norm after each autoregressive layer.
+        batch_norm: flow batch norm after each autoregressive layer; in training mode a density then depends on the batch it is in.
         activation, residual, scale, context_rule: see `layers.MaskedAutoregressive`.
+
+    Raises:
+        ValueError: an argument is none of these.
     """
 
     def __init__(

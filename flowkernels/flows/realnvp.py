@@ -24,7 +24,7 @@ class RealNVP(Flow):
     Args:
         shape: number of features, or (C, H, W).
         context_features: width of the context; 0 for none. It joins the input of every conditioner, as constant channels for images.
-        batch_norm: flow batch norm after each coupling.
+        batch_norm: flow batch norm after each coupling; in training mode a density then depends on the batch it is in.
         transforms: number of couplings, for a number of features.
         hidden_features: widths of each MLP's hidden layers, for a number of features.
         levels: number of scales, for images.

@@ -15,6 +15,18 @@ def parse_count(name: str, value: int) -> int:
     return int(value)
 
 
+def parse_sizes(name: str, shape: Iterable[int]) -> tuple[int, ...]:
+    """The shape of one row.
+
+    Raises:
+        ValueError: it is no sequence, or something in it is no whole number or less than 1.
+    """
+    sizes = () if isinstance(shape, Integral) else tuple(shape)
+    if not sizes or not all(isinstance(size, Integral) and size >= 1 for size in sizes):
+        raise ValueError(f"{name} must be a shape, such as (3, 32, 32), of whole numbers of at least 1; got {shape!r}")
+    return tuple(map(int, sizes))
+
+
 def parse_widths(hidden_features: Iterable[int]) -> tuple[int, ...]:
     """The widths of hidden layers.
 

@@ -138,8 +138,8 @@ class AffineCoupling(_Coupling):
         x, z: [batch, channels, *sites]; context: what the conditioner takes; logabsdet: [batch], in nats.
 
     Raises:
-        ValueError: x has fewer than two channels to split, no sites or no floating-point dtype, or the conditioner returns another
-            shape, dtype or device.
+        ValueError: scale, form or part is none, or scale takes no scale_parameter; or x has fewer than two channels to split, no sites or
+            no floating-point dtype, or the conditioner returns another shape, dtype or device.
     """
 
     _outputs = ("shift", "raw scale")
@@ -162,6 +162,8 @@ class AffineCoupling(_Coupling):
         self.form = parse_form(form)
         self.scale = scale
         self.interleaved = interleaved
+        if scale_parameter is not None and scale is not None and scale.kind != ScaleKind.EXP_TANH:
+            raise ValueError(f"scale must be an exp_tanh map with a scale_parameter; got {scale!r}")
         if scale_parameter is not None:
             initial = torch.as_tensor(scale_parameter, dtype=torch.get_default_dtype())
             scale_parameter = nn.Parameter(torch.atleast_1d(initial).clone())

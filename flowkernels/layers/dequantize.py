@@ -1,6 +1,7 @@
 """From grey levels to unbounded numbers: dequantisation and the logit, with their log-determinants."""
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Generator, Tensor, nn
@@ -22,13 +23,16 @@ class Dequantize(nn.Module):
 
     Shape:
         x, z: [batch, ...]; logabsdet: [batch], in nats.
+
+    Raises:
+        ValueError: levels is no whole number of at least 2.
     """
 
     def __init__(self, levels: int = 256) -> None:
         super().__init__()
-        if levels < 2:
-            raise ValueError(f"levels must be at least 2; got {levels}")
-        self.levels = levels
+        if not isinstance(levels, Integral) or levels < 2:
+            raise ValueError(f"levels must be a whole number of at least 2; got {levels!r}")
+        self.levels = int(levels)
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         if not x.is_floating_point():
@@ -57,7 +61,10 @@ class Logit(nn.Module):
         alpha: keeps p from 0 and 1; the papers take 0.05 for colour images and 1e-6 for MNIST.
 
     Shape:
-        x, z: [batch, ...], x in [0, 1]; logabsdet: [batch], in nats.
+        x, z: [batch, ...], x in [0, 1]; logabsdet: [batch], in nats. Outside of it z is NaN.
+
+    Raises:
+        ValueError: alpha is less than 0, or 0.5 and more.
     """
 
     def __init__(self, alpha: float = 0.05) -> None:

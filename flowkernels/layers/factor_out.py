@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ._sizes import parse_sizes
 from .chain import Chain
 
 
@@ -23,12 +24,12 @@ class FactorOut(nn.Module):
         rest: layers for what is kept; the last of them returns [batch, features].
 
     Raises:
-        ValueError: there are fewer than two channels.
+        ValueError: shape is none, or there are fewer than two channels; or x or z has another shape.
     """
 
     def __init__(self, shape: Sequence[int], rest: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape = parse_sizes("shape", shape)
         if self.shape[0] < 2:
             raise ValueError(f"shape must have at least 2 channels, of which half leaves; got {self.shape}")
         self.rest = Chain(rest)

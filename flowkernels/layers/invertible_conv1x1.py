@@ -130,9 +130,10 @@ class InvertibleConv1x1(Structured):
         _check(z, inverse)
         return conv1x1(z, inverse), _over_sites(-logabsdet, z)
 
-    def freeze(self) -> None:
+    def freeze(self) -> Self:
         """Keep weight, log-determinant and inverse until `train()`, loading, moving or writing into the parameters."""
         freeze_weights({"InvertibleConv1x1": self})
+        return self
 
     def train(self, mode: bool = True) -> Self:
         if mode:

@@ -53,6 +53,9 @@ class MaskedAutoregressive(KeepsPrograms, Structured):
 
     Shape:
         x, z: [batch, features]; context: [batch, context_features]; logabsdet: [batch], in nats.
+
+    Raises:
+        ValueError: a size, name or permutation is none of these; or, of a call, a shape, dtype or device does not fit.
     """
 
     @built_on_cpu

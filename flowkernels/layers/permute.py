@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._building import built_on_cpu
+from ._sizes import parse_count
 from ._structure import Structured
 from ._zero import zero_logabsdet
 from .masked_autoregressive import parse_order
@@ -27,9 +28,7 @@ class Permute(Structured):
         super().__init__()
         if isinstance(permutation, str) and features is None:
             raise ValueError(f"features must be given with permutation={permutation!r}; got None")
-        self.features = len(permutation) if features is None else features
-        if self.features < 1:
-            raise ValueError(f"permutation must have at least one feature; got {permutation}")
+        self.features = parse_count("features", len(permutation) if features is None else features)
         self.register_integers("permutation", parse_order(permutation, self.features, "permutation"))
 
     @classmethod

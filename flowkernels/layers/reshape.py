@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ._sizes import parse_sizes
 from ._zero import zero_logabsdet
 
 
@@ -14,11 +15,14 @@ class Reshape(nn.Module):
     Args:
         before: shape of one row of x, such as (3, 32, 32).
         after: shape of one row of z, such as (3072,).
+
+    Raises:
+        ValueError: they are no shapes, or have another number of elements; or x has another shape.
     """
 
     def __init__(self, before: Sequence[int], after: Sequence[int]) -> None:
         super().__init__()
-        self.before, self.after = tuple(before), tuple(after)
+        self.before, self.after = parse_sizes("before", before), parse_sizes("after", after)
         if math.prod(self.before) != math.prod(self.after):
             raise ValueError(f"after must have as many elements as before, {self.before}; got {self.after}")
 

@@ -8,7 +8,7 @@ from .coupling import Part, coupling, parse_part
 from .glow_step import glow_step
 from .lu import lu_fold, slogdet, slogdet_inverse
 from .masked_linear import masked_linear
-from .scale_map import Form, ScaleMap
+from .scale_map import Form, PoweredMap, ScaleMap
 
 __all__ = [
     "Activation",
@@ -17,6 +17,7 @@ __all__ = [
     "Map",
     "MaskedLayer",
     "Part",
+    "PoweredMap",
     "ScaleMap",
     "autoregressive",
     "autoregressive_stack",

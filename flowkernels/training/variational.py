@@ -89,6 +89,9 @@ def train_reverse_kl(
 
     Returns:
         The loss of every step, in nats: -log Z where q = p, more elsewhere.
+
+    Raises:
+        TypeError, ValueError: as in `reverse_kl`; a number is out of range, or the loss or a gradient is no longer finite.
     """
     for name, value in (("steps", steps), ("samples", samples)):
         if value < 1:

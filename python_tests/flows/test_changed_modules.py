@@ -200,7 +200,7 @@ def test_a_log_determinant_may_be_added_to():
         (lambda: Permute([1, 0])(torch.randn(2, 4, 3, 3)), r"x must have shape \[batch, 2, \*sites\]; got \[2, 4, 3, 3\]"),
         (lambda: Permute([1, 0]).inverse(torch.randn(2, 4)), r"z must have shape \[batch, 2, \*sites\]; got \[2, 4\]"),
         (lambda: Flow([*MAF(4).layers[:1], Permute([1, 0]), *MAF(4).layers[:1]], 4)(torch.randn(3, 4)), r"x must have shape \[batch, 2"),
-        (lambda: Permute([]), "permutation must have at least one feature"),
+        (lambda: Permute([]), "features must be a whole number of at least 1; got 0"),
         (lambda: ActNorm(2)(torch.full((3, 2), torch.nan)), "x must be finite: it is the first batch"),
         (lambda: FlowBatchNorm(2)(torch.randint(0, 9, (6, 2))), "x must be torch.float32, like the layer's statistics; got torch.int64"),
         (lambda: FlowBatchNorm(2).eval()(torch.randn(6, 2).double()), "x must be torch.float32, like the layer's statistics"),

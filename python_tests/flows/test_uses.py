@@ -1,6 +1,8 @@
 """What torch's users do with modules besides calling them: functional calls, many cotangents at once, half precision, odd arguments."""
 
 import copy
+import math
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +10,18 @@ import torch
 
 from flowkernels import ops
 from flowkernels.flows import IAF, MAF, NICE, Flow, Glow, RealNVP, StandardLogistic, StandardNormal
-from flowkernels.layers import DiagonalScale, FlowBatchNorm, MaskedLinear, Permute, Squeeze
+from flowkernels.layers import (
+    AffineCoupling,
+    Dequantize,
+    DiagonalScale,
+    FactorOut,
+    FlowBatchNorm,
+    InvertibleConv1x1,
+    MaskedLinear,
+    Permute,
+    Reshape,
+    Squeeze,
+)
 
 
 def test_a_functional_call_says_nothing_of_the_module_itself():
@@ -194,3 +207,53 @@ def test_contexts_of_distributions_are_tensors(context):
     for call in (flow.distribution, lambda c: flow.sample(4, c), lambda c: flow.rsample_and_log_prob(4, c)):
         with pytest.raises(TypeError, match=r"context must be a torch.Tensor; got"):
             call(context)
+
+
+def test_flows_of_sequences_and_volumes():
+    for shape in ((2, 5), (2, 3, 3, 2)):
+        conditioner = torch.nn.Conv1d(1, 2, 3, padding=1) if len(shape) == 2 else torch.nn.Conv3d(1, 2, 3, padding=1)
+        flow = Flow([AffineCoupling(conditioner), Reshape(shape, (math.prod(shape),))], shape)
+        x, log_prob = flow.sample_and_log_prob(4)
+        assert x.shape == (4, *shape)
+        torch.testing.assert_close(flow.log_prob(x), log_prob)
+    with pytest.raises(ValueError, match=r"a number of features or \(C, \*sites\), whole numbers of at least 1; got \(\)"):
+        Flow([DiagonalScale(3)], ())
+    with pytest.raises(ValueError, match=r"a number of features or \(C, H, W\), whole numbers of at least 1; got \(4, 4\)"):
+        RealNVP((4, 4))
+
+
+def test_distributions_take_more_batch_dimensions():
+    flow = MAF(2, hidden_features=(4,))
+    x = torch.randn(4, 5, 2)
+    distribution = flow.distribution()
+    torch.testing.assert_close(distribution.log_prob(x), flow.log_prob(x.flatten(0, 1)).view(4, 5))
+    with pytest.raises(ValueError, match=r"got \[4, 5, 2\]: distribution\(context\).log_prob takes any"):
+        flow.log_prob(x)
+    for wrong in (torch.randn(4, 5, 3), torch.zeros(())):
+        with pytest.raises(ValueError, match=rf"value must have shape \[\*batch, 2\]; got {re.escape(str(list(wrong.shape)))}"):
+            distribution.log_prob(wrong)
+    samples, log_prob = distribution.sample_and_log_prob((3, 2))
+    assert samples.shape == (3, 2, 2) and log_prob.shape == (3, 2) and not log_prob.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: AffineCoupling(torch.nn.Identity(), scale=ops.ScaleMap.exp(), scale_parameter=1.0),
+            "must be an exp_tanh map",
+        ),
+        (lambda: Dequantize(2.5), "levels must be a whole number of at least 2; got 2.5"),
+        (lambda: Permute("descending", 3.5), "features must be a whole number of at least 1; got 3.5"),
+        (lambda: Reshape(3, (3,)), "before must be a shape, such as"),
+        (lambda: FactorOut(4, [DiagonalScale(2)]), "shape must be a shape, such as"),
+    ],
+)
+def test_layers_refuse_settings_when_they_are_built(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_freezing_a_convolution_gives_it_back():
+    layer = InvertibleConv1x1(3)
+    assert layer.freeze() is layer

@@ -178,7 +178,7 @@ class TestFlowBatchNorm:
         (lambda: FactorOut((4,), [DiagonalScale(2)])(torch.zeros(2, 5)), r"x must have shape \[batch, 4\]; got \[2, 5\]"),
         (lambda: FactorOut((4,), [DiagonalScale(2)]).inverse(torch.zeros(2, 5)), r"z must have shape \[batch, 4\]; got \[2, 5\]"),
         (lambda: Chain([]), "layers must hold at least one layer; got none"),
-        (lambda: Dequantize(1), "levels must be at least 2; got 1"),
+        (lambda: Dequantize(1), "levels must be a whole number of at least 2; got 1"),
         (lambda: Logit(0.5), "alpha must be at least 0 and less than 0.5; got 0.5"),
         (lambda: DiagonalScale(0), "features must be a whole number of at least 1; got 0"),
         (lambda: FlowBatchNorm(3)(torch.zeros(4, 2)), r"x must have shape \[batch, 3, \*sites\]; got \[4, 2\]"),
