@@ -11,6 +11,7 @@ import torch
 
 from . import _extension, _triton
 from ._library import library
+from ._torch import when_cuda_starts
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 _DEVICE_OF = {"cpp": "cpu", "cuda": "cuda"}
@@ -130,7 +131,7 @@ def look_at_gpus_later() -> None:
     """When CUDA is first used, say once why the compiled library cannot serve, and let the reference do so on such GPUs."""
     status = _extension.status()
     if status.cuda_library or isinstance(status.cuda_error, _extension.CannotLoadError):
-        torch.cuda._lazy_call(_look_at_gpus)  # as torch checks its own binaries
+        when_cuda_starts(_look_at_gpus)  # as torch checks its own binaries
 
 
 def _look_at_gpus() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from . import _torch
+
 _FOLDER = Path(__file__).parent
 _BUILD = "pip install --no-build-isolation ."
 _REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
@@ -78,12 +80,12 @@ def status() -> Status:
 
 def has_kernel(op: str, device: str) -> bool:
     """Whether flowkernels::`op` has a kernel of its own on "CPU" or "CUDA", the reference not counted."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"flowkernels::{op}", device)
+    return _torch.has_kernel(op, device)
 
 
 def cuda_ops() -> list[str]:
     """The ops with a CUDA kernel and a reference for all other devices."""
-    names = (name.removeprefix("flowkernels::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("flowkernels::"))
+    names = (name.removeprefix("flowkernels::") for name in _torch.op_names() if name.startswith("flowkernels::"))
     return [op for op in names if has_kernel(op, "CUDA") and has_kernel(op, "CompositeExplicitAutograd")]
 
 

@@ -122,7 +122,7 @@ def time_sampling(flow: Flow, settings: dict[str, Any], repeats: int = 5) -> dic
     """Print how long the inverse of the flow takes: fused, as the D-pass loop, and in nflows with the same sizes. Medians, in seconds."""
     context = one_hot(torch.arange(TIMED_SAMPLES) % CLASSES).float()
     z = torch.randn(TIMED_SAMPLES, flow.features, generator=torch.Generator().manual_seed(0))
-    fused = torch._C._dispatch_has_kernel_for_dispatch_key("flowkernels::autoregressive", "CPU")
+    fused = _extension.has_kernel("autoregressive", "CPU")
 
     def loop() -> Tensor:
         with backend("reference"):

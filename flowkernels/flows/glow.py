@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._torch import has_global_hooks
 from ..layers import ActNormConv1x1, AdditiveCoupling, AffineCoupling, FactorOut, Reshape, Squeeze
-from ..layers._plain import has_global_hooks, is_plain
+from ..layers._plain import is_plain
 from ..layers._sizes import parse_count
 from ..layers.invertible_conv1x1 import Folded, fold
 from ..ops import Form, Part, ScaleMap, glow_step

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._torch import has_global_hooks
 from ..layers._dtype import check_dtype
-from ..layers._plain import has_global_hooks, is_plain
+from ..layers._plain import is_plain
 from ..layers._sizes import parse_context_features
 from ..ops import conv_net
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from .. import _extension
 from .._backend import prefers_compiled
+from .._torch import any_autocast, has_global_hooks
 from ..ops import Activation, Conditioner, Form, Map, Part, ScaleMap
-from ..ops._autocast import any_autocast
 from ..ops._differentiation import transformed
 from ..ops.scale_map import PoweredMap
-from ._plain import has_global_hooks, is_plain
+from ._plain import is_plain
 from .mlp import MLP, Dense
 
 UNIT = ScaleMap.unit()  # an additive coupling's

@@ -1,6 +1,5 @@
 """Whether a module may be computed without being called: what somebody changed or watches has to be called."""
 
-import torch
 from torch import nn
 
 
@@ -11,8 +10,3 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     if layer._backward_hooks or layer._backward_pre_hooks:
         return False
     return not ("forward" in layer.__dict__ or "inverse" in layer.__dict__)
-
-
-def has_global_hooks() -> bool:
-    """Whether somebody watches the calls of all modules."""
-    return torch.nn.modules.module._has_any_global_hook()

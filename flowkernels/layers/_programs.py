@@ -10,14 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .._backend import prefers_compiled
+from .._torch import any_autocast, dispatch_mode, has_global_hooks, tracing_state
 from ..ops import Map
-from ..ops._autocast import any_autocast
 from ..ops._differentiation import transformed
 from ..ops.autoregressive.kept import CAN_KEEP, KeptStack
-from ._plain import has_global_hooks
 from .masked_linear import MaskedLinear, Unitwise
 
 Result = tuple[Tensor, Tensor]
@@ -228,8 +226,8 @@ def _is_plain_call(x: Tensor) -> bool:
         and not any_autocast()
         and not transformed()
         and not has_global_hooks()
-        and _get_current_dispatch_mode() is None
-        and torch._C._get_tracing_state() is None
+        and dispatch_mode() is None
+        and tracing_state() is None
     )
 
 

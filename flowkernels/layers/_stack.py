@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .._torch import has_global_hooks
 from ..ops import Map, autoregressive_stack
 from ._coupling_map import most_rows
-from ._plain import has_global_hooks, is_plain
+from ._plain import is_plain
 from ._programs import Step
 from .batch_norm import FlowBatchNorm, evaluation_affines
 from .coupling import AdditiveCoupling, AffineCoupling

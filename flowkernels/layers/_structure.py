@@ -5,7 +5,8 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from .._torch import dispatch_mode
 
 
 class Structured(nn.Module):
@@ -32,7 +33,7 @@ class Structured(nn.Module):
                 yield name
 
     def _check_whole(self) -> None:
-        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:  # no numbers to look at
+        if torch.compiler.is_compiling() or dispatch_mode() is not None:  # no numbers to look at
             return
         for name in self._changed():
             raise ValueError(

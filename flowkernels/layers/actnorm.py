@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._torch import is_wrapped, unwrapped
 from .._wide import wide
 from ..ops import channel_affine
 from ._sizes import parse_count
@@ -109,8 +110,8 @@ class ActNorm(nn.Module):
 
 def _is_true(flag: Tensor) -> bool:
     """For every member of an ensemble, where torch.func batches them."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(flag):
-        flag = torch._C._functorch.get_unwrapped(flag)
+    while is_wrapped(flag):
+        flag = unwrapped(flag)
     return bool(flag.all())
 
 

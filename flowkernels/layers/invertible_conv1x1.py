@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from .._torch import has_global_hooks
 from .._wide import wide
 from ..ops import lu_fold, slogdet, slogdet_inverse
 from ._building import built_on_cpu
 from ._dtype import check_dtype
-from ._plain import has_global_hooks, is_plain
+from ._plain import is_plain
 from ._sizes import parse_count
 from ._structure import Structured
 from .actnorm import ActNorm

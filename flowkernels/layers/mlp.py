@@ -7,9 +7,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from .._torch import has_global_hooks
 from ._context import check_context
 from ._dtype import check_dtype
-from ._plain import has_global_hooks, is_plain
+from ._plain import is_plain
 from ._sizes import parse_context_features, parse_widths
 
 

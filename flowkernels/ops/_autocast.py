@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-any_autocast = torch._C._is_any_autocast_enabled  # asks for no device, which would cost more than all other checks of a call
+from .._torch import any_autocast
 
 
 def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:

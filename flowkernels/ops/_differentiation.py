@@ -4,20 +4,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
-from torch.autograd import forward_ad
 
 from .._library import library
-
-
-def forward_mode() -> bool:
-    """Whether tensors may carry tangents, by torch.autograd.forward_ad or by torch.func's jvp and jacfwd."""
-    return forward_ad._current_level >= 0
+from .._torch import forward_mode, is_batched, transform_level, transforms_active
 
 
 def transformed() -> bool:
     """Whether a torch.func transform or forward mode looks on: then the call has to be made of parts that know all derivatives."""
-    return maybe_current_level() is not None or forward_mode()
+    return transform_level() is not None or forward_mode()
 
 
 def needs_autograd(tensors: Iterable[Tensor | None]) -> bool:
@@ -40,7 +34,7 @@ def each_cotangent(op: Callable[..., list[Tensor]], dy: Tensor, dlogabsdet: Tens
     """op(dy, dlogabsdet, *args), also where autograd goes back for several cotangents at once (is_grads_batched,
     torch.autograd.functional.jacobian with vectorize=True). There it runs an op once for each, if the op takes and returns single tensors.
     """
-    if torch.compiler.is_compiling() or not any(torch._C._functorch.is_legacy_batchedtensor(t) for t in (dy, dlogabsdet)):
+    if torch.compiler.is_compiling() or not any(map(is_batched, (dy, dlogabsdet))):
         return op(dy, dlogabsdet, *args)
     shapes: list[torch.Size] = []
 
@@ -62,7 +56,7 @@ def apply_function(function: type[torch.autograd.Function], *args):
     """function.apply(*args). Outside of torch.func and torch.compile it skips apply's Python part, which looks up the signature of
     forward on every call: 25 of 40 microseconds. There are no default arguments to fill in here.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ... import _extension
 from ..._library import library, register_fake
+from ..._torch import dispatch_mode, tracing_state
 from ..scale_map import PoweredMap
 from .loop import Lists, Map
 
@@ -54,7 +54,7 @@ _late: list[int] = []  # stacks that went while somebody recorded the ops that a
 
 
 def _let_go(number: int) -> None:
-    if torch._C._get_tracing_state() is not None or _get_current_dispatch_mode() is not None:
+    if tracing_state() is not None or dispatch_mode() is not None:
         _late.append(number)
     else:
         _release(number)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..._backend import wants_reference
-from .._autocast import any_autocast, cast
+from ..._torch import any_autocast
+from .._autocast import cast
 from .._differentiation import needs_autograd, transformed
 from ..masked_linear import masked_linear
 from ..scale_map import Form, PoweredMap, ScaleKind, ScaleMap, parse_form

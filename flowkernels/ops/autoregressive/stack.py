@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _extension
 from ..._backend import wants_reference
-from .._autocast import any_autocast
+from ..._torch import any_autocast
 from .._differentiation import needs_autograd, transformed
 from ..scale_map import PoweredMap
 from .loop import Lists, Map, moved, stack_op

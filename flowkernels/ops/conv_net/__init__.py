@@ -21,7 +21,8 @@ from torch import Tensor
 from ... import _extension
 from ..._backend import wants_reference
 from ..._library import library, register_fake
-from .._autocast import any_autocast, autocast_off
+from ..._torch import any_autocast
+from .._autocast import autocast_off
 from .._differentiation import apply_function, needs_autograd, pulled_back, transformed
 from .reference import conv_net_backward_reference, conv_net_reference, conv_net_training_reference
 

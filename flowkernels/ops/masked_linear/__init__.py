@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..._backend import as_called, chosen, register_triton, wants_reference
 from ..._library import library, register_fake
-from .._autocast import any_autocast, cast
+from ..._torch import any_autocast
+from .._autocast import cast
 from .._differentiation import apply_function, forward_mode, needs_autograd, transformed, vmap_one_by_one
 from ..degrees import check_staircase
 from .reference import masked_linear_dweight_reference, masked_linear_dx_reference, masked_linear_reference

@@ -1,0 +1,60 @@
+"""What we use of torch beside its public interface: asked for once, and with an answer in its place where a torch has it no more.
+
+The answers are the careful ones: what might be transformed, watched or cast is computed as if it were, by the parts of a call. That is
+slower, and right.
+"""
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+
+def _find(path: str, otherwise: Callable) -> Callable:
+    try:
+        return reduce(getattr, path.split("."), torch)
+    except AttributeError:
+        return otherwise
+
+
+# which transform of torch.func a call is in; None outside of all
+transform_level: Callable[[], int | None] = _find("_C._functorch.maybe_current_level", lambda: 0)
+transforms_active: Callable[[], bool] = _find("_C._are_functorch_transforms_active", lambda: True)
+# of torch.func's tensors, and those of is_grads_batched
+is_wrapped: Callable[[torch.Tensor], bool] = _find("_C._functorch.is_functorch_wrapped_tensor", lambda t: False)
+unwrapped: Callable[[torch.Tensor], torch.Tensor] = _find("_C._functorch.get_unwrapped", lambda t: t)
+is_batched: Callable[[torch.Tensor], bool] = _find("_C._functorch.is_legacy_batchedtensor", lambda t: False)
+# who records or replaces the ops that are called; None if nobody does
+dispatch_mode: Callable[[], Any] = _find("utils._python_dispatch._get_current_dispatch_mode", lambda: "perhaps")
+tracing_state: Callable[[], Any] = _find("_C._get_tracing_state", lambda: torch.jit.is_tracing() or None)
+# for any device: asking for one costs more than all other checks of a call
+any_autocast: Callable[[], bool] = _find("_C._is_any_autocast_enabled", lambda: True)
+has_global_hooks: Callable[[], bool] = _find("nn.modules.module._has_any_global_hook", lambda: True)
+op_names: Callable[[], list[str]] = _find("_C._dispatch_get_all_op_names", lambda: [])
+when_cuda_starts: Callable[[Callable[[], None]], None] = _find("cuda._lazy_call", lambda call: None)
+
+
+def forward_mode() -> bool:
+    """Whether tensors may carry tangents, by torch.autograd.forward_ad or by torch.func's jvp and jacfwd."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def has_kernel(op: str, device: str) -> bool:
+    """Whether an op has a kernel of its own for a dispatch key; a composite one is none."""
+    return _has_kernel(f"flowkernels::{op}", device)
+
+
+def _has_kernel_of_a_device(op: str, device: str) -> bool:
+    """A composite kernel serves all devices alike."""
+    kernels = []
+    for key in (device, "MPS"):
+        try:
+            kernels.append(str(torch.library.get_kernel(op, key)))
+        except (AttributeError, RuntimeError):
+            kernels.append(None)
+    return kernels[0] is not None and kernels[0] != kernels[1]
+
+
+_has_kernel: Callable[[str, str], bool] = _find("_C._dispatch_has_kernel_for_dispatch_key", _has_kernel_of_a_device)
