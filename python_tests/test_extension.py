@@ -196,7 +196,7 @@ def test_a_library_that_does_not_load_says_so_when_cuda_is_used(monkeypatch):
     error = _extension.CannotLoadError("the CUDA library does not load: libcudart.so.99; build it again")
     monkeypatch.setattr(_extension, "status", lambda: _extension.Status(None, None, None, error))
     waiting = []
-    monkeypatch.setattr(torch.cuda, "_lazy_call", waiting.append)
+    monkeypatch.setattr(_backend, "when_cuda_starts", waiting.append)
     _backend.look_at_gpus_later()
     with pytest.warns(UserWarning, match=r"flowkernels: the CUDA library does not load: libcudart.so.99; .* the reference serves"):
         waiting.pop()()
