@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 
 from flowkernels import backend
-from flowkernels.flows import MAF
+from flowkernels.flows import MAF, RealNVP
 from flowkernels.layers import MaskedAutoregressive
 
 
@@ -110,3 +110,28 @@ def test_score_matching(batch_norm):
         want = gradients()
     assert all(g.ne(0).any() for g in got)
     torch.testing.assert_close(got, want)
+
+
+def test_second_derivatives_by_the_parameters_of_a_residual_network():
+    """v^T H w of log p, by double backward and by differences of the gradient."""
+    torch.manual_seed(0)
+    flow = RealNVP((1, 2, 2), levels=1, blocks=1, hidden_channels=3, batch_norm=False).double().eval()
+    parameters = [p for p in flow.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(0.3 * torch.randn_like(p))
+    x = torch.randn(5, 1, 2, 2, dtype=torch.float64)
+    v, w = ([torch.randn_like(p) for p in parameters] for _ in range(2))
+    along = lambda gradients, direction: sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))
+
+    def slope(create_graph=False):
+        return along(torch.autograd.grad(flow.log_prob(x).sum(), parameters, create_graph=create_graph), v)
+
+    got = along(torch.autograd.grad(slope(create_graph=True), parameters), w)
+    step, ends = 1e-5, []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for p, d in zip(parameters, w, strict=True):
+                p.add_(d, alpha=sign * step)
+        ends.append(slope())
+    torch.testing.assert_close(got, (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-5)

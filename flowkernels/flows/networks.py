@@ -22,7 +22,9 @@ class WeightNormConv2d(nn.Conv2d):
         self.gain = nn.Parameter(torch.linalg.vector_norm(self.weight.detach(), dim=(1, 2, 3), keepdim=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, torch._weight_norm(self.weight, self.gain, 0), self.bias)
+        # torch's weight norm in one op has wrong second derivatives
+        length = torch.linalg.vector_norm(self.weight, dim=(1, 2, 3), keepdim=True)
+        return self._conv_forward(x, self.weight * (self.gain / length), self.bias)
 
 
 class _Block(nn.Module):

@@ -78,7 +78,9 @@ class ActNorm(nn.Module):
         std = (_sum_over_ranks((values - mean[:, None]).square().sum(1)) / count).sqrt()
         if not (mean + std).isfinite().all():
             raise ValueError("x must be finite: it is the first batch, which initialises ActNorm; got NaN, infinity or an overflow")
-        varies = std > 1e-6 * torch.maximum(mean.abs(), std.new_tensor(1e-6))
+        # what is left of a constant channel is rounding, of x and of the mean
+        kind = torch.finfo(x.dtype)
+        varies = std > torch.clamp(min(8 * kind.eps, 1e-6) * mean.abs(), min=kind.tiny)
         self.bias.copy_(-mean)
         self.log_scale.copy_(torch.where(varies, -std.log(), 0.0))
         self.initialised.fill_(True)

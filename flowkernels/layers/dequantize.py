@@ -14,7 +14,8 @@ class Dequantize(nn.Module):
 
         logabsdet = -D log(levels), that of the map from x + U
 
-    The mean over U of log p(x + U) is a lower bound of log P(x) (Theis et al. 2016, section 3.1). The inverse gives whole levels; what
+    The mean over U of log p(x + U) is a lower bound of log P(x) (Theis et al. 2016, section 3.1); with 256 levels in half precision it is
+    none, as z has hardly a place for the noise: give float32. The inverse gives whole levels; what
     lies outside [0, 1) goes to the nearest. Values are not checked, because a check reads the data back to the host: that is for
     whoever loads them (`data.GreyLevels.check`).
 
@@ -37,15 +38,16 @@ class Dequantize(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, *, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         if not x.is_floating_point():
             x = x.to(torch.get_default_dtype())
-        noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        z = (x + noise) / self.levels
+        wide = torch.promote_types(x.dtype, torch.float32)
+        z = (x.to(wide) + torch.rand(x.shape, dtype=wide, device=x.device, generator=generator)) / self.levels
+        z = z.to(x.dtype)
         # rounding must not carry z over to another level, or to 1: a step of its last place brings it back
-        level, eps = (z * self.levels).floor(), torch.finfo(z.dtype).eps
+        level, eps = (z.to(wide) * self.levels).floor(), torch.finfo(z.dtype).eps
         z = torch.where(level > x, z * (1 - eps / 2), torch.where(level < x, z * (1 + eps), z))
         return z, zero_logabsdet(x) - x[:1].numel() * math.log(self.levels)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = (z * self.levels).floor().clamp(0, self.levels - 1)
+        x = (z.to(torch.promote_types(z.dtype, torch.float32)) * self.levels).floor().clamp(0, self.levels - 1).to(z.dtype)
         return x, zero_logabsdet(z) + z[:1].numel() * math.log(self.levels)
 
     def extra_repr(self) -> str:
@@ -74,18 +76,20 @@ class Logit(nn.Module):
         self.alpha = alpha
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         # 1 - p would cancel where x is near 1
-        log_p, log_q = (torch.log(self.alpha + (1 - 2 * self.alpha) * part) for part in (x, 1 - x))
-        return log_p - log_q, self._total(-log_p - log_q)
+        log_p, log_q = (torch.log(self.alpha + (1 - 2 * self.alpha) * part) for part in (wide, 1 - wide))
+        return (log_p - log_q).to(x.dtype), self._total(-log_p - log_q)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha)
-        log_p, log_q = torch.nn.functional.logsigmoid(z), torch.nn.functional.logsigmoid(-z)
-        return x, -self._total(-log_p - log_q)
+        wide = z.to(torch.promote_types(z.dtype, torch.float32))
+        x = (torch.sigmoid(wide) - self.alpha) / (1 - 2 * self.alpha)
+        log_p, log_q = torch.nn.functional.logsigmoid(wide), torch.nn.functional.logsigmoid(-wide)
+        return x.to(z.dtype), -self._total(-log_p - log_q)
 
     def _total(self, log_derivative: Tensor) -> Tensor:
         constant = log_derivative[:1].numel() * math.log1p(-2 * self.alpha)
-        return log_derivative.flatten(1).sum(1, dtype=torch.promote_types(log_derivative.dtype, torch.float32)) + constant
+        return log_derivative.flatten(1).sum(1) + constant
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"

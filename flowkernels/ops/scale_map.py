@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = ["Form", "PoweredMap", "ScaleKind", "ScaleMap", "apply_form", "invert_form", "parse_form"]
 
+_LEAST_FLOOR = 2e-38
 _SOFTPLUS_THRESHOLD = 40.0  # torch's own 20 is visible in float64
 _SOFTPLUS_CUT = 0.0  # below it log softplus(s) is s + log(log1p(u) / u), u = exp(s)
 _ATAN_FACTOR = 0.636  # FrEIA's rounding of 2 / pi
@@ -108,7 +109,9 @@ class ScaleMap:
     @classmethod
     def sigmoid(cls, bias: float = 0.0, floor: float = 0.0) -> "ScaleMap":
         """sigma = sigmoid(s + bias) + floor: Glow (bias 2), nflows (bias 2, floor 1e-3)."""
-        return cls(ScaleKind.SIGMOID, (_number("bias", bias), _number("floor", floor, at_least=0.0)))
+        if floor and not floor >= _LEAST_FLOOR:
+            raise ValueError(f"floor must be 0 or at least {_LEAST_FLOOR}, a normal number in float32; got {floor}")
+        return cls(ScaleKind.SIGMOID, (_number("bias", bias), _number("floor", floor)))
 
     @classmethod
     def softplus(cls, floor: float = 0.0, ceiling: float | None = None) -> "ScaleMap":

@@ -61,6 +61,16 @@ def test_a_channel_that_does_not_vary_keeps_its_scale():
     assert z[:, 1:].abs().max() < 1e-6
 
 
+@pytest.mark.parametrize(("mean", "std"), [(1e9, 300.0), (1e3, 1e-6), (0.0, 1e-13), (1.0, 1e-20)])
+def test_in_float64_a_channel_varies_by_little(mean, std):
+    """A time stamp, an offset, a small unit; of the last nothing is left in float64."""
+    torch.manual_seed(0)
+    x = mean + std * torch.randn(1000, 1, dtype=torch.float64)
+    z, _ = ActNorm(1).double()(x)
+    torch.testing.assert_close(z.mean(), z.new_zeros(()), atol=1e-3, rtol=0)
+    torch.testing.assert_close(z.std(correction=0), x.new_tensor(float(std > 1e-16)), rtol=1e-3, atol=0)
+
+
 def test_initialised_survives_saving_loading_and_copying():
     layer, x = ActNorm(3), data(20, 3)
     want = layer(x)

@@ -74,6 +74,16 @@ def test_logit_is_finite_at_its_ends_and_exact_near_them():
     torch.testing.assert_close(layer.inverse(z)[0], torch.tensor([[0.0], [1.0]], dtype=torch.float64), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logit_of_half_precision_is_computed_in_float32(dtype):
+    x = torch.linspace(0.02, 0.98, 53)[None].to(dtype)
+    z, logabsdet = Logit(0.3)(x)
+    want, exact = Logit(0.3)(x.double())
+    assert z.dtype == dtype and logabsdet.dtype == torch.float32
+    torch.testing.assert_close(z.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-3)
+    torch.testing.assert_close(logabsdet.double(), exact, rtol=1e-6, atol=0)
+
+
 def test_logit_in_float32_is_as_exact_at_both_ends():
     near = torch.logspace(-7, -1, 200)
     x = torch.cat([near, 1 - near])[:, None]

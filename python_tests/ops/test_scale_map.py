@@ -64,7 +64,7 @@ def test_codes_are_those_of_the_kernels() -> None:
         (lambda: ScaleMap.exp_tanh(1.0, inner=-1.0), "inner must be greater than 0; got -1.0"),
         (lambda: ScaleMap.exp_atan(math.nan), "bound must be greater than 0; got nan"),
         (lambda: ScaleMap.softclip(1.0), "slope must be greater than 0 and less than 1; got 1.0"),
-        (lambda: ScaleMap.sigmoid(floor=-1e-3), "floor must be at least 0; got -0.001"),
+        (lambda: ScaleMap.sigmoid(floor=-1e-3), "floor must be 0 or at least 2e-38, a normal number in float32; got -0.001"),
         (lambda: ScaleMap.softplus(floor=1.0, ceiling=0.5), "ceiling must be greater than 1; got 0.5"),
     ],
 )
