@@ -27,19 +27,21 @@ _STORES = attrgetter("_parameters", "_buffers", "_modules")
 
 
 class Step(NamedTuple):
-    """Part of a call: maps that run together, each of one layer, or, without maps, one layer that is called.
+    """Part of a call: layers that are maps which run together, and normalisations between them; or, without maps, one layer that is called.
 
-    most_rows: the batch up to which the layers are these maps; None for any.
+    most_rows: the batch up to which the layers are these maps; None for any. write_affines: writes the normalisations as they are now into
+    the maps' affine maps, and returns the sum of their log|det|s.
     """
 
     layers: Sequence[nn.Module] = ()
     maps: Sequence[Map] = ()
     most_rows: int | None = None
+    write_affines: Callable[[], Tensor] | None = None
 
 
 def _settings(attributes: dict) -> tuple:
     get = attributes.get
-    return get("scale"), get("form"), get("part"), get("interleaved")
+    return get("scale"), get("form"), get("part"), get("interleaved"), get("eps"), "eps" in attributes and get("training")
 
 
 class Watch:
@@ -59,7 +61,7 @@ class Watch:
         self._hooks = [hooks for module in self._called for hooks in _HOOKS(module)]
         self._attributes = [vars(module) for module in self._called]
         self._counts = [*map(len, self._attributes)]
-        self._settings = [(a, _settings(a)) for a in self._attributes if "scale" in a or "part" in a]
+        self._settings = [(a, _settings(a)) for a in self._attributes if "scale" in a or "part" in a or "eps" in a]
         self._owner, self._own_count, self._own_settings = weakref.ref(owner), len(vars(owner)), _settings(vars(owner))
 
     def holds(self, owner: nn.Module) -> bool:
@@ -93,7 +95,7 @@ class Program:
         self.most_rows = min(limits, default=None)
         self.calls, self.failed = 0, False
         others = lambda layers: [layer for layer in layers if layer is not owner]
-        self.steps = [(KeptStack(step.maps) if step.maps else None, others(step.layers)) for step in steps]
+        self.steps = [(KeptStack(step.maps) if step.maps else None, others(step.layers), step.write_affines) for step in steps]
 
     def fits(self, x: Tensor, context: Tensor | None) -> bool:
         if self.most_rows is not None and x.shape[0] > self.most_rows:
@@ -104,18 +106,21 @@ class Program:
         """None where the owner itself has to be asked, which is its only step."""
         self.calls += 1
         total = None
-        for kept, layers in self.steps:
+        for kept, layers, write_affines in self.steps:
             calls: Sequence[Callable[..., Result]] = [layer.inverse for layer in layers] if self.inverse else layers
             if kept is not None and not self.failed:
+                constant = None if write_affines is None else write_affines()
                 try:
                     x, logabsdet = kept(x, context)
                 except RuntimeError:  # the layers say what does not fit, or make it fit
                     self.failed = True
-                    if not layers:
-                        return None
                 else:
+                    if constant is not None:
+                        logabsdet = logabsdet + constant.to(logabsdet.dtype)
                     total = logabsdet if total is None else total + logabsdet
                     continue
+            if kept is not None and not layers:  # here, or in another thread
+                return None
             for call in calls:
                 x, logabsdet = call(x, context)
                 total = logabsdet if total is None else total + logabsdet

@@ -2,6 +2,7 @@
 `ops.autoregressive_stack`."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ def run(
     layers: Sequence[nn.Module], x: Tensor, context: Tensor | None, *, inverse: bool, steps: list[Step] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Apply layers in the order given, all forward or all inverse: the result, and the sum of their log|det|s. What is run is appended to
-    `steps`, and an empty step where something between maps was joined to them, or might be another time."""
+    `steps`, and an empty step where another call might need another one."""
     together = not has_global_hooks()
     if together and (plain := _autoregressive_alone(layers, inverse)):  # a small flow feels every detour
         maps = [Map(layer.conditioner(), layer.scale, layer.form, own) for layer, own in plain]
@@ -43,9 +44,8 @@ def run(
     def apply_all() -> None:
         if steps is not None:
             if group:
-                steps.append(_step(group))
-            if gap:
-                steps.append(Step())
+                steps.append(_step(group, inverse))
+            steps.extend(map(_alone, [layer for layer, _ in gap]))
         if group:
             apply(_run_stack, group, inverse)
         for layer, _ in gap:
@@ -62,19 +62,33 @@ def run(
             apply_all()
             group, gap = [], []
             if steps is not None:
-                steps.append(Step() if isinstance(layer, FlowBatchNorm) else Step([layer]))
+                steps.append(_alone(layer))
             apply(layer.inverse if inverse else layer)
     apply_all()
     return x, total
 
 
-def _step(group: Sequence[_Part]) -> Step:
-    maps = [own for _, own in group if own is not None]
-    if len(maps) < len(group):
+def _alone(layer: nn.Module) -> Step:
+    """The layer by itself; a batch norm in training will be joined to maps one day."""
+    return Step() if isinstance(layer, FlowBatchNorm) and layer.training else Step([layer])
+
+
+def _step(group: Sequence[_Part], inverse: bool) -> Step:
+    if any(isinstance(layer, Permute) for layer, _ in group):  # whose orders are made anew for every call
         return Step()
-    couplings = [own for layer, own in group if not isinstance(_direct(layer), MaskedAutoregressive)]
+    norms = [layer for layer, _ in group if isinstance(layer, FlowBatchNorm)]
+    affines = evaluation_affines(norms, inverse=inverse)[0] if norms else None
+    of_norms, maps = iter(() if affines is None else affines), []
+    for (before, _), (_, own) in pairwise([(None, None), *group]):
+        if own is not None:
+            maps.append(own._replace(affine=next(of_norms)) if isinstance(before, FlowBatchNorm) else own)
+
+    def write_affines() -> Tensor:
+        return evaluation_affines(norms, inverse=inverse, out=affines)[1]
+
+    couplings = [own for layer, own in group if own is not None and not isinstance(_direct(layer), MaskedAutoregressive)]
     limits = [most for own in couplings if (most := most_rows(own.conditioner.weights)) is not None]
-    return Step([layer for layer, _ in group], maps, min(limits, default=None))
+    return Step([layer for layer, _ in group], maps, min(limits, default=None), write_affines if norms else None)
 
 
 def _direct(layer: nn.Module) -> nn.Module:

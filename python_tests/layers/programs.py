@@ -15,6 +15,8 @@ MAKE = {
     "conditional": lambda: MAF(4, context_features=3, transforms=2, hidden_features=(9,), residual=True),
     "NICE": lambda: NICE(4, hidden_features=(8,)),
     "RealNVP": lambda: RealNVP(4, hidden_features=(8,), transforms=3, batch_norm=False),
+    "MAF with batch norm": lambda: MAF(4, transforms=3, hidden_features=(9, 7), batch_norm=True).eval(),
+    "RealNVP with batch norm": lambda: RealNVP(4, hidden_features=(8,), transforms=3).eval(),
     "parts": lambda: Flow([DiagonalScale(4), *MAF(4, transforms=2, hidden_features=(9,)).layers, nn_coupling()], 4),
 }
 
