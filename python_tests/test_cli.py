@@ -456,3 +456,8 @@ def test_a_real_limit_on_file_size_is_one_line_and_loses_nothing(files):
 def test_a_folder_that_cannot_be_made_is_one_line(files, capsys):
     error = refusal(capsys, ["train", "maf", "--data", files / "x.npy", "--out", "/proc/run", *SMALL])
     assert "cannot make run folder /proc/run" in error
+
+
+def test_a_closed_standard_output():
+    done = subprocess.run(f"{sys.executable} -m flowkernels info >&-", shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         options.run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started this
+            sys.stdout.flush()
     except Interrupted as interruption:
         return _say(f"interrupted: {interruption}", 130)
     except KeyboardInterrupt:

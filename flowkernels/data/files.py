@@ -14,15 +14,19 @@ from torch import Tensor
 def atomic_write(path: str | Path, data: bytes | memoryview) -> None:
     """Write a file so that a reader, or a crash, meets the old content or the new one and nothing between.
 
-    The bytes go to a temporary file in the same folder, are synced to the disk, and take the old file's place in one step.
+    The bytes go to a temporary file in the same folder, are synced to the disk, and take the old file's place, and its permissions, in
+    one step.
 
     Raises:
         OSError: the disk is full, read-only or broken. The old file is untouched and no temporary file is left.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # no other writer's
+    path = Path(os.path.realpath(path))  # what a link names, not the link
+    stem = path.name.encode()[:150].decode(errors="ignore")  # names have up to 255 bytes
+    temporary = path.with_name(f".{stem}.{secrets.token_hex(8)}.tmp")  # no other writer's
     try:
         with open(temporary, "xb") as file:
+            if path.exists():
+                os.chmod(temporary, path.stat().st_mode & 0o7777)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -140,6 +140,8 @@ def _read_csv(path: Path, what: str) -> np.ndarray:
 
 
 def _number(field: str) -> float | None:
+    if "_" in field or not field.isascii():  # Python's own spellings
+        return None
     try:
         return float(field)
     except ValueError:

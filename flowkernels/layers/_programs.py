@@ -143,9 +143,13 @@ class Programs:
         steps it makes, and an empty one for what no program can do."""
         program = self._of.get(inverse)
         if program is not None and program.fits(x, context):
-            result = program(x, context) if program.watch.holds(owner) else None
+            holds = program.watch.holds(owner)
+            result = program(x, context) if holds else None
             if result is None or program.failed:
                 self._forget(inverse)
+            other = None if holds else self._of.get(not inverse)
+            if other is not None and not other.watch.holds(owner):  # it keeps what was replaced, and may not be called for long
+                self._forget(not inverse)
             if result is not None:
                 return result
         self._calls += 1

@@ -81,22 +81,24 @@ class InvertibleConv1x1(Structured):
 
     def kept(self) -> Frozen | None:
         """What `freeze` keeps; None where a gradient has to reach the parameters."""
-        if self._frozen is None or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
+        frozen = self._frozen  # looked up once: another thread may freeze or train
+        if frozen is None or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
             return None
-        return self._frozen if self._is_fresh() else None
+        return frozen if self._is_fresh(frozen) else None
 
-    def _is_fresh(self) -> bool:
+    def _is_fresh(self, frozen: Frozen) -> bool:
         """Whether parameters and buffers are those that were frozen, and nobody has written into them. A compiler guards neither."""
         if torch.compiler.is_compiling():
             return True
-        kept, now = self._frozen.versions, self._versions()
+        kept, now = frozen.versions, self._versions()
         return len(kept) == len(now) and all(p is q and m == n for (p, m), (q, n) in zip(kept, now, strict=True))
 
     def _versions(self) -> tuple[tuple[Tensor, int], ...]:
         return tuple((t, _version(t)) for tensors in (self._parameters, self._buffers) for t in tensors.values())
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_frozen": self._frozen if self._frozen is not None and self._is_fresh() else None}
+        frozen = self._frozen
+        return self.__dict__ | {"_frozen": frozen if frozen is not None and self._is_fresh(frozen) else None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -217,13 +219,17 @@ def fold(layers: Sequence[ActNormConv1x1], *, inverse: bool = False) -> Folded:
     sizes. An actnorm that is not initialised yet changes what its layer's matrix is.
     """
     convs, log_scales = [layer.conv for layer in layers], [layer.actnorm.log_scale for layer in layers]
+    kept = [conv.kept() for conv in convs]
     groups: dict[tuple, list[int]] = {}
     for i, conv in enumerate(convs):
-        groups.setdefault((_kind(conv), conv.kept() is None), []).append(i)
+        groups.setdefault((_kind(conv), kept[i] is None), []).append(i)
     parts = []
     for (_, anew), members in groups.items():
-        compose = _compose if anew else _recall
-        parts.append(compose([convs[i] for i in members], [log_scales[i] for i in members], inverse=inverse))
+        scales = [log_scales[i] for i in members]
+        if anew:
+            parts.append(_compose([convs[i] for i in members], scales, inverse=inverse))
+        else:
+            parts.append(_recall([kept[i] for i in members], scales, inverse=inverse))
     if len(parts) == 1:
         return parts[0]
     order = [i for members in groups.values() for i in members]
@@ -278,6 +284,7 @@ def freeze_weights(layers: Mapping[str, InvertibleConv1x1]) -> None:
             groups.setdefault(_kind(layer)[1:], []).append((name, layer))
     frozen: list[tuple[InvertibleConv1x1, Frozen]] = []
     for members in groups.values():
+        versions = [layer._versions() for _, layer in members]  # before the weights: whoever writes meanwhile is noticed later
         weights = torch.stack([layer.weight() for _, layer in members])
         exact = wide(weights)
         _, logabsdets, inverses = slogdet_inverse(exact)
@@ -289,7 +296,7 @@ def freeze_weights(layers: Mapping[str, InvertibleConv1x1]) -> None:
                 number = torch.linalg.cond(exact[i]).item()
                 raise ValueError(f"{name} cannot be frozen: its weight is singular, with condition number {number:.1e}")
             logabsdet = logabsdets[i].to(torch.promote_types(weights.dtype, torch.float32))
-            frozen.append((layer, Frozen(weights[i], logabsdet, inverses[i].to(weights.dtype), layer._versions())))
+            frozen.append((layer, Frozen(weights[i], logabsdet, inverses[i].to(weights.dtype), versions[i])))
     for layer, kept in frozen:
         layer._frozen = kept
 
@@ -318,9 +325,8 @@ def _compose(layers: Sequence[InvertibleConv1x1], log_scales: Sequence[Tensor] =
     return _scaled(weights, logabsdets, log_scales, inverse)
 
 
-def _recall(layers: Sequence[InvertibleConv1x1], log_scales: Sequence[Tensor], *, inverse: bool = False) -> Folded:
+def _recall(kept: Sequence[Frozen], log_scales: Sequence[Tensor], *, inverse: bool = False) -> Folded:
     """The same from what `freeze` keeps."""
-    kept = [layer.kept() for layer in layers]
     return _scaled(_stack([k.inverse if inverse else k.weight for k in kept]), _stack([k.logabsdet for k in kept]), log_scales, inverse)
 
 

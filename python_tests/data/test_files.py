@@ -72,3 +72,15 @@ def test_a_csv_has_rows_and_columns_alone(tmp_path):
     with pytest.raises(ValueError, match=r"one or two dimensions to be written as .csv; got shape \[2, 2, 2\]"):
         save_array(tmp_path / "x.csv", torch.zeros(2, 2, 2))
     assert not os.listdir(tmp_path)
+
+
+def test_links_permissions_and_long_names(tmp_path):
+    target, link = tmp_path / "real.csv", tmp_path / "link.csv"
+    target.write_bytes(b"old")
+    target.chmod(0o600)
+    link.symlink_to(target)
+    atomic_write(link, b"new")
+    assert link.is_symlink() and target.read_bytes() == b"new" and target.stat().st_mode & 0o777 == 0o600
+    long = tmp_path / ("ä" * 125 + ".csv")
+    atomic_write(long, b"new")
+    assert long.read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 3

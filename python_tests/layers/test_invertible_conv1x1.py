@@ -7,6 +7,7 @@ import torch
 from flowkernels.flows import Flow, Glow
 from flowkernels.layers import ActNormConv1x1, InvertibleConv1x1
 from flowkernels.layers.invertible_conv1x1 import conv1x1, fold
+from flowkernels.ops import slogdet_inverse
 
 PARAMETRIZATIONS = ["lu", "plain"]
 SHAPES = [(3, 4), (3, 4, 5), (2, 4, 3, 2), (2, 4, 2, 3, 2), (1, 1, 2), (0, 4, 3, 2)]
@@ -278,3 +279,34 @@ def test_a_weight_frozen_in_inference_mode_serves_gradients():
     x = torch.randn(2, 1, 4, 4, requires_grad=True)
     flow.requires_grad_(False).log_prob(x).sum().backward()
     assert x.grad.isfinite().all()
+
+
+def test_a_write_while_the_weight_is_frozen_is_noticed(monkeypatch):
+    from flowkernels.layers import invertible_conv1x1
+
+    layer, z = InvertibleConv1x1(3), torch.randn(5, 3)
+
+    def meanwhile(*args, **options):
+        with torch.no_grad():
+            layer.log_diagonal.add_(0.5)
+        return slogdet_inverse(*args, **options)
+
+    monkeypatch.setattr(invertible_conv1x1, "slogdet_inverse", meanwhile)
+    layer.eval().freeze()
+    with torch.no_grad():
+        torch.testing.assert_close(layer.inverse(z), copy.deepcopy(layer).train().inverse(z))
+
+
+def test_a_weight_that_is_thawed_between_two_looks(monkeypatch):
+    """As another thread may, which trains."""
+    layers = [ActNormConv1x1(3) for _ in range(2)]
+    for layer in layers:
+        layer(torch.randn(5, 3))
+    with torch.no_grad():
+        want = fold(layers)
+        for layer in layers:
+            layer.eval().conv.freeze()
+        kept = [layer.conv.kept() for layer in layers] * 2
+        monkeypatch.setattr(InvertibleConv1x1, "kept", lambda self: kept.pop(0) if len(kept) > 2 else None)
+        got = fold(layers)
+    torch.testing.assert_close((*got.weights, got.logabsdets), (*want.weights, want.logabsdets))

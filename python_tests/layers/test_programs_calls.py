@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flowkernels
@@ -179,3 +180,27 @@ def test_threads():
     for t in threads:
         t.join()
     assert not wrong
+
+
+def test_a_call_that_fails_in_another_thread_meanwhile():
+    """Of a layer that is called by itself there is nobody else to ask."""
+    for name in ("layer", "MAF", "RealNVP with batch norm"):
+        module, x = make(name), torch.randn(5, 4)
+        want = both(module, x)
+        learn(module, x)
+        for program in programs(module).values():
+            program.failed = True
+        torch.testing.assert_close(both(module, x), want)
+
+
+def test_what_was_replaced_is_let_go_in_both_directions():
+    module, x = make("MAF"), torch.randn(5, 4)
+    learn(module, x)
+    old = [weakref.ref(p) for p in module.parameters()]
+    for owner in module.modules():
+        for name in [name for name, p in owner._parameters.items() if p is not None]:
+            setattr(owner, name, nn.Parameter(owner._parameters[name].detach().clone()))
+    with torch.no_grad():
+        module(x)
+    gc.collect()
+    assert not any(ref() is not None for ref in old)
