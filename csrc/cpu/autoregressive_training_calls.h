@@ -60,7 +60,11 @@ void for_each_span(int64_t batch, int64_t span, const F& run) {
   for (int64_t r0 = 0; r0 == 0 || r0 < batch; r0 += span) run(r0, std::min(span, batch - r0));
 }
 
-int64_t span_of(int64_t batch, int64_t threads) { return std::clamp<int64_t>(batch, 1, kChunkRows * std::max<int64_t>(threads, 2)); }
+// A span's deltas and remade values would be most of what a step of few rows holds, so such batches are taken a chunk at a time
+int64_t span_of(int64_t batch, int64_t threads) {
+  const int64_t chunks = threads <= 2 && batch <= 4 * kChunkRows ? 1 : std::max<int64_t>(threads, 2);
+  return std::clamp<int64_t>(batch, 1, kChunkRows * chunks);
+}
 
 template <class T>
 TrainingArgs<T> training_args(const TrainingNetwork<T>& net, int64_t batch, ScaleMapParams scale, Form form) {

@@ -141,16 +141,21 @@ def _sorted(layer: ForeignLayer, below: Tensor, above: Tensor) -> MaskedLayer:
     )
 
 
+def check_batch_norm(module: nn.Module, name: str) -> None:
+    """Raises ValueError where a batch norm normalises by the statistics of the batch."""
+    if module.training or module.running_var is None:
+        raise ValueError(
+            f"{name} normalises by the batch it sees, which mixes its rows; call eval() on the network before it is taken over"
+        )
+
+
 def batch_norm_affine(module: nn.BatchNorm1d, name: str) -> tuple[Tensor, Tensor]:
     """Factor and summand of each unit that a batch norm in evaluation mode is.
 
     Raises:
         ValueError: it normalises by the statistics of the batch.
     """
-    if module.training or module.running_var is None:
-        raise ValueError(
-            f"{name} normalises by the batch it sees, which mixes its rows; call eval() on the network before it is taken over"
-        )
+    check_batch_norm(module, name)
     factor = torch.rsqrt(module.running_var + module.eps)
     if module.weight is not None:
         factor = factor * module.weight.detach()
@@ -158,15 +163,36 @@ def batch_norm_affine(module: nn.BatchNorm1d, name: str) -> tuple[Tensor, Tensor
     return factor, summand if module.bias is None else summand + module.bias.detach()
 
 
-def check_dropout(module: nn.Dropout, name: str) -> None:
+def is_of_library(module: nn.Module, library: str) -> bool:
+    """Whether its class is the library's own, and no method of it was replaced: then its two directions belong together."""
+    replaced = any(callable(value) and hasattr(type(module), name) for name, value in vars(module).items())
+    return type(module).__module__.split(".")[0] == library and not replaced
+
+
+def check_own_methods(module: nn.Module, library_class: type, names: Sequence[str]) -> None:
+    """Raises ValueError where a subclass draws samples in another way, which nobody could compare."""
+    for name in names:
+        if name in vars(module) or getattr(type(module), name) is not getattr(library_class, name):
+            raise ValueError(f"{type(module).__name__} has a {name} of its own, which would not be taken over; take over its parts")
+
+
+def check_dropout(module: nn.Module, name: str) -> None:
     """Raises ValueError where a dropout is at work."""
     if module.training and module.p > 0:
         raise ValueError(f"{name} drops units at random while it trains; call eval() on the network before it is taken over")
 
 
 @torch.no_grad()
-def check_same(ours: nn.Module, theirs: Map, module: nn.Module) -> None:
-    """Compare a layer or a flow with the map it was made from, on a few rows of noise, data to noise.
+def check_same(
+    ours: nn.Module,
+    theirs: Map,
+    module: nn.Module,
+    *,
+    inverse: Map | None = None,
+    log_prob: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+) -> None:
+    """Compare a layer or a flow with the map it was made from, on a few rows of noise, data to noise; also its inverse and its density,
+    where they are given.
 
     Raises:
         ValueError: they differ: module's class overrides a part of the map, or its library is of a version with another one.
@@ -177,7 +203,14 @@ def check_same(ours: nn.Module, theirs: Map, module: nn.Module) -> None:
     draws = torch.Generator().manual_seed(0)
     noise = lambda width: torch.randn(16, width, generator=draws, dtype=torch.float64).to(like) if width else None
     x, context = noise(ours.features), noise(ours.context_features)
-    for mine, other in zip(ours(x, context), theirs(x, context), strict=True):
+    with torch.autocast(like.device.type, enabled=False):
+        pairs = [*zip(ours(x, context), theirs(x, context), strict=True)]
+        if inverse is not None:
+            few, of_few = x[:2], None if context is None else context[:2]  # by D passes of their network
+            pairs += zip(ours.inverse(few, of_few), inverse(few, of_few), strict=True)
+        if log_prob is not None:
+            pairs.append((ours.log_prob(x, context), log_prob(x, context)))
+    for mine, other in pairs:
         if torch.equal(mine.isfinite(), other.isfinite()):  # NaN in a foreign parameter is in ours too, and says nothing
             mine, other = mine[mine.isfinite()], other[other.isfinite()]
         far, size = ((mine - other).abs().max().item(), other.abs().max().item()) if len(other) else (0.0, 0.0)

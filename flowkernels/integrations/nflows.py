@@ -10,7 +10,7 @@ from ..flows import Flow
 from ..layers import AdditiveCoupling, AffineCoupling, FlowBatchNorm, Inverse, MaskedAutoregressive, Permute
 from ..ops import ScaleMap
 from ..ops.activation import Activation, parse_activation
-from .foreign import check_same, conditioner_of
+from .foreign import check_own_methods, check_same, conditioner_of, is_of_library
 from .made import made_layers
 from .parts import affine_layer, copied, coupling_layers, flow_of
 
@@ -20,7 +20,12 @@ def from_nflows(module: nn.Module) -> MaskedAutoregressive | Flow:
 
     z = x * (softplus(s) + 1e-3) + shift, data to noise in both libraries. The masks, plain or random, become staircases; batch norm of
     networks, in evaluation mode, becomes part of the layers around it. A whole flow may also hold permutations, batch norms, actnorms,
-    affine standardisations (which stay fixed), affine and additive couplings (their networks stay what they are) and inverses of these.
+    affine standardisations (which stay fixed), affine and additive couplings (their networks stay what they are, and say by
+    `context_features` whether they take the context) and inverses of these.
+
+    What is shared by several transforms is a copy in each. Batch norms train on with the biased variance of a batch, where nflows' is the
+    unbiased one; they and actnorms have parameters of another form, so that an optimizer takes other steps. Samples are
+    [samples, contexts, features], where nflows gives [contexts, samples, features].
 
     Args:
         module: a `MaskedAffineAutoregressiveTransform`, or a `MADE` with two outputs a feature, as that transform has one, becomes a
@@ -53,7 +58,8 @@ def from_nflows(module: nn.Module) -> MaskedAutoregressive | Flow:
         sigma = F.softplus(raw_scale) + floor
         return x * sigma + shift, sigma.log().sum(1)
 
-    check_same(layer, map_of_made if transform is None else transform, module)
+    inverse = None if transform is None or is_of_library(transform, "nflows") else transform.inverse
+    check_same(layer, map_of_made if transform is None else transform, module, inverse=inverse)
     return layer
 
 
@@ -68,13 +74,16 @@ def _layer(made: nn.Module, transform: nn.Module | None) -> tuple[MaskedAutoregr
     layers = made_layers(made, first=first, first_context=activation, gate=False)
     floor = getattr(transform, "_epsilon", 1e-3)
     layer = MaskedAutoregressive.of(conditioner_of(layers, scale_first=True), scale=ScaleMap.softplus(floor=floor))
+    if not any(p.requires_grad for p in made.parameters()):
+        layer.requires_grad_(False)
     return layer.train(made.training), floor
 
 
 def _flow(transform: nn.Module, module: nn.Module) -> Flow:
     """The flow of a transform; module is what was given, the transform itself or a flow around it."""
-    features = _features(transform)
-    if module is not transform:
+    whole = module is not transform
+    features = _features(transform, module)
+    if whole:
         _check_flow(module, features)
     layers: list[nn.Module] = []
     contexts: list[int] = []
@@ -84,7 +93,8 @@ def _flow(transform: nn.Module, module: nn.Module) -> Flow:
         except (TypeError, ValueError) as error:
             raise type(error)(f"transform {name or '0'}, {_name(part)}, {error}") from None
     flow = flow_of(layers, features, contexts, module.training)
-    check_same(flow, transform, module)
+    inverse = None if all(is_of_library(part, "nflows") for _, part in _parts(transform, "")) else transform.inverse
+    check_same(flow, transform, module, inverse=inverse, log_prob=module.log_prob if whole else None)
     return flow
 
 
@@ -114,10 +124,10 @@ def _layers(part: nn.Module, features: int, contexts: list[int]) -> list[nn.Modu
     if isinstance(part, t.ActNorm):
         if not part.initialized:
             raise ValueError("has not been initialised: give it a batch in training mode before it is taken over")
-        return [affine_layer(part.shift / part.scale, part.log_scale, learned=True)]
+        return [affine_layer(part.shift / part.scale, part.log_scale, learned=(part.shift.requires_grad, part.log_scale.requires_grad))]
     if isinstance(part, t.PointwiseAffineTransform):
         shift, scale = (value.expand(features) for value in (part._shift, part._scale))
-        return [affine_layer(shift / scale, scale.log(), learned=False)]
+        return [affine_layer(shift / scale, scale.log(), learned=(False, False))]
     if isinstance(part, t.InverseTransform):
         inner = [layer for _, own in _parts(part._transform, "") for layer in _layers(own, features, contexts)]
         return [Inverse(layer) for layer in reversed(inner)]
@@ -148,8 +158,8 @@ def _batch_norm(part: nn.Module) -> FlowBatchNorm:
     return norm
 
 
-def _features(transform: nn.Module) -> int:
-    """How many features the first of its parts that says so takes."""
+def _features(transform: nn.Module, module: nn.Module) -> int:
+    """How many features the first of its parts that says so takes, or else the base of the flow around it."""
     for _, part in _parts(transform, ""):
         part = getattr(part, "_transform", part)  # of an inverse
         if (count := getattr(part, "features", None)) is not None:
@@ -157,12 +167,17 @@ def _features(transform: nn.Module) -> int:
         for name in ("_permutation", "bias", "log_scale"):
             if (t := getattr(part, name, None)) is not None:
                 return len(t)
+    shape = getattr(getattr(module, "_distribution", None), "_shape", ())
+    if len(shape) == 1:
+        return shape[0]
     raise ValueError(f"module must hold a transform that knows how many features there are; got {_name(transform)}")
 
 
 def _check_flow(flow: nn.Module, features: int) -> None:
     from nflows.distributions import StandardNormal
+    from nflows.flows import Flow as NFlow
 
+    check_own_methods(flow, NFlow, ("_sample", "sample", "sample_and_log_prob"))
     base, embedding = flow._distribution, flow._embedding_net
     if type(base) is not StandardNormal or tuple(base._shape) != (features,):
         shape = f" of {list(base._shape)}" if hasattr(base, "_shape") else ""

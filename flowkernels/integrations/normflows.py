@@ -7,7 +7,7 @@ from ..flows import Flow
 from ..layers import MLP, AdditiveCoupling, AffineCoupling, Inverse, MaskedAutoregressive, Permute
 from ..ops import ScaleMap
 from ..ops.activation import Activation
-from .foreign import check_same, conditioner_of
+from .foreign import check_own_methods, check_same, conditioner_of, is_of_library
 from .made import made_layers
 from .parts import affine_layer, copied, coupling_layers, flow_of, mlp_of
 
@@ -18,8 +18,10 @@ def from_normflows(module: nn.Module) -> MaskedAutoregressive | Flow:
     z = x * (sigmoid(s + 2) + 1e-3) + shift. Both directions of a layer are those of the module: normflows' own models use its forward
     direction from noise to data, so in a `flows.Flow`, whose layers go from data to noise, it stands as `layers.Inverse(layer)`.
 
-    A whole model may also hold permutations, initialised actnorms and couplings by channels; those whose network is normflows' MLP with
-    ReLU run network and map in one kernel, others keep theirs. Mean and scale of its base become a layer over a standard normal one.
+    A whole model may also hold permutations, initialised actnorms and `AffineCouplingBlock`s by channels; those whose network is normflows'
+    MLP with ReLU run network and map in one kernel, others keep theirs. Mean and scale of its base become a layer over a standard normal
+    one. What is shared by several flows is a copy in each. `flow.sample(n, context)` gives n samples of each context, where normflows
+    gives one of each; `model(z)` is `flow.inverse(z)`.
 
     Args:
         module: a `MaskedAffineAutoregressive`, or a `MADE` with two outputs a feature, as that flow has one, becomes a layer; a
@@ -47,7 +49,8 @@ def from_normflows(module: nn.Module) -> MaskedAutoregressive | Flow:
         sigma = (raw_scale + 2).sigmoid() + 1e-3
         return x * sigma + shift, sigma.log().sum(1)
 
-    check_same(layer, map_of_made if made is module else module, module)
+    inverse = None if made is module or is_of_library(module, "normflows") else module.inverse
+    check_same(layer, map_of_made if made is module else module, module, inverse=inverse)
     return layer
 
 
@@ -59,12 +62,17 @@ def _layer(made: nn.Module) -> MaskedAutoregressive:
         raise ValueError(f"preprocessing must be None; got {made.preprocessing}. Put it into a layer of its own before this one")
     layers = made_layers(made, first=Activation.IDENTITY, first_context=Activation.IDENTITY, gate=True)
     scale = ScaleMap.sigmoid(bias=2.0, floor=1e-3)
-    return MaskedAutoregressive.of(conditioner_of(layers, scale_first=True), scale=scale).train(made.training)
+    layer = MaskedAutoregressive.of(conditioner_of(layers, scale_first=True), scale=scale).train(made.training)
+    if not any(p.requires_grad for p in made.parameters()):
+        layer.requires_grad_(False)
+    return layer
 
 
 def _flow(model: nn.Module) -> Flow:
-    from normflows import ConditionalNormalizingFlow
+    from normflows import ConditionalNormalizingFlow, NormalizingFlow
 
+    conditional = isinstance(model, ConditionalNormalizingFlow)
+    check_own_methods(model, ConditionalNormalizingFlow if conditional else NormalizingFlow, ("sample",))
     base = _base(model.q0)
     layers: list[nn.Module] = []
     contexts: list[int] = []
@@ -74,14 +82,22 @@ def _flow(model: nn.Module) -> Flow:
         except (TypeError, ValueError) as error:
             raise type(error)(f"flow {number} of the model, {type(part).__name__}, {error}") from None
     flow = flow_of([*layers, base], len(base.bias), contexts, model.training)
-    conditional = isinstance(model, ConditionalNormalizingFlow)
 
     def to_noise(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         given = (context,) if conditional else ()
         z = (model.inverse(x, *given) - model.q0.loc) * (-model.q0.log_scale).exp()
         return z, model.log_prob(x, *given) - flow.base.log_prob(z)  # inverse_and_log_det adds up in float32
 
-    check_same(flow, to_noise, model)
+    def to_data(z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        given = (context,) if conditional else ()
+        x, total = model.q0.loc + z * model.q0.log_scale.exp(), model.q0.log_scale.sum()
+        for part in model.flows:  # forward_and_log_det adds up in float32
+            x, logabsdet = part(x, *given)
+            total = total + logabsdet
+        return x, total
+
+    own = all(is_of_library(part, "normflows") for outer in model.flows for part in (outer, *getattr(outer, "flows", ())))
+    check_same(flow, to_noise, model, inverse=None if own else to_data)
     return flow
 
 
@@ -92,7 +108,7 @@ def _base(base: nn.Module) -> nn.Module:
     if type(base) is not DiagGaussian or base.temperature is not None or len(base.shape) != 1:
         shape = f" of shape {base.shape}, temperature {base.temperature}" if type(base) is DiagGaussian else ""
         raise ValueError(f"q0 must be a DiagGaussian of vectors without temperature; got {type(base).__name__}{shape}")
-    return affine_layer(-base.loc[0], -base.log_scale[0], learned=isinstance(base.loc, nn.Parameter))
+    return affine_layer(-base.loc[0], -base.log_scale[0], learned=(base.loc.requires_grad, base.log_scale.requires_grad))
 
 
 def _layers(part: nn.Module, features: int, contexts: list[int]) -> list[nn.Module]:
@@ -109,7 +125,7 @@ def _layers(part: nn.Module, features: int, contexts: list[int]) -> list[nn.Modu
         if not part.data_dep_init_done:
             raise ValueError("has not been initialised: give the model a batch before it is taken over")
         log_scale, shift = part.s.flatten(), part.t.flatten()
-        return [affine_layer(-shift, -log_scale, learned=True)]
+        return [affine_layer(-shift, -log_scale, learned=(part.t.requires_grad, part.s.requires_grad))]
     if isinstance(part, flows.AffineCouplingBlock):
         contexts.append(0)
         return _coupling(part, features)

@@ -5,10 +5,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..flows import Flow
 from ..layers import MLP, ActNorm, Permute
 from ..ops import Part
+from .foreign import check_batch_norm, check_dropout
 
 
 class ContextAppended(nn.Module):
@@ -30,7 +33,10 @@ def flow_of(layers: Sequence[nn.Module], features: int, contexts: Sequence[int],
     """
     if len(set(contexts)) > 1:
         raise ValueError(f"all transforms must take the same context; theirs have {list(contexts)} features")
-    flow = Flow(layers, features, context_features=contexts[0] if contexts else 0).train(training)
+    flow = Flow(layers, features, context_features=contexts[0] if contexts else 0)
+    for module in flow.modules():
+        if type(module).__module__.startswith(__package__.split(".")[0]):  # networks that were copied stay in their mode
+            module.training = training
     return flow.to(next(flow.parameters(), torch.empty(0)).device)  # permutations are made on the CPU
 
 
@@ -69,12 +75,12 @@ def mlp_of(network: nn.Sequential, inputs: int) -> MLP | None:
     widths = [w.shape[0] for w in weights]
     with torch.device("meta"):
         mlp = MLP(inputs, widths[:-1], widths[-1], context_features=weights[0].shape[1] - inputs)
-    copy_of = lambda t: nn.Parameter(t.clone(memory_format=torch.contiguous_format))
+    copy_of = lambda t, like: nn.Parameter(t.detach().clone(memory_format=torch.contiguous_format), requires_grad=like.requires_grad)
     for dense, weight, bias in zip(mlp.layers, weights, biases, strict=True):
-        own, context = weight.detach().T.tensor_split([len(dense.weight)])
-        dense.weight, dense.bias = copy_of(own), copy_of(bias.detach())
+        own, context = weight.T.tensor_split([len(dense.weight)])
+        dense.weight, dense.bias = copy_of(own, weight), copy_of(bias, bias)
         if dense.context_weight is not None:
-            dense.context_weight = copy_of(context)
+            dense.context_weight = copy_of(context, weight)
     return mlp.train(network.training)
 
 
@@ -83,14 +89,29 @@ def _is_relu(module: nn.Module) -> bool:
 
 
 def copied(network: nn.Module) -> nn.Module:
-    """The network itself, with parameters of its own."""
-    return copy.deepcopy(network)
+    """The network itself, with parameters of its own.
+
+    Raises:
+        ValueError: it normalises by its batch or drops units, as networks in training mode do, or it cannot be copied.
+    """
+    for name, module in network.named_modules():
+        place = f"{type(network).__name__}.{name}" if name else type(network).__name__
+        if isinstance(module, _BatchNorm):
+            check_batch_norm(module, place)
+        if isinstance(module, _DropoutNd):
+            check_dropout(module, place)
+    try:
+        return copy.deepcopy(network)
+    except RuntimeError as error:
+        raise ValueError(f"{type(network).__name__} cannot be copied: {error}") from None
 
 
-def affine_layer(bias: Tensor, log_scale: Tensor, *, learned: bool) -> ActNorm:
-    """z = (x + bias) * exp(log_scale) of each feature."""
+def affine_layer(bias: Tensor, log_scale: Tensor, *, learned: tuple[bool, bool]) -> ActNorm:
+    """z = (x + bias) * exp(log_scale) of each feature. learned: whether bias is, and log_scale."""
     with torch.device("meta"):
         layer = ActNorm(len(bias))
-    layer.bias, layer.log_scale = (nn.Parameter(t.detach().clone(), requires_grad=learned) for t in (bias, log_scale))
+    layer.bias, layer.log_scale = (
+        nn.Parameter(t.detach().clone(), requires_grad=own) for t, own in zip((bias, log_scale), learned, strict=True)
+    )
     layer.initialised = torch.tensor(True, device=bias.device)
     return layer

@@ -9,7 +9,7 @@ from ..flows import Flow
 from ..layers import AffineCoupling, MaskedAutoregressive
 from ..ops import ScaleMap
 from ..ops.activation import parse_activation
-from .foreign import ForeignLayer, check_same, conditioner_of
+from .foreign import ForeignLayer, check_same, conditioner_of, is_of_library
 from .parts import ContextAppended, copied, coupling_layers, flow_of, mlp_of
 
 
@@ -38,7 +38,8 @@ def from_zuko(module: nn.Module) -> MaskedAutoregressive | Flow:
 
     if isinstance(module, MaskedAutoregressiveTransform):
         layer = _layer(module)
-        check_same(layer, lambda x, context: module(context).call_and_ladj(x), module)
+        inverse = None if is_of_library(module, "zuko") else lambda z, context: module(context).inv.call_and_ladj(z)
+        check_same(layer, lambda x, context: module(context).call_and_ladj(x), module, inverse=inverse)
         return layer
     if not isinstance(module, ZukoFlow):
         raise TypeError(f"module must be a zuko MaskedAutoregressiveTransform or Flow; got {type(module).__name__}")
@@ -63,7 +64,10 @@ def from_zuko(module: nn.Module) -> MaskedAutoregressive | Flow:
     features, contexts = sizes[0][0], [context for _, context in sizes]
     _check_base(module.base, features)
     flow = flow_of(layers, features, contexts, module.training)
-    check_same(flow, lambda x, context: module(context).transform.call_and_ladj(x), module)
+    own = all(is_of_library(part, "zuko") for part in transforms)
+    inverse = None if own else lambda z, context: module(context).transform.inv.call_and_ladj(z)
+    log_prob = lambda x, context: module(context).log_prob(x)
+    check_same(flow, lambda x, context: module(context).transform.call_and_ladj(x), module, inverse=inverse, log_prob=log_prob)
     return flow
 
 
@@ -77,7 +81,10 @@ def _coupling(transform: nn.Module) -> list[nn.Module]:
 def _layer(transform: nn.Module) -> MaskedAutoregressive:
     scale = _scale(transform)
     layers = _layers(transform.hyper, transform.hyper.out_features // 2)
-    return MaskedAutoregressive.of(conditioner_of(layers, scale_first=False), scale=scale).train(transform.training)
+    layer = MaskedAutoregressive.of(conditioner_of(layers, scale_first=False), scale=scale).train(transform.training)
+    if not any(p.requires_grad for p in transform.parameters()):
+        layer.requires_grad_(False)
+    return layer
 
 
 def _scale(transform: nn.Module) -> ScaleMap:

@@ -13,6 +13,7 @@ from flowkernels.integrations import from_nflows, from_normflows, from_zuko
 from flowkernels.layers import MaskedAutoregressive
 
 nflows = pytest.importorskip("nflows.flows")
+nflows_nets = pytest.importorskip("nflows.nn.nets")
 distributions = pytest.importorskip("nflows.distributions")
 transforms = pytest.importorskip("nflows.transforms")
 autoregressive = pytest.importorskip("nflows.transforms.autoregressive")
@@ -395,3 +396,94 @@ class WithoutContext(nn.Module):
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         assert context is None
         return self.network(x)
+
+
+def test_an_inverse_or_a_density_of_its_own_is_refused():
+    class Inverted(autoregressive.MaskedAffineAutoregressiveTransform):
+        def inverse(self, inputs, context=None):
+            x, logabsdet = super().inverse(inputs, context)
+            return x + 1, logabsdet
+
+    class Scored(nflows.Flow):
+        def _log_prob(self, inputs, context):
+            return super()._log_prob(inputs, context) - 1
+
+    class Sampled(nflows.Flow):
+        def _sample(self, num_samples, context):
+            return super()._sample(num_samples, context) + 1
+
+    class Based(zuko.flows.MAF):
+        def forward(self, c=None):
+            flow = super().forward(c)
+            return type(flow)(flow.transform, zuko.distributions.DiagNormal(torch.ones(3), torch.ones(3)))
+
+    class Turned(normflows.flows.AffineCouplingBlock):
+        def forward(self, z):
+            x, logabsdet = super().forward(z)
+            return x + 1, logabsdet
+
+    class Drawn(normflows.NormalizingFlow):
+        def sample(self, num_samples=1):
+            x, log_prob = super().sample(num_samples)
+            return x + 1, log_prob
+
+    patched = nflows_layer(features=4)
+    patched._elementwise_inverse = lambda inputs, parameters: (inputs, inputs.sum(1))
+    flow = nflows_flow()
+    for take_over, module in (
+        (from_nflows, Inverted(3, 8)),
+        (from_nflows, nflows_flow(Inverted(4, 8))),
+        (from_nflows, nflows_flow(patched)),
+        (from_nflows, Scored(flow._transform, flow._distribution)),
+        (from_zuko, Based(3, transforms=1)),
+        (from_normflows, normflows_model(Turned(normflows.nets.MLP([2, 8, 4])))),
+    ):
+        with pytest.raises(ValueError, match="does not compute what this version"):
+            take_over(module)
+    for take_over, module in (
+        (from_nflows, Sampled(flow._transform, flow._distribution)),
+        (from_normflows, Drawn(normflows.distributions.DiagGaussian(4), [normflows_coupling()])),
+    ):
+        with pytest.raises(ValueError, match="has a _?sample of its own, which would not be taken over"):
+            take_over(module)
+
+
+def test_networks_of_couplings_that_mix_their_batch_are_refused_and_left_alone():
+    network = lambda i, o: nflows_nets.ResidualNet(i, o, 8, use_batch_norm=True)
+    flow = nflows_flow(transforms.AffineCouplingTransform([0, 1, 0, 1], network))
+    before = copy.deepcopy(flow.state_dict())
+    with pytest.raises(
+        ValueError, match=r"ResidualNet.blocks.0.batch_norm_layers.0 normalises by the batch .*; call eval\(\) on the network"
+    ):
+        from_nflows(flow)
+    assert all(torch.equal(t, before[name]) for name, t in flow.state_dict().items())
+    dropout = lambda i, o: nflows_nets.ResidualNet(i, o, 8, dropout_probability=0.5)
+    flow = nflows_flow(transforms.AffineCouplingTransform([0, 1, 0, 1], dropout))
+    with pytest.raises(ValueError, match="ResidualNet.blocks.0.dropout drops units at random while it trains"):
+        from_nflows(flow)
+    flow._transform._transforms[1].transform_net.eval()  # the rest trains on
+    ours = from_nflows(flow)
+    networks = [m for m in ours.modules() if isinstance(m, nflows_nets.ResidualNet)]
+    assert ours.training and networks and not any(m.training for network in networks for m in network.modules())
+
+
+def test_what_is_frozen_stays_frozen():
+    model = normflows_model(normflows_coupling(), normflows.flows.ActNorm(4, scale=False), base=normflows.distributions.DiagGaussian(4))
+    model.log_prob(torch.randn(20, 4))
+    model.q0.loc.requires_grad_(False)
+    first = model.flows[0].flows[1].param_map.net[0]
+    first.weight.requires_grad_(False)
+    trained = {id(p): p.requires_grad for p in model.parameters()}
+    ours = from_normflows(model)
+    count = lambda module, flag: sum(p.numel() for p in module.parameters() if p.requires_grad is flag)
+    assert count(ours, True) == count(model, True) and len(trained) == len(list(model.parameters()))
+    for take_over, module in ((from_nflows, nflows_layer()), (from_zuko, zuko_layer())):
+        assert not any(p.requires_grad for p in take_over(module.requires_grad_(False)).parameters())
+
+
+def test_flows_are_compared_without_autocast_and_count_their_features_by_their_base():
+    flow = nflows.Flow(transforms.CompositeTransform([transforms.PointwiseAffineTransform(0.0, 2.0)]), distributions.StandardNormal([4]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert from_nflows(flow).features == 4
+        from_nflows(nflows_layer())
+        from_zuko(zuko.flows.MAF(3))
