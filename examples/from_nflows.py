@@ -17,7 +17,8 @@ from flowkernels.integrations import from_nflows
 
 
 def make(features: int, context_features: int, layers: int = 5) -> Flow:
-    """What sbi makes for neural posterior estimation: a standardisation, then MAF layers and permutations."""
+    """As for neural posterior estimation: a standardisation, then MAF layers and permutations. Of a flow that embeds its context,
+    `from_nflows(flow._transform)` is taken over, and given `flow._embedding_net(context)`."""
     parts = [PointwiseAffineTransform(shift=torch.randn(features), scale=torch.rand(features) + 0.5)]
     for _ in range(layers):
         parts += [

@@ -42,7 +42,7 @@ def train(steps: int, batch: int) -> MAF:
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % (steps // 5) == 0:
+        if step % max(1, steps // 5) == 0:
             print(f"step {step}: -log q = {loss.item():.3f} nats")
     return flow.eval()
 
@@ -62,7 +62,8 @@ def main(steps: int = 2000, batch: int = 500, observations: int = 1000, samples:
     torch.manual_seed(0)
     flow = train(steps, batch)
     found = coverage(flow, observations, samples)
-    print(f"90 % intervals hold the height of {found[0]:.1%} of the observations, and the speed of {found[1]:.1%}")
+    error = (0.9 * 0.1 / observations) ** 0.5
+    print(f"90 % intervals hold the height of {found[0]:.1%} of the observations, and the speed of {found[1]:.1%} (+- {error:.1%})")
     return found
 
 

@@ -8,6 +8,23 @@ from flowkernels.cli import main
 from flowkernels.layers import FlowBatchNorm
 
 
+def test_many_rows_are_right_here(monkeypatch):
+    """By more of them than a kernel's tile; and a gradient that a rounding turned to a ReLU's other side is no fault."""
+    monkeypatch.setattr(check, "BATCHES", (300,))
+    monkeypatch.setattr(check, "FLOWS", {name: check.FLOWS[name] for name in ("RealNVP of images", "MAF")})
+    wrong = [r for r in check.results("cpu") if not r.right]
+    assert not wrong, wrong
+
+
+def test_other_rows_are_asked_where_one_gradient_is_a_little_off(monkeypatch):
+    errors = iter([0.01, 1e-5, 1e-5, 1e-5, 0.5])
+    monkeypatch.setattr(check, "FLOWS", {"MAF": check.FLOWS["MAF"]})
+    monkeypatch.setattr(check, "BATCHES", (1,))
+    monkeypatch.setattr(check, "_error_of", lambda *_, seed=0: next(errors, 1e-12))
+    found = list(check.results("cpu"))
+    assert [r.error for r in found[:2]] == [1e-5, 0.5] and not found[1].right
+
+
 @pytest.fixture
 def few(monkeypatch):
     monkeypatch.setattr(check, "FLOWS", {name: check.FLOWS[name] for name in ("RealNVP", "MAF")})

@@ -128,8 +128,8 @@ def _checked_base(base: Base) -> Base:
 
 
 def _count(n: int) -> tuple[int]:
-    if not isinstance(n, Integral) or n < 0:
-        raise ValueError(f"n must be a number of at least 0; got {n}: distribution(context).sample takes shapes")
+    if not isinstance(n, Integral) or isinstance(n, bool) or n < 0:
+        raise ValueError(f"n must be a whole number of at least 0; got {n!r}: distribution(context).sample takes shapes")
     return (n,)
 
 
@@ -192,7 +192,13 @@ class FlowDistribution(Distribution):
         event = len(self.event_shape)
         if value.shape[-event:] != self.event_shape:
             raise ValueError(f"value must have shape [*batch, {', '.join(map(str, self.event_shape))}]; got {list(value.shape)}")
-        shape = torch.broadcast_shapes(value.shape[:-event], self.batch_shape)
+        try:
+            shape = torch.broadcast_shapes(value.shape[:-event], self.batch_shape)
+        except RuntimeError:
+            batch = list(self.batch_shape)
+            raise ValueError(
+                f"value must have a batch that broadcasts with that of the contexts, {batch}; got {list(value.shape)}"
+            ) from None
         rows = value.expand(*shape, *value.shape[-event:]).reshape(shape.numel(), *value.shape[-event:])
         return self.flow.log_prob(rows, self._rows(shape)).view(shape)
 
@@ -205,6 +211,8 @@ class FlowDistribution(Distribution):
 
     def rsample(self, sample_shape: Size | tuple = (), temperature: float = 1.0) -> Tensor:
         """As `sample`, and gradients reach the parameters and the context."""
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be at least 0; got {temperature}")
         batch = self._sample_batch(sample_shape)
         z = self._noise(batch.numel())
         x, _ = self._from_noise(z * temperature if temperature != 1.0 else z, batch)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .._wide import wide
 from ..flows import Flow
+from ..layers._sizes import parse_count
 from .model import rows_in_flight
 
 LogDensity = Callable[..., Tensor]
@@ -94,8 +95,9 @@ def train_reverse_kl(
         TypeError, ValueError: as in `reverse_kl`; a number is out of range, or the loss or a gradient is no longer finite.
     """
     for name, value in (("steps", steps), ("samples", samples)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+        parse_count(name, value)
+    if not any(p.requires_grad for p in flow.parameters()):
+        raise ValueError("flow must have parameters to train; all of them are frozen, requires_grad=False, or there are none")
     for name, value in (("learning_rate", learning_rate), ("clip_norm", clip_norm)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive; got {value}")
@@ -130,7 +132,8 @@ class Normalizer(NamedTuple):
 def log_normalizer(flow: Flow, log_density: LogDensity, n: int, context: Tensor | None = None) -> Normalizer:
     """log Z = log of the integral of p~, by importance sampling from the flow: log mean p~(x) / q(x) over n samples.
 
-    The standard error is that of a mean, by the delta method: it is to be trusted where many samples are effective. A density may be 0
+    The standard error is that of a mean, by the delta method, of what the flow reaches: where it is narrower than p, as reverse KL leaves
+    it, log Z comes out low by what it never draws, and neither the error nor the effective samples tell. A density may be 0
     (log_density -inf) here; where it is 0 at all samples, log Z is -inf, its error infinite, and none is effective.
 
     Args:

@@ -257,3 +257,16 @@ def test_layers_refuse_settings_when_they_are_built(make, message):
 def test_freezing_a_convolution_gives_it_back():
     layer = InvertibleConv1x1(3)
     assert layer.freeze() is layer
+
+
+def test_numbers_of_sampling_are_checked():
+    flow = MAF(2, context_features=3, hidden_features=(4,))
+    context = torch.randn(5, 3)
+    for n in (-1, 2.0, True, torch.tensor(2)):
+        with pytest.raises(ValueError, match="n must be a whole number of at least 0; got"):
+            flow.sample(n, context)
+    for temperature in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="temperature must be at least 0; got"):
+            flow.sample(2, context, temperature)
+    with pytest.raises(ValueError, match=r"value must have a batch that broadcasts with that of the contexts, \[5\]; got \[4, 2\]"):
+        flow.distribution(context).log_prob(torch.randn(4, 2))

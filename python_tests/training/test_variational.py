@@ -142,3 +142,10 @@ def test_mistakes_are_named(call, error, message):
 def test_gradients_that_are_switched_off_are_named():
     with torch.no_grad(), pytest.raises(ValueError, match="use log_normalizer there"):
         reverse_kl(flow(), gaussian, 5)
+
+
+def test_a_flow_without_anything_to_train_is_named():
+    with pytest.raises(ValueError, match="flow must have parameters to train"):
+        train_reverse_kl(flow().requires_grad_(False), gaussian, steps=2)
+    with pytest.raises(ValueError, match="steps must be a whole number of at least 1; got 2.0"):
+        train_reverse_kl(flow(), gaussian, steps=2.0)
