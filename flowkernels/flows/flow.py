@@ -195,10 +195,8 @@ class FlowDistribution(Distribution):
         try:
             shape = torch.broadcast_shapes(value.shape[:-event], self.batch_shape)
         except RuntimeError:
-            batch = list(self.batch_shape)
-            raise ValueError(
-                f"value must have a batch that broadcasts with that of the contexts, {batch}; got {list(value.shape)}"
-            ) from None
+            wanted = f"value must have a batch that broadcasts with that of the contexts, {list(self.batch_shape)}"
+            raise ValueError(f"{wanted}; got {list(value.shape)}") from None
         rows = value.expand(*shape, *value.shape[-event:]).reshape(shape.numel(), *value.shape[-event:])
         return self.flow.log_prob(rows, self._rows(shape)).view(shape)
 

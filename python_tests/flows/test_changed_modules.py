@@ -223,8 +223,11 @@ def test_a_log_determinant_may_be_added_to():
             ]
         ),
         (lambda: Flow([Permute([1, 0])], 2, context_features=0.5), "context_features must be at least 0; got 0.5"),
-        (lambda: MAF(4).sample(-1), "n must be a number of at least 0; got -1"),
-        (lambda: MAF(4).sample((2, 3)), r"n must be a number of at least 0; got \(2, 3\): distribution\(context\).sample takes shapes"),
+        (lambda: MAF(4).sample(-1), "n must be a whole number of at least 0; got -1"),
+        (
+            lambda: MAF(4).sample((2, 3)),
+            r"n must be a whole number of at least 0; got \(2, 3\): distribution\(context\).sample takes shapes",
+        ),
         (lambda: MAF(4, context_features=2).sample(3, torch.ones(5, 2, dtype=torch.int64)), "context must be torch.float32"),
         (lambda: MAF(4, context_features=2).sample(3, torch.ones(5, 2).double()), "context must be torch.float32"),
         (lambda: MAF(4, context_features=2).distribution(torch.tensor(1.0)), r"context must be \[\*batch, 2\]; got \[\]"),

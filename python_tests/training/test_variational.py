@@ -122,7 +122,7 @@ def nan_at_two(x):
             ValueError,
             r"a single one, \[2\]; got \[3, 2\]",
         ),
-        (lambda: train_reverse_kl(flow(), gaussian, steps=0), ValueError, "steps must be at least 1; got 0"),
+        (lambda: train_reverse_kl(flow(), gaussian, steps=0), ValueError, "steps must be a whole number of at least 1; got 0"),
         (lambda: train_reverse_kl(flow(), gaussian, learning_rate=-1.0), ValueError, "learning_rate must be positive"),
         (lambda: train_reverse_kl(flow(), gaussian, clip_norm=-1.0), ValueError, "clip_norm must be positive; got -1.0"),
         (
