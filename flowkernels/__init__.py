@@ -14,6 +14,7 @@ from ._version import __version__
 from . import _extension
 
 _extension.load()
+_extension.check_instruction_set()
 
 from . import flows, layers, ops  # noqa: E402
 from ._backend import backend, look_at_gpus_later  # noqa: E402

@@ -6,7 +6,9 @@ fails where they are missing: every op then runs its reference.
 
 import functools
 import json
+import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,13 @@ def build_record() -> dict[str, Any]:
         return json.loads((_FOLDER / "_build.json").read_text())
     except (OSError, ValueError):
         return {}
+
+
+def check_instruction_set() -> None:
+    """Say at once what is wrong with FLOWKERNELS_ISA: what a kernel throws in one of its threads does not reach anybody."""
+    used = build_info().get("instruction set used", "") if os.environ.get("FLOWKERNELS_ISA") else ""
+    if used.startswith("FLOWKERNELS_ISA"):
+        warnings.warn(f"flowkernels: {used}. Until then every compiled op fails", stacklevel=3)
 
 
 def build_info() -> dict[str, str]:

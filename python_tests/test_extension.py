@@ -94,6 +94,11 @@ def test_instruction_set_chosen_by_hand(library):
     lesser = "avx2" if hardware == "avx512" else hardware
     assert python(code, PACKAGE.parent, FLOWKERNELS_ISA=lesser) == lesser
     assert hardware in python(code, PACKAGE.parent, FLOWKERNELS_ISA="sse9")  # the error, which names what there is
+    caught = (
+        "import warnings\nwith warnings.catch_warnings(record=True) as said:\n    import flowkernels\nprint(*(w.message for w in said))"
+    )
+    assert "FLOWKERNELS_ISA must name an instruction set that this machine has" in python(caught, PACKAGE.parent, FLOWKERNELS_ISA="sse9")
+    assert not python(caught, PACKAGE.parent, FLOWKERNELS_ISA=lesser)
 
 
 def test_loads_once_and_names_its_file(library):
