@@ -138,3 +138,40 @@ def test_statistics_are_those_of_all_ranks():
 def test_wrong_use_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_that_varies_by_little_of_its_mean(dtype):  # 8 eps of bfloat16 are 6 percent
+    x = (10 + 0.3 * torch.randn(4000, 1)).to(dtype) if dtype == torch.bfloat16 else (10 + 0.05 * torch.randn(4000, 1)).to(dtype)
+    layer = ActNorm(1)
+    layer.initialise(x)
+    torch.testing.assert_close(layer.log_scale.detach(), -x.double().std(correction=0).log()[None].float())
+
+
+def test_a_channel_of_subnormal_numbers_keeps_scale_one():  # 1 / std overflows
+    x = torch.randn(100, 2)
+    x[:, 1] = torch.where(x[:, 1] > 0, 1e-39, -1e-39)
+    layer = ActNorm(2)
+    z, logabsdet = layer(x)
+    assert z.isfinite().all() and logabsdet.isfinite().all() and layer.log_scale[1] == 0
+
+
+def test_an_ensemble_of_which_one_was_not_initialised():
+    done, fresh = ActNorm(3).eval(), ActNorm(3).eval()
+    done.initialise(torch.randn(20, 3))
+    parameters, buffers = torch.func.stack_module_state([done, fresh])
+    skeleton = ActNorm(3).eval()
+    call = lambda p, b, x: torch.func.functional_call(skeleton, (p, b), (x,))
+    with pytest.raises(RuntimeError, match="before it was initialised"):
+        torch.func.vmap(call, (0, 0, None))(parameters, buffers, torch.randn(5, 3))
+
+
+def test_a_fake_flag_is_not_read():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layer = ActNorm(3)
+    layer(torch.randn(20, 3))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():  # as torch.export calls it
+        state = {name: mode.from_tensor(t.detach()) for name, t in layer.state_dict().items()}
+        z, logabsdet = torch.func.functional_call(layer, state, (torch.empty(5, 3),))
+    assert z.shape == (5, 3) and logabsdet.shape == (5,)

@@ -289,3 +289,68 @@ def test_several_cotangents_at_once():
         f = lambda v, layer=layer: torch.cat([layer(v)[0], layer(v)[1][:, None]], 1)
         one_by_one, at_once = (torch.autograd.functional.jacobian(f, x, vectorize=way) for way in (False, True))
         torch.testing.assert_close(at_once, one_by_one)
+
+
+def test_a_tensor_in_the_place_of_a_parameter():  # `len(parameters) < 3` dropped: KeyError
+    layer, x = coupling("softclip", 6, "odd"), torch.randn(5, 6)
+    want = layer(x)
+    dense = layer.conditioner.layers[0]
+    weight = dense.weight.detach().clone()
+    del dense.weight
+    dense.weight = weight  # as a hypernetwork does
+    torch.testing.assert_close(layer(x), want)
+
+
+@pytest.mark.parametrize("part", ["even", "odd"])
+def test_one_feature_cannot_be_split(part):
+    transformed = 1 if part == "even" else 0
+    for layer in (
+        AdditiveCoupling(MLP(1 - transformed, (4,), transformed), part=part),
+        AffineCoupling(MLP(1 - transformed, (4,), 2 * transformed), part=part, interleaved=True),
+    ):
+        with pytest.raises(ValueError, match="x must have at least 2 channels"):
+            layer(torch.randn(3, 1))
+
+
+def test_a_feature_too_many():  # the transformed part is as wide as before, what passes is not
+    layer = coupling("softclip", 6, "odd")
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError)):
+        layer(torch.randn(4, 7))
+
+
+def test_a_network_half_of_which_is_elsewhere():
+    layer = coupling("softclip", 6, "odd")
+    layer.conditioner.layers[0].to("meta")
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError)):
+        layer(torch.randn(4, 6))
+
+
+def test_a_scale_for_each_channel():
+    network = MLP(3, (9,), 6)
+    layer, x = AffineCoupling(network, part="odd", scale_parameter=torch.tensor([0.5, -1.0, 2.0]), interleaved=True), torch.randn(5, 6)
+    assert layer.as_map(x, inverse=False) is None
+    with in_parts():
+        want = layer(x)
+    torch.testing.assert_close(layer(x), want)
+
+
+def test_autocast_reaches_the_network():
+    layer, x = coupling("softclip", 6, "odd"), torch.randn(50, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer.as_map(x, inverse=False) is None
+        got = layer(x)
+        with in_parts():
+            want = layer(x)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_caches_made_in_inference_mode_serve_gradients_of_gradients():
+    layer = coupling("softclip", 10, "odd", hidden=(31,))  # sizes that no other test has
+    x = torch.randn(3, 10)
+    with torch.inference_mode():
+        layer(x)
+    x.requires_grad_()
+    y, logabsdet = layer(x)
+    (g,) = torch.autograd.grad(y.square().sum() + logabsdet.sum(), x, create_graph=True)
+    g.sum().backward()
+    assert x.grad is not None

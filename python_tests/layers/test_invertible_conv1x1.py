@@ -310,3 +310,47 @@ def test_a_weight_that_is_thawed_between_two_looks(monkeypatch):
         monkeypatch.setattr(InvertibleConv1x1, "kept", lambda self: kept.pop(0) if len(kept) > 2 else None)
         got = fold(layers)
     torch.testing.assert_close((*got.weights, got.logabsdets), (*want.weights, want.logabsdets))
+
+
+def test_rotations_are_uniform():  # LAPACK's q alone has diagonals of one sign
+    torch.manual_seed(0)
+    rotations = torch.stack([InvertibleConv1x1(4, parametrization="plain").plain_weight.detach() for _ in range(400)])
+    assert rotations.mean(0).abs().max() < 0.15  # 6 standard errors: entries have variance 1 / 4
+    torch.testing.assert_close(torch.linalg.det(rotations), torch.ones(400))
+
+
+@pytest.mark.parametrize("parametrization", ["lu", "plain"])
+def test_a_bare_weight_frozen_in_inference_mode_serves_gradients(parametrization):  # without actnorm's scale, which makes new tensors
+    layer = InvertibleConv1x1(4, parametrization=parametrization).requires_grad_(False)
+    with torch.inference_mode():
+        layer.eval().freeze()
+    for call in (layer, layer.inverse):
+        x = torch.randn(2, 4, 3, 3, requires_grad=True)
+        call(x)[0].sum().backward()
+        assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("written", [0, 1])
+def test_layers_of_which_one_is_no_longer_frozen(written, inverse):
+    torch.manual_seed(0)
+    layers = [ActNormConv1x1(4).eval() for _ in range(2)]
+    for layer in layers:
+        layer.actnorm.initialise(torch.randn(30, 4) * 3 + 1)
+        layer.conv.freeze()
+    with torch.no_grad():
+        layers[written].conv.log_diagonal.add_(0.3)
+        got = fold(layers, inverse=inverse)
+        for layer in layers:
+            layer.conv.train()
+        want = fold(layers, inverse=inverse)
+    torch.testing.assert_close(list(got.weights), list(want.weights))
+    torch.testing.assert_close(got.logabsdets, want.logabsdets)
+
+
+def test_a_nearly_singular_weight_cannot_be_frozen():  # an exactly singular one has a NaN for its condition
+    layer = InvertibleConv1x1(3, parametrization="plain").double()
+    with torch.no_grad():
+        layer.plain_weight.copy_(torch.diag(torch.tensor([1.0, 1.0, 1e-17], dtype=torch.float64)))
+    with pytest.raises(ValueError, match="singular, with condition number 1.0e[+]17"):
+        layer.freeze()

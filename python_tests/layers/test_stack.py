@@ -5,7 +5,7 @@ import torch
 
 import flowkernels.layers._stack as stack
 from flowkernels.flows import MAF
-from flowkernels.layers import Chain, FlowBatchNorm, Inverse, MaskedAutoregressive, Permute
+from flowkernels.layers import Chain, DiagonalScale, FlowBatchNorm, Inverse, MaskedAutoregressive, Permute
 
 
 def autoregressive(features, context=0, **options):
@@ -121,3 +121,42 @@ def test_batch_norms_between_layers_keep_half_precision(context, inverse):
         with torch.set_grad_enabled(grad):
             y, logabsdet = (flow.inverse if inverse else flow)(torch.randn(3, 4).bfloat16(), *given)
         assert y.dtype == torch.bfloat16 and logabsdet.dtype == torch.float32
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("between", [FlowBatchNorm(5), FlowBatchNorm(1), Permute("descending", 5), Permute("descending", 3)])
+def test_a_layer_between_of_another_width(between, inverse):
+    chain = Chain([MaskedAutoregressive(4, (8,)), between, MaskedAutoregressive(4, (8,))]).eval()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"[xz] must have shape \[batch, [135], \*sites\]; got \[6, 4\]"):
+            (chain.inverse if inverse else chain)(torch.randn(6, 4))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_subclass_or_a_hook_of_inverse_is_called(inverse):
+    class Counting(Inverse):
+        def forward(self, x, context=None):
+            seen.append("subclass")
+            return super().forward(x, context)
+
+        def inverse(self, z, context=None):
+            seen.append("subclass")
+            return super().inverse(z, context)
+
+    seen = []
+    made = lambda: MaskedAutoregressive(4, (8,))
+    hooked = Inverse(made())
+    hooked.register_forward_hook(lambda *_: seen.append("hook"))
+    chain = Chain([made(), Counting(made()), hooked, DiagonalScale(4)])  # one that is no map, so that layers are looked at one by one
+    (chain.inverse if inverse else chain)(torch.randn(5, 4))
+    assert seen == (["subclass"] if inverse else ["subclass", "hook"])
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_permutations_between_are_made_anew_for_every_call(inverse):
+    chain, x = Chain([MaskedAutoregressive(4, (8,)), Permute([2, 0, 3, 1]), MaskedAutoregressive(4, (8,))]), torch.randn(5, 4)
+    call = chain.inverse if inverse else chain
+    want = call(x)
+    with torch.no_grad():
+        for _ in range(6):
+            torch.testing.assert_close(call(x), want)

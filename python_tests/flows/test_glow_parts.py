@@ -1,0 +1,76 @@
+"""A Glow whose parts are watched, of a subclass, or in another precision computes what they say."""
+
+import pytest
+import torch
+from torch import nn
+
+from flowkernels.layers import ActNormConv1x1
+from python_tests.flows.test_changed_modules import glow, module_by_module
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("part", ["coupling", "mixing"])
+def test_hooks_on_one_kind_of_module_of_a_glow_run(part, inverse):  # one at a time
+    flow, x, called = glow(), torch.randn(5, 3, 8, 8), []
+    steps = flow.layers[1]
+    module = steps.couplings[1] if part == "coupling" else steps.mixings[1]
+    if inverse:  # no hook runs there, but a method of its own does
+        own = module.inverse
+        module.inverse = lambda *args, **options: called.append(1) or own(*args, **options)
+        flow.inverse(torch.randn(5, 192))
+    else:
+        module.register_forward_hook(lambda *_: called.append(1))
+        flow(x)
+    assert called == [1]
+
+
+@pytest.mark.parametrize("coupling", ["affine", "additive"])
+def test_global_hooks_see_the_modules_of_a_glow(coupling):
+    flow, x, seen = glow(coupling=coupling), torch.randn(5, 3, 8, 8), set()
+    want = flow(x)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
+    try:
+        got = flow(x)
+    finally:
+        handle.remove()
+    steps = flow.layers[1]
+    assert seen >= {*steps.mixings, *steps.couplings, *(m.actnorm for m in steps.mixings), *(m.conv for m in steps.mixings)}
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+
+
+def test_a_subclass_of_a_mixing_is_called():
+    class Doubled(ActNormConv1x1):
+        def forward(self, x, context=None):
+            z, logabsdet = super().forward(x)
+            return 2 * z, logabsdet
+
+    for coupling in ("affine", "additive"):
+        flow, x = glow(coupling=coupling), torch.randn(5, 3, 8, 8)
+        flow.layers[1].mixings[1].__class__ = Doubled
+        torch.testing.assert_close(flow(x)[0], module_by_module(flow, x)[0].flatten(1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_glow_under_autocast(inverse):
+    flow = glow()
+    call, x = (flow.inverse, torch.randn(5, 192)) if inverse else (flow, torch.randn(5, 3, 8, 8))
+    want = call(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = call(x)
+    torch.testing.assert_close(got[0].float(), want[0], rtol=0.1, atol=0.2)
+    torch.testing.assert_close(got[1].float(), want[1], rtol=0.05, atol=2.0)
+
+
+@pytest.mark.parametrize("coupling", ["affine", "additive"])
+def test_a_glow_in_half_precision(coupling):
+    flow = glow(coupling=coupling).bfloat16()
+    x = torch.randn(5, 3, 8, 8).bfloat16()
+    z, logabsdet = flow(x)
+    want_z, want_logabsdet = module_by_module(flow, x)
+    torch.testing.assert_close(z, want_z.flatten(1), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(logabsdet, want_logabsdet, rtol=0.02, atol=1.0)
+
+
+def test_data_of_another_dtype_is_told_as_the_layers_tell_it():
+    with pytest.raises(ValueError, match="like the parameters, or be cast by torch.autocast; got torch.float64"):
+        glow()(torch.randn(5, 3, 8, 8, dtype=torch.float64))
