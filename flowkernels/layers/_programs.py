@@ -109,8 +109,8 @@ class Program:
         for kept, layers, write_affines in self.steps:
             calls: Sequence[Callable[..., Result]] = [layer.inverse for layer in layers] if self.inverse else layers
             if kept is not None and not self.failed:
-                constant = None if write_affines is None else write_affines()
                 try:
+                    constant = None if write_affines is None else write_affines()
                     x, logabsdet = kept(x, context)
                 except RuntimeError:  # the layers say what does not fit, or make it fit
                     self.failed = True

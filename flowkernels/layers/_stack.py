@@ -77,8 +77,9 @@ def _step(group: Sequence[_Part], inverse: bool) -> Step:
     if any(isinstance(layer, Permute) for layer, _ in group):  # whose orders are made anew for every call
         return Step()
     norms = [layer for layer, _ in group if isinstance(layer, FlowBatchNorm)]
-    affines = evaluation_affines(norms, inverse=inverse)[0] if norms else None
-    of_norms, maps = iter(() if affines is None else affines), []
+    with torch.inference_mode(False):  # it outlives the mode that this call may be in
+        affines = norms[0].running_var.new_empty(len(norms), 3, norms[0].features) if norms else torch.empty(0)
+    of_norms, maps = iter(affines), []
     for (before, _), (_, own) in pairwise([(None, None), *group]):
         if own is not None:
             maps.append(own._replace(affine=next(of_norms)) if isinstance(before, FlowBatchNorm) else own)

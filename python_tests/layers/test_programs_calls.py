@@ -204,3 +204,14 @@ def test_what_was_replaced_is_let_go_in_both_directions():
         module(x)
     gc.collect()
     assert not any(ref() is not None for ref in old)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_what_was_learned_in_inference_mode_serves_outside(name):
+    module, args = make(name), arguments(name)
+    with torch.inference_mode():
+        for _ in range(4):
+            want = both(module, *args)
+    assert set(programs(module)) == {False, True}
+    equal(both(module, *args), tuple(t.clone() for t in want))
+    assert set(programs(module)) == {False, True}
