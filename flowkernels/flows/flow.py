@@ -62,7 +62,7 @@ class Flow(Chain):
             if given is not None and not isinstance(given, Tensor):
                 raise TypeError(_no_tensor(argument, given))
         if rows.shape[1:] != shape:
-            more = ": distribution(context).log_prob takes any" if rows.shape[-len(shape) :] == shape else ""
+            more = ": distribution(context).log_prob takes any" if name == "x" and rows.shape[-len(shape) :] == shape else ""
             raise ValueError(f"{name} must have shape [batch, {', '.join(map(str, shape))}]; got {list(rows.shape)}{more}")
         if context is None:
             if self.context_features:

@@ -60,6 +60,8 @@ class ActNorm(nn.Module):
             raise ValueError(f"x must have shape [batch, {self.channels}, *sites]; got {list(x.shape)}")
         if self.ready:
             return
+        if not x.is_floating_point():
+            raise ValueError(f"x must be floating-point; got {x.dtype}")
         if not self.training:
             raise RuntimeError(
                 "ActNorm was used in evaluation before it was initialised: pass a batch in training mode, or load a checkpoint"

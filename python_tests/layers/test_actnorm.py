@@ -175,3 +175,10 @@ def test_a_fake_flag_is_not_read():
         state = {name: mode.from_tensor(t.detach()) for name, t in layer.state_dict().items()}
         z, logabsdet = torch.func.functional_call(layer, state, (torch.empty(5, 3),))
     assert z.shape == (5, 3) and logabsdet.shape == (5,)
+
+
+def test_whole_numbers_initialise_nothing():
+    layer = ActNorm(3)
+    with pytest.raises(ValueError, match="x must be floating-point; got torch.int64"):
+        layer(torch.ones(4, 3, dtype=torch.int64))
+    assert not layer.initialised
