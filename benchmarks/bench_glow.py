@@ -180,8 +180,9 @@ def _bare_steps(seconds: float, device: torch.device) -> Iterator[Case]:
         level = Glow((12, 32, 32), levels=1, steps=count, hidden_channels=1).to(device)
         level(torch.randn(8, 12, 32, 32, device=device))
         steps = next(module for module in level.modules() if isinstance(module, _Steps))
+        given = _Constant(raw.contiguous(memory_format=torch.channels_last))
         for coupling in steps.couplings:
-            coupling.conditioner = _Constant(raw.contiguous(memory_format=torch.channels_last))
+            coupling.conditioner = given
         return ours(steps)
 
     def build_normflows() -> Model:
@@ -190,9 +191,10 @@ def _bare_steps(seconds: float, device: torch.device) -> Iterator[Case]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it calls the deprecated torch.lu
             blocks = nn.ModuleList(flows.GlowBlock(shape[1], 1, split_mode="channel", scale_map="sigmoid") for _ in range(count)).to(device)
+        given = _Constant(raw)
         for block in blocks:
             _, coupling, _ = block.flows[0].flows
-            coupling.param_map = _Constant(raw)
+            coupling.param_map = given
 
         def through(blocks: nn.Module, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
             total = 0.0

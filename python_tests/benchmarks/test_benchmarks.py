@@ -211,6 +211,21 @@ def test_the_time_of_a_competitor_is_limited(tmp_path, monkeypatch, capsys):
         assert [row["turns"] for row in rows.read(tmp_path / "rows.jsonl")] == [turns]
 
 
+def test_each_of_several_benchmarks_runs_in_a_process_of_its_own(tmp_path, monkeypatch):
+    commands, statuses = [], iter((1, 0))
+
+    def run(command, check):
+        commands.append(command)
+        return SimpleNamespace(returncode=next(statuses))
+
+    monkeypatch.setattr(command_line.subprocess, "run", run)
+    out = tmp_path / "rows.jsonl"
+    rows.replace(out, [{"benchmark": "lu", "device": "cpu", "case": "old"}], benchmark="lu", device="cpu")
+    assert command_line.main(["lu", "limits", "--quick", "--seconds", "0.5", "--out", str(out)]) == 1  # the first failed; the second ran
+    options = ["--out", str(out), "--device", "cpu", "--quick", "--seconds", "0.5"]
+    assert commands == [[sys.executable, "-m", "benchmarks", name, *options] for name in ("lu", "limits")]
+
+
 def test_an_interrupted_run_leaves_the_results_as_they_were(tmp_path, monkeypatch):
     def interrupted() -> Call:
         raise KeyboardInterrupt
