@@ -65,14 +65,15 @@ class Packed {
   // reverse: for the gradient
   Packed(std::initializer_list<Convolution<T>*> convolutions, bool reverse, const T* log_gain, int64_t outputs) {
     const auto whole = [](int64_t n) { return FK_DISPATCH(whole_vectors<T>(n)); };
-    int64_t size = whole(outputs), most = 0;
+    int64_t size = whole(outputs), most = 0, most_terms = 0;
     for (const Convolution<T>* c : convolutions) {
       size += FK_DISPATCH(packed_convolution_size<T>(*c));
-      most = std::max(most, reverse ? c->taps * c->taps * whole(c->outputs) : c->terms());
+      most = std::max(most, c->taps * c->taps * whole(c->outputs) * (reverse ? 1 : c->inputs));
+      most_terms = std::max(most_terms, c->terms());
     }
     data_.reset(new T[size]);
-    const std::unique_ptr<T[]> turned(new T[reverse ? most : 0]);
-    std::vector<int64_t> place(reverse ? 0 : most);
+    const std::unique_ptr<T[]> turned(new T[most]);
+    std::vector<int64_t> place(reverse ? 0 : most_terms);
     gain = data_.get();
     FK_DISPATCH(conv_net_gain<T>(log_gain, outputs, gain));
     T* next = gain + whole(outputs);
@@ -83,7 +84,7 @@ class Packed {
         FK_DISPATCH(pack_reverse_convolution<T>(*c, turned.get()));
       } else {
         FK_DISPATCH(find_terms<T>(*c, place.data()));
-        FK_DISPATCH(pack_convolution<T>(*c, place.data()));
+        FK_DISPATCH(pack_convolution<T>(*c, place.data(), turned.get()));
       }
     }
   }
@@ -125,9 +126,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   if (keep) args.first = static_cast<T*>(first.mutable_data_ptr()), args.second = static_cast<T*>(second.mutable_data_ptr());
   const Packed<T> packed({&args.in, &args.mid, &args.out}, false, gains, args.out.outputs);
   args.gain = packed.gain;
-  const int64_t hidden = keep ? args.mid.inputs + args.out.inputs : args.out.inputs;
+  const int64_t hidden = (keep ? args.mid.inputs : 0) + 3 * args.out.inputs;  // the second layer and its factors, twice as many
   const int64_t threads = threads_of(args, {args.in, args.mid, args.out});
-  args.rows = rows_of(args, args.in.inputs + hidden, threads);
+  args.rows = rows_of(args, 2 * args.in.inputs + hidden, threads);
   const size_t scratch = FK_DISPATCH(conv_net_scratch_bytes<T>(args));
   for_each_task(args.tasks(), threads, [&](int64_t task) { FK_DISPATCH(conv_net_band<T>(args, task, static_cast<T*>(thread_scratch(scratch)))); });
   return {y, first, second};
@@ -164,7 +165,9 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const
 
   const auto at = args.places();
   // where there are no pixels, one part without tasks
-  args.rows = dx.numel() == 0 ? 1 : rows_of(args, out.outputs + in.inputs + 2 * (in.outputs + mid.outputs), 1);
+  // rows of dy and both hidden layers, with their gradients, and the factors of dy, x and one hidden layer, twice as many each
+  const int64_t channels = 3 * out.outputs + 2 * in.inputs + 2 * (in.outputs + mid.outputs + std::max(in.outputs, mid.outputs));
+  args.rows = dx.numel() == 0 ? 1 : rows_of(args, channels, 1);
   const int64_t tasks = dx.numel() == 0 ? 0 : args.tasks();
   const int64_t most = std::clamp(kBytes / (at.end * static_cast<int64_t>(sizeof(T))), kLeastParts, kMostParts);
   const int64_t parts = std::clamp<int64_t>(tasks, 1, most);
@@ -191,7 +194,7 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const
   const auto copy = [&](int64_t place, int64_t n, Tensor& t) { std::copy_n(args.sums + place, n, to(t)); };
   std::vector<int64_t> place(in.terms());
   FK_DISPATCH(find_terms<T>(in, place.data()));
-  FK_DISPATCH(turn_first_weight<T>(args.sums + at.weight_in, in.terms(), in.outputs, place.data(), to(dweight_in)));
+  FK_DISPATCH(turn_first_weight<T>(args.sums + at.weight_in, in.inputs, in.outputs, place.data(), to(dweight_in)));
   copy(at.weight_mid, mid.terms() * mid.outputs, dweight_mid);
   FK_DISPATCH(turn_last_weight<T>(args.sums + at.weight_out, out.outputs, out.inputs, to(dweight_out)));
   copy(at.bias_in, in.outputs, dbias_in);

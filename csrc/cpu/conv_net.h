@@ -10,10 +10,10 @@ template <class T>
 struct Convolution {
   const T *weight, *bias;  // [outputs, inputs, taps, taps] and [outputs]
   int64_t taps, inputs, outputs;
-  T* packed;  // the weight as tiles read it, see pack_convolution: a term is a row of taps, a column of it and an input
+  T* packed;  // the weight as tiles read it, see pack_convolution
 
-  int64_t row_terms() const { return taps * inputs; }
-  int64_t terms() const { return taps * row_terms(); }
+  int64_t terms() const { return taps * taps * inputs; }
+  int64_t packed_terms() const { return taps == 3 ? 4 * taps * inputs : inputs; }  // four factors for a row of three taps
 };
 
 // y = gain * (out * relu(mid * relu(in * x))), with * the three convolutions of 3, 1 and 3 taps and their biases, on images that lie channels
@@ -43,15 +43,16 @@ struct ConvNetGradientArgs : ConvNetImages<T> {
   Convolution<T> out, mid, in;
   T* sums;  // [parts][places().end]
 
-  // where the sums for each parameter begin, and the end; those for the first weight lie [term][output], for the last one [output][term]
+  // Where the sums for each parameter begin, and the end; those for the first weight lie [packed term][output], for the last one
+  // [output][packed term], terms being [row of taps][factor][input]
   struct Places {
     int64_t weight_out, weight_mid, weight_in, bias_out, bias_mid, bias_in, end;
   };
   Places places() const {
     Places at{};
-    at.weight_mid = out.terms() * out.outputs;
-    at.weight_in = at.weight_mid + mid.terms() * mid.outputs;
-    at.bias_out = at.weight_in + in.terms() * in.outputs;
+    at.weight_mid = out.packed_terms() * out.outputs;
+    at.weight_in = at.weight_mid + mid.packed_terms() * mid.outputs;
+    at.bias_out = at.weight_in + in.packed_terms() * in.outputs;
     at.bias_mid = at.bias_out + out.inputs;
     at.bias_in = at.bias_mid + mid.inputs;
     at.end = at.bias_in + in.inputs;

@@ -1,7 +1,9 @@
 // The gradient of Glow's conditioner. Included once per instruction set, after conv_net_kernel.h.
 //
 // What carries the gradient down are three convolutions like those that went up, masked where a relu was 0. The gradients of the weights are
-// sums over positions of products of two runs of memory: padding is zero in the gradients, so rows need no care at their ends.
+// sums over positions of products of two runs of memory. Where there are three taps they are sums over pairs of positions, by the same four
+// products for a row of taps: of the factors of the layer below, and of dy0, dy0 + dy1, dy0 - dy1, -dy1 of the gradient above. A sum M of
+// these gives dg0 = M0 + (M1 + M2) / 2, dg1 = (M1 - M2) / 2 and dg2 = (M1 + M2) / 2 + M3.
 
 namespace flowkernels {
 namespace FK_TARGET {
@@ -42,14 +44,16 @@ FK_CALL void add_product_columns(const T* a, int64_t a_ld, int64_t m, const T* b
 // The same for all m of a and n of b
 template <class T>
 void add_product(const T* a, int64_t a_ld, int64_t m, const T* b, int64_t b_ld, int64_t n, int64_t positions, T* out, int64_t out_ld) {
-  for (int64_t j = 0; j < n; j += 3 * lanes<T>) {
+  for (int64_t j = 0; j < n;) {
     const auto panel = [&](auto count) FK_BODY {
       constexpr int64_t width = decltype(count)::value * lanes<T>;
       add_product_columns<decltype(count)::value>(a, a_ld, m, b + j, b_ld, positions, out + j, out_ld, smaller(width, n - j));
+      j += width;
     };
-    if (n - j > 2 * lanes<T>)
+    const int64_t left = (n - j + lanes<T> - 1) / lanes<T>;
+    if (left == 3 || left > 4)
       panel(Count<3>{});
-    else if (n - j > lanes<T>)
+    else if (left >= 2)
       panel(Count<2>{});
     else
       panel(Count<1>{});
@@ -58,16 +62,15 @@ void add_product(const T* a, int64_t a_ld, int64_t m, const T* b, int64_t b_ld, 
 
 // out[j] += sum over positions of d[p][j]: short sums, of which sums are made, as terms of one sign would lose much in a long chain
 template <class T>
-void add_positions(const PaddedRows<T>& d, int64_t y0, int64_t positions, T* out) {
+void add_positions(const T* d, int64_t channels, int64_t positions, T* out) {
   constexpr int64_t kTerms = 16;
-  for (int64_t j = 0; j < d.channels; j += lanes<T>) {
-    const int64_t n = d.channels - j;
-    const T* from = d.pixels(y0) + j;
+  for (int64_t j = 0; j < channels; j += lanes<T>) {
+    const int64_t n = channels - j;
     for (int64_t chunk = 0; chunk < positions; chunk += kChunk) {
       Vec<T> total = zero<T>();
       for (int64_t begin = chunk; begin < smaller(chunk + kChunk, positions); begin += kTerms) {
         Vec<T> sum = zero<T>();
-        for (int64_t p = begin; p < smaller(begin + kTerms, positions); ++p) sum = sum + load_some(from + p * d.channels, n);
+        for (int64_t p = begin; p < smaller(begin + kTerms, positions); ++p) sum = sum + load_some(d + j + p * channels, n);
         total = total + sum;
       }
       store_some(out + j, load_some(out + j, n) + total, n);
@@ -75,10 +78,26 @@ void add_positions(const PaddedRows<T>& d, int64_t y0, int64_t positions, T* out
   }
 }
 
+// What takes the place of the factors for a gradient dy: dy0, dy0 + dy1, dy0 - dy1 and -dy1 of each pair, of n rows whose odd positions
+// beyond the last pixel are 0
+template <class T>
+void make_gradient_factors(const T* dy, int64_t pairs, int64_t channels, const T* zeros, T* to) {
+  for (int64_t p = 0; p < pairs; ++p, dy += 2 * channels, to += kFactors * channels) {
+    add_channels(dy, zeros, T(1), channels, to);
+    add_channels(dy, dy + channels, T(1), channels, to + channels);
+    add_channels(dy, dy + channels, T(-1), channels, to + 2 * channels);
+    add_channels(zeros, dy + channels, T(-1), channels, to + 3 * channels);
+  }
+}
+
 template <class T>
 size_t conv_net_gradient_scratch_bytes(const ConvNetGradientArgs<T>& args) {
-  const auto size = [&](int64_t more, int64_t channels) { return PaddedRows<T>::size(args.rows + more, args.width, channels); };
-  return (size(4, args.out.inputs) + size(2, args.in.outputs) + 2 * size(2, args.mid.outputs) + 2 * size(2, args.mid.inputs)) * sizeof(T);
+  const auto rows = [&](int64_t more, int64_t channels) { return Rows<T>::size(args.rows + more, args.width, channels); };
+  const auto factors = [&](int64_t more, int64_t channels) { return Factors<T>::size(args.rows + more, args.width, channels); };
+  const int64_t units = args.mid.outputs, more = args.mid.inputs, most = units > more ? units : more;
+  const int64_t widest = most > args.out.inputs ? most : args.out.inputs, zeros = widest > args.in.outputs ? widest : args.in.outputs;
+  return (rows(4, args.out.inputs) + factors(4, args.out.inputs) + factors(2, args.in.outputs) + 2 * rows(2, units) + 2 * rows(2, more) +
+          factors(2, most) + whole_vectors<T>(zeros)) * sizeof(T);
 }
 
 // The gradient by x of a band, and what the band adds to `sums`
@@ -87,41 +106,53 @@ void conv_net_gradient_band(const ConvNetGradientArgs<T>& args, int64_t task, T*
   const Band band(args, task);
   const int64_t pixels = band.image * args.height * args.width, y0 = band.y0, n = band.y1 - y0, above = y0 - 1;
   const int64_t units = args.mid.outputs, more = args.mid.inputs;  // of the first hidden layer and of the second
+  const int64_t most = units > more ? units : more, widest = most > args.out.inputs ? most : args.out.inputs;
   RowScratch<T> scratch{data, args.width, args.rows};
-  const PaddedRows<T> dy = scratch.rows(4, args.out.inputs, above - 1), x = scratch.rows(2, args.in.outputs, above);
-  const PaddedRows<T> first = scratch.rows(2, units, above), second = scratch.rows(2, more, above);
-  const PaddedRows<T> dfirst = scratch.rows(2, units, above), dsecond = scratch.rows(2, more, above);
-  dy.load_from(args.dy + pixels * dy.channels, args.height, n + 4, args.gain);
-  x.load_from(args.x + pixels * x.channels, args.height, n + 2);
-  first.load_from(args.first + pixels * units, args.height, n + 2);
-  second.load_from(args.second + pixels * more, args.height, n + 2);
+  const Rows<T> dy = scratch.template take<Rows<T>>(4, args.out.inputs, band.h0 > 0 ? band.h0 - 1 : 0);
+  const Factors<T> dy_factors = scratch.template take<Factors<T>>(4, args.out.inputs, band.h0 - 1);
+  const Factors<T> x = scratch.template take<Factors<T>>(2, args.in.outputs, above);
+  const auto take = [&](int64_t channels) { return scratch.template take<Rows<T>>(2, channels, band.h0); };
+  const Rows<T> first = take(units), dfirst = take(units), second = take(more), dsecond = take(more);
+  const T* zeros = scratch.zeros(widest > args.in.outputs ? widest : args.in.outputs);
+  T* const factors = scratch.next;  // of one layer after another
+  const auto factors_of = [&](const Rows<T>& rows) {
+    const Factors<T> made{factors, args.width, rows.channels, above};
+    made.make([&](int64_t y) { return rows.at(y); }, args.height, above, band.y1 + 1, zeros);
+    return made;
+  };
+  dy.load_from(args.dy + pixels * dy.channels, dy.top, smaller(band.h1 + 1, args.height), args.gain);
+  first.load_from(args.first + pixels * units, band.h0, band.h1);
+  second.load_from(args.second + pixels * more, band.h0, band.h1);
 
-  // in the padding the hidden layers are 0, so are the gradients
-  const int64_t all = (band.h1 - band.h0) * (args.width + 1);
+  dy_factors.make([&](int64_t y) { return dy.at(y); }, args.height, band.h0 - 1, band.h1 + 1, zeros);
+  const int64_t all = (band.h1 - band.h0) * x.pairs();
   for (int64_t p = 0; p < all; p += kStrip) {
-    const int64_t some = smaller(kStrip, all - p);
-    T* const strip = dsecond.pixels(band.h0) + p * more;
-    hidden_positions(args.out, dy.taps(band.h0) + p * dy.channels, dy.row(), some, strip, second.pixels(band.h0) + p * more);
-    hidden_positions(args.mid, strip, int64_t(0), some, dfirst.pixels(band.h0) + p * units, first.pixels(band.h0) + p * units);
+    const int64_t some = smaller(kStrip, all - p), at = 2 * p;
+    T* const strip = dsecond.data + at * more;
+    hidden_positions<true>(args.out, dy_factors.data + p * kFactors * dy.channels, dy_factors.row(), some, strip, second.data + at * more);
+    hidden_positions<false>(args.mid, strip, int64_t(0), 2 * some, dfirst.data + at * units, first.data + at * units);
   }
-  set_zero(dfirst.data, units);
-  dfirst.zero_outside(above, args.height);
-  dfirst.zero_outside(band.y1, args.height);
-  output_rows(args.in, dfirst.taps(y0), args.width, n, static_cast<const T*>(nullptr), args.dx + (pixels + y0 * args.width) * x.channels);
+  output_rows(args.in, factors_of(dfirst).data, args.width, n, static_cast<const T*>(nullptr),
+              args.dx + (pixels + y0 * args.width) * x.channels);
 
   const auto at = args.places();
-  const int64_t positions = n * (args.width + 1) - 1;  // to the last pixel: behind it, unlike between rows, is memory of any kind, which times 0 may be NaN
-  for (int64_t row = 0; row < 3; ++row) {
-    const int64_t k = row * 3;
-    add_product(dy.pixels(y0), dy.channels, dy.channels, second.taps(y0) + row * second.row(), more, 3 * more, positions,
-                sums + at.weight_out + k * more, 9 * more);
-    add_product(x.taps(y0) + row * x.row(), x.channels, 3 * x.channels, dfirst.pixels(y0), units, units, positions,
-                sums + at.weight_in + k * x.channels * units, units);
-  }
-  add_product(dsecond.pixels(y0), more, more, first.pixels(y0), units, units, positions, sums + at.weight_mid, units);
-  add_positions(dy, y0, positions, sums + at.bias_out);
-  add_positions(dsecond, y0, positions, sums + at.bias_mid);
-  add_positions(dfirst, y0, positions, sums + at.bias_in);
+  const int64_t pairs = n * x.pairs();
+  const Factors<T> below = factors_of(second);
+  make_gradient_factors(dy.at(y0), pairs, dy.channels, zeros, dy_factors.data);
+  for (int64_t row = 0; row < kTaps; ++row)
+    for (int64_t t = 0; t < kFactors; ++t)
+      add_product(dy_factors.data + t * dy.channels, kFactors * dy.channels, dy.channels, below.at(above + row) + t * more, kFactors * more, more,
+                  pairs, sums + at.weight_out + (row * kFactors + t) * more, kTaps * kFactors * more);
+  x.make([&](int64_t y) { return args.x + (pixels + y * args.width) * x.channels; }, args.height, above, band.y1 + 1, zeros);
+  make_gradient_factors(dfirst.at(y0), pairs, units, zeros, factors);
+  for (int64_t row = 0; row < kTaps; ++row)
+    for (int64_t t = 0; t < kFactors; ++t)
+      add_product(x.at(above + row) + t * x.channels, kFactors * x.channels, x.channels, factors + t * units, kFactors * units, units, pairs,
+                  sums + at.weight_in + (row * kFactors + t) * x.channels * units, units);
+  add_product(dsecond.at(y0), more, more, first.at(y0), units, units, 2 * pairs, sums + at.weight_mid, units);
+  add_positions(dy.at(y0), dy.channels, 2 * pairs, sums + at.bias_out);
+  add_positions(dsecond.at(y0), more, 2 * pairs, sums + at.bias_mid);
+  add_positions(dfirst.at(y0), units, 2 * pairs, sums + at.bias_in);
 }
 
 // sums[i] = the sum over parts of sums[part * size + i], for i < n
@@ -134,16 +165,36 @@ void add_conv_net_parts(T* sums, int64_t parts, int64_t size, int64_t n) {
   }
 }
 
-// The gradient by the first weight, [unit][channel][tap] from [term][unit]; whole vectors are read. place: from find_terms
+// The gradients of the taps, [row of taps][tap][n], from the sums of the four products, [row of taps][factor][n], in their place
 template <class T>
-void turn_first_weight(const T* from, int64_t terms, int64_t units, const int64_t* place, T* to) {
-  write_columns(from, units, units, terms, place, to, terms);
+void gather_taps(T* sums, int64_t n) {
+  for (int64_t row = 0; row < kTaps; ++row)
+    for (int64_t i = 0; i < n; i += lanes<T>) {
+      const T* from = sums + row * kFactors * n + i;
+      T* const to = sums + row * kTaps * n + i;
+      const int64_t left = n - i;
+      const Vec<T> m1 = load_some(from + n, left) * T(0.5), m2 = load_some(from + 2 * n, left) * T(0.5), m3 = load_some(from + 3 * n, left);
+      store_some(to, load_some(from, left) + (m1 + m2), left);
+      store_some(to + n, m1 - m2, left);
+      store_some(to + 2 * n, (m1 + m2) + m3, left);
+    }
 }
 
-// That by the last one, [output][unit][tap] from [output][tap][unit]; whole vectors are read
+// The gradient by the first weight, [unit][channel][tap] from [row of taps][factor][channel][unit], which is overwritten; whole vectors are
+// read. place: from find_terms
 template <class T>
-void turn_last_weight(const T* from, int64_t outputs, int64_t units, T* to) {
-  for (int64_t o = 0; o < outputs; ++o, from += 9 * units, to += 9 * units) write_columns(from, units, units, int64_t(9), nullptr, to, int64_t(9));
+void turn_first_weight(T* from, int64_t channels, int64_t units, const int64_t* place, T* to) {
+  gather_taps(from, channels * units);
+  write_columns(from, units, units, 9 * channels, place, to, 9 * channels);
+}
+
+// That by the last one, [output][unit][tap] from [output][row of taps][factor][unit], which is overwritten; whole vectors are read
+template <class T>
+void turn_last_weight(T* from, int64_t outputs, int64_t units, T* to) {
+  for (int64_t o = 0; o < outputs; ++o, from += kTaps * kFactors * units, to += 9 * units) {
+    gather_taps(from, units);
+    write_columns(from, units, units, int64_t(9), nullptr, to, int64_t(9));
+  }
 }
 
 // dlog_gain[o] = 3 * sum of dy * y, from the gradients by the weight and the bias before the gain

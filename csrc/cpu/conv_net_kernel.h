@@ -1,20 +1,23 @@
 // Glow's conditioner. Included once per instruction set, after columns.h and staircase_kernel.h.
 //
-// Lanes are output channels, and what is broadcast are channels of positions: images lie in rows of width + 1 positions, of which the last
-// is zero, the right neighbour of the last pixel and the left one of the first pixel below. So a row of three taps is one run of memory, and
-// tiles of positions go on over the ends of rows; what they find for the zero positions is thrown away.
+// Lanes are output channels, and what is broadcast are channels of positions. Along a row, two neighbouring sums of three taps cost four
+// products for each input rather than six (Winograd 1980; Lavin and Gray 2016, arXiv 1509.09308): of the four positions d around a pair and
+// the taps g,
+//
+//   m0 = (d0 - d2) g0,  m1 = (d1 + d2) (g0 + g1 + g2) / 2,  m2 = (d2 - d1) (g0 - g1 + g2) / 2,  m3 = (d1 - d3) g2
+//   y0 = m0 + m1 + m2,  y1 = m1 - m2 - m3
+//
+// where the sums over inputs and over the three rows are taken of each product m. Its float32 error is that of the sums of nine taps.
+// Rows have an even number of positions, one beyond the last pixel if need be, and no padding: that is in the factors made of d.
 // A strip of positions passes through the first two convolutions while it is in the first-level cache. Sums are made as in
 // staircase_kernel.h: chains of up to kChunk terms, ending with a row of taps where all do not fit in one, added up in ascending order.
 
 namespace flowkernels {
 namespace FK_TARGET {
 
-constexpr int64_t kStrip = 6 * kUnits;  // positions: whole tiles of every width
-constexpr int64_t kMostPositions = 3 * kUnits / 2;
-
-// positions of a tile of V vectors: fewer vectors make up for it, as weights come from the second-level cache
-template <int V>
-constexpr int kPositions = V < kRowVectors ? kMostPositions : kUnits;
+constexpr int kMostTile = 3 * kUnits / 2;  // positions, or pairs, of a tile
+constexpr int64_t kStrip = 3 * kUnits;     // pairs: whole tiles of every width
+constexpr int64_t kFactors = 4, kTaps = 3;
 
 template <class T>
 int64_t whole_vectors(int64_t n) {
@@ -28,7 +31,7 @@ FK_INLINE void set_zero(T* p, int64_t n) {
 
 template <class T>
 int64_t packed_convolution_size(const Convolution<T>& c) {
-  return whole_vectors<T>(c.outputs) * c.terms();
+  return whole_vectors<T>(c.outputs) * c.packed_terms();
 }
 
 // run(panel's first output, a Count of its vectors) for all panels of a convolution: three vectors, or two rather than leave one
@@ -46,6 +49,21 @@ FK_INLINE void for_each_panel(const Convolution<T>& c, const F& run) {
   if (left == 1) panel(Count<1>{});
 }
 
+// run(first, a Count of the tile's size) for tiles that cover n positions or pairs, and maybe more. With fewer than three vectors tiles are
+// longer to make up for it, as weights come from the second-level cache, unless shorter ones fit.
+template <int V, class F>
+FK_INLINE void for_each_tile(int64_t n, const F& run) {
+  for (int64_t p = 0; p < n;) {
+    if (V == kRowVectors || n - p <= kUnits || n - p == 2 * kUnits) {
+      run(p, Count<kUnits>{});
+      p += kUnits;
+    } else {
+      run(p, Count<kMostTile>{});
+      p += kMostTile;
+    }
+  }
+}
+
 // place[i] = the term that element i of an output's weights is
 template <class T>
 void find_terms(const Convolution<T>& c, int64_t* place) {
@@ -54,13 +72,33 @@ void find_terms(const Convolution<T>& c, int64_t* place) {
     for (int64_t tap = 0; tap < taps; ++tap) *place++ = tap * c.inputs + k;
 }
 
-// [panel][term][output], zeros behind the last output. place: from find_terms
+// The four factors of a row of three taps, `distance` apart, for V vectors of outputs
+template <int V, class T>
+FK_INLINE void pack_taps(const Vec<T> (&g)[3], T* to, int64_t distance) {
+  const Vec<T> ends = (g[0] + g[2]) * T(0.5), middle = g[1] * T(0.5);
+  store(to, g[0]);
+  store(to + distance, ends + middle);
+  store(to + 2 * distance, ends - middle);
+  store(to + 3 * distance, g[2]);
+}
+
+// [panel][factor][row of taps][input][output], or [panel][input][output] where there is one tap; zeros behind the last output. place: from
+// find_terms; scratch: [term][most outputs of a panel]
 template <class T>
-void pack_convolution(const Convolution<T>& c, const int64_t* place) {
+void pack_convolution(const Convolution<T>& c, const int64_t* place, T* scratch) {
   const int64_t terms = c.terms();
   for_each_panel(c, [&](int64_t j, auto vectors) {
-    constexpr int64_t width = decltype(vectors)::value * lanes<T>;
-    read_columns(c.weight + j * terms, terms, smaller(width, c.outputs - j), terms, place, c.packed + j * terms, width);
+    constexpr int V = decltype(vectors)::value;
+    constexpr int64_t width = V * lanes<T>;
+    T* const packed = c.packed + j * c.packed_terms();
+    read_columns(c.weight + j * terms, terms, smaller(width, c.outputs - j), terms, place, c.taps == 3 ? scratch : packed, width);
+    if (c.taps == 1) return;
+    for (int64_t row = 0; row < kTaps; ++row)
+      for (int64_t i = 0; i < c.inputs * width; i += lanes<T>) {
+        const T* from = scratch + row * kTaps * c.inputs * width + i;
+        const Vec<T> g[] = {load(from), load(from + c.inputs * width), load(from + 2 * c.inputs * width)};
+        pack_taps<V>(g, packed + row * c.inputs * width + i, kTaps * c.inputs * width);
+      }
   });
 }
 
@@ -73,9 +111,18 @@ void pack_reverse_convolution(const Convolution<T>& c, T* scratch) {
     read_columns(c.weight + k * c.outputs * taps, taps, c.outputs, taps, nullptr, scratch, width);
     for_each_panel(c, [&](int64_t j, auto vectors) {
       constexpr int V = decltype(vectors)::value;
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        T* to = c.packed + j * c.terms() + ((taps - 1 - tap) * c.inputs + k) * V * lanes<T>;
-        for (int v = 0; v < V; ++v) store(to + v * lanes<T>, load(scratch + tap * width + j + v * lanes<T>));
+      for (int v = 0; v < V; ++v) {
+        const T* from = scratch + j + v * lanes<T>;
+        T* const to = c.packed + j * c.packed_terms() + (k * V + v) * lanes<T>;
+        if (c.taps == 1) {
+          store(to, load(from));
+          continue;
+        }
+        for (int64_t row = 0; row < kTaps; ++row) {
+          const T* last = from + (taps - 1 - row * kTaps) * width;
+          const Vec<T> g[] = {load(last), load(last - width), load(last - 2 * width)};
+          pack_taps<V>(g, to + row * c.inputs * V * lanes<T>, kTaps * c.inputs * V * lanes<T>);
+        }
       }
     });
   }
@@ -86,121 +133,180 @@ void conv_net_gain(const T* log_gain, int64_t n, T* gain) {
   for (int64_t j = 0; j < n; j += lanes<T>) store(gain + j, exp(load_some(log_gain + j, n - j) * T(3)));
 }
 
-// made(u, v, sum) for outputs of a convolution from j on, V vectors of them, at U positions, without bias. x: the first tap of the first
-// position; a row of taps is x_row further on.
-template <int U, int V, class T, class F>
-FK_INLINE void position_sums(const Convolution<T>& c, const T* x, int64_t x_row, int64_t j, const F& made) {
-  const int64_t each = c.row_terms();
-  const T* weight = c.packed + j * c.terms();
-  const auto chain = [&](const T* from, int64_t n, int64_t row, int64_t rows, const auto& use) FK_BODY {
-    Vec<T> sum[U][V];
-    for (int u = 0; u < U; ++u)
-      for (int v = 0; v < V; ++v) sum[u][v] = zero<T>();
-    for (int64_t r = 0; r < rows; ++r, from += row, weight += n * V * lanes<T>)
-      multiply<U, V>(from, c.inputs, 1, weight, V * lanes<T>, n, sum);
-    for (int u = 0; u < U; ++u)
-      for (int v = 0; v < V; ++v) use(u, v, sum[u][v]);
-  };
-  if (c.terms() <= kChunk) return chain(x, each, x_row, c.taps, made);
-  alignas(64) T total[U * V * lanes<T>];  // in memory, or it would take the registers of the sums
-  const auto at = [&](int u, int v) FK_BODY { return total + (u * V + v) * lanes<T>; };
-  for (int u = 0; u < U * V; ++u) store(total + u * lanes<T>, zero<T>());
-  for (int64_t row = 0; row < c.taps; ++row)
-    for (int64_t k = 0; k < each; k += kChunk)
-      chain(x + row * x_row + k, smaller(kChunk, each - k), 0, 1, [&](int u, int v, Vec<T> sum) FK_BODY {
-        store(at(u, v), load(at(u, v)) + sum);
-      });
-  for (int u = 0; u < U; ++u)
-    for (int v = 0; v < V; ++v) made(u, v, load(at(u, v)));
+// Sums over `rows` rows of x, x_row apart, and n terms of each, to `sums`, [u][v], for U positions, x_unit apart, and V vectors of outputs. A
+// function of its own: where it is inlined, the loop runs out of registers for its addresses.
+template <int U, int V, class T>
+FK_CALL void tile_sums(const T* x, int64_t x_unit, int64_t x_row, int64_t rows, int64_t n, const T* weight, T* sums) {
+  const int64_t together = rows * n <= kChunk ? rows : 1;
+  for (int64_t row = 0; row < rows; row += together)
+    for (int64_t k = 0; k < n; k += kChunk) {
+      const int64_t terms = smaller(kChunk, n - k);
+      Vec<T> sum[U][V];
+      for (int u = 0; u < U; ++u)
+        for (int v = 0; v < V; ++v) sum[u][v] = zero<T>();
+      for (int64_t r = row; r < row + together; ++r, weight += terms * V * lanes<T>)
+        multiply<U, V>(x + r * x_row + k, x_unit, 1, weight, V * lanes<T>, terms, sum);
+      for (int u = 0; u < U; ++u)
+        for (int v = 0; v < V; ++v) {
+          T* const to = sums + (u * V + v) * lanes<T>;
+          store(to, row + k == 0 ? sum[u][v] : load(to) + sum[u][v]);
+        }
+    }
 }
 
-// Rows of an image, [row][width + 1][channels] behind one position more, zeros around the pixels. Tiles read and write past the end.
+// made(u, v, sum) for outputs of a convolution of one tap from j on, V vectors of them, at U positions, without bias
+template <int U, int V, class T, class F>
+FK_INLINE void position_sums(const Convolution<T>& c, const T* x, int64_t j, const F& made) {
+  alignas(64) T sums[U * V * lanes<T>];
+  tile_sums<U, V>(x, c.inputs, 0, 1, c.inputs, c.packed + j * c.packed_terms(), sums);
+  for (int u = 0; u < U; ++u)
+    for (int v = 0; v < V; ++v) made(u, v, load(sums + (u * V + v) * lanes<T>));
+}
+
+// made(u, v, the sum at the first position, that at the second) for outputs of a convolution of three taps from j on, V vectors of them, at U
+// pairs of positions, without bias. x: the factors of the first pair's upper neighbours, [row][pair][factor][input]; rows are x_row apart.
+template <int U, int V, class T, class F>
+FK_INLINE void pair_sums(const Convolution<T>& c, const T* x, int64_t x_row, int64_t j, const F& made) {
+  alignas(64) T products[kFactors][U * V * lanes<T>];
+  const T* weight = c.packed + j * c.packed_terms();
+  for (int64_t t = 0; t < kFactors; ++t)
+    tile_sums<U, V>(x + t * c.inputs, kFactors * c.inputs, x_row, kTaps, c.inputs, weight + t * kTaps * c.inputs * V * lanes<T>, products[t]);
+  for (int u = 0; u < U; ++u)
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = (u * V + v) * lanes<T>;
+      const Vec<T> m1 = load(products[1] + at), m2 = load(products[2] + at);
+      made(u, v, load(products[0] + at) + m1 + m2, m1 - m2 - load(products[3] + at));
+    }
+}
+
+// Rows of an image, [row][2 * pairs][channels], the position beyond the last pixel, if there is one, holding anything
 template <class T>
-struct PaddedRows {
+struct Rows {
   T* data;
   int64_t width, channels, top;  // the image's row that is the first one here
 
-  // with a position before the first, those of a last tile, and the vector that begins at the last value
+  int64_t pairs() const { return (width + 1) / 2; }
+  int64_t row() const { return 2 * pairs() * channels; }
+  T* at(int64_t y) const { return data + (y - top) * row(); }
+
+  // tiles read and write past the end
   static int64_t size(int64_t rows, int64_t width, int64_t channels) {
-    return whole_vectors<T>((rows * (width + 1) + kMostPositions + 3) * channels + kRowVectors * lanes<T>);
+    return whole_vectors<T>((rows * (width + 1) + 2 * kMostTile) * channels + kRowVectors * lanes<T>);
   }
 
-  int64_t row() const { return (width + 1) * channels; }
-  T* pixels(int64_t y) const { return data + (y - top) * row() + channels; }
-  T* taps(int64_t y) const { return data + (y - 1 - top) * row(); }  // the first of 3 x 3 around the first pixel of row y
-
-  // Zeros before the first pixel and after the last of each of n rows
-  void zero_ends(int64_t n) const {
-    for (int64_t r = 0; r <= n; ++r) set_zero(data + r * row(), channels);
-  }
-  // also where rows before or after the image are among them
-  void zero_outside(int64_t y, int64_t height) const {
-    if (y < 0 || y >= height) set_zero(pixels(y), row());
-  }
-
-  // n rows of an image, times `factor` by channel if there is one
-  void load_from(const T* image, int64_t height, int64_t n, const T* factor = nullptr) const {
-    for (int64_t y = top; y < top + n; ++y) {
-      zero_outside(y, height);
-      if (y < 0 || y >= height) continue;
+  // the image's rows from y0 to y1, times `factor` by channel if there is one, and zeros beyond the last pixel
+  void load_from(const T* image, int64_t y0, int64_t y1, const T* factor = nullptr) const {
+    for (int64_t y = y0; y < y1; ++y) {
       const T* from = image + y * width * channels;
       if (!factor)
-        __builtin_memcpy(pixels(y), from, width * channels * sizeof(T));
+        __builtin_memcpy(at(y), from, width * channels * sizeof(T));
       else
         for (int64_t x = 0; x < width; ++x)
-          for (int64_t c = 0; c < channels; ++c) pixels(y)[x * channels + c] = from[x * channels + c] * factor[c];
+          for (int64_t c = 0; c < channels; ++c) at(y)[x * channels + c] = from[x * channels + c] * factor[c];
+      set_zero(at(y) + width * channels, row() - width * channels);
     }
-    zero_ends(n);
   }
 
   void store_to(T* image, int64_t y0, int64_t y1) const {
-    for (int64_t y = y0; y < y1; ++y) __builtin_memcpy(image + y * width * channels, pixels(y), width * channels * sizeof(T));
+    for (int64_t y = y0; y < y1; ++y) __builtin_memcpy(image + y * width * channels, at(y), width * channels * sizeof(T));
   }
 };
 
-// A convolution at n positions, to `to`, [position][outputs]; more may be written, up to whole tiles. relu of it; or, where there are
-// `values`, itself without a bias where they are positive, and 0 elsewhere.
+// to[c] = a[c] + sign * b[c]; up to a vector more is written
 template <class T>
+FK_INLINE void add_channels(const T* a, const T* b, T sign, int64_t n, T* to) {
+  for (int64_t c = 0; c < n; c += lanes<T>) store(to + c, fma(load_some(b + c, n - c), sign, load_some(a + c, n - c)));
+}
+
+// Factors of the pairs of rows of an image, [row][pair][factor][channel]
+template <class T>
+struct Factors {
+  T* data;
+  int64_t width, channels, top;
+
+  int64_t pairs() const { return (width + 1) / 2; }
+  int64_t row() const { return kFactors * pairs() * channels; }
+  T* at(int64_t y) const { return data + (y - top) * row(); }
+
+  static int64_t size(int64_t rows, int64_t width, int64_t channels) {
+    return whole_vectors<T>((rows * ((width + 1) / 2) + kMostTile) * kFactors * channels + kRowVectors * lanes<T>);
+  }
+
+  // of rows y0 to y1 of an image whose row y is row_of(y), zeros outside of it. zeros: a pixel of them
+  template <class F>
+  void make(const F& row_of, int64_t height, int64_t y0, int64_t y1, const T* zeros) const {
+    for (int64_t y = y0; y < y1; ++y) {  // ascending, as what is written beyond a row is of the next
+      if (y < 0 || y >= height) {
+        set_zero(at(y), row());
+        continue;
+      }
+      const T* const pixels = row_of(y);
+      const auto pixel = [&](int64_t x) { return x >= 0 && x < width ? pixels + x * channels : zeros; };
+      for (int64_t x = 0; x < width; x += 2) {
+        const T *d0 = pixel(x - 1), *d1 = pixel(x), *d2 = pixel(x + 1), *d3 = pixel(x + 2);
+        T* to = at(y) + x / 2 * kFactors * channels;
+        add_channels(d0, d2, T(-1), channels, to);
+        add_channels(d1, d2, T(1), channels, to + channels);
+        add_channels(d2, d1, T(-1), channels, to + 2 * channels);
+        add_channels(d1, d3, T(-1), channels, to + 3 * channels);
+      }
+    }
+  }
+};
+
+// A convolution at n positions, or of three taps at n pairs of them, to `to`, [position][outputs]; more may be written, up to whole tiles.
+// relu of it; or, where there are `values`, itself without a bias where they are positive, and 0 elsewhere. x: positions, or factors.
+template <bool PAIRS, class T>
 void hidden_positions(const Convolution<T>& c, const T* x, int64_t x_row, int64_t n, T* to, const T* values = nullptr) {
   for_each_panel(c, [&](int64_t j, auto vectors) {
-    constexpr int V = decltype(vectors)::value, U = kPositions<V>;
+    constexpr int V = decltype(vectors)::value;
     Vec<T> bias[V];
     for (int v = 0; v < V; ++v) bias[v] = values ? zero<T>() : load_some(c.bias + j + v * lanes<T>, c.outputs - j - v * lanes<T>);
-    for (int64_t p = 0; p < n; p += U)
-      position_sums<U, V>(c, x + p * c.inputs, x_row, j, [&](int u, int v, Vec<T> sum) FK_BODY {
-        const int64_t output = j + v * lanes<T>, at = (p + u) * c.outputs + output, left = c.outputs - output;
-        store_some(to + at, values ? select(load_some(values + at, left) > 0, sum, zero<T>()) : activate<Activation::relu>(sum + bias[v]), left);
-      });
+    const auto put = [&](int64_t position, int v, Vec<T> sum) FK_BODY {
+      const int64_t output = j + v * lanes<T>, at = position * c.outputs + output, left = c.outputs - output;
+      store_some(to + at, values ? select(load_some(values + at, left) > 0, sum, zero<T>()) : activate<Activation::relu>(sum + bias[v]), left);
+    };
+    for_each_tile<V>(n, [&](int64_t p, auto count) {
+      constexpr int U = decltype(count)::value;
+      if constexpr (PAIRS)
+        pair_sums<U, V>(c, x + p * kFactors * c.inputs, x_row, j, [&](int u, int v, Vec<T> first, Vec<T> second) FK_BODY {
+          put(2 * (p + u), v, first);
+          put(2 * (p + u) + 1, v, second);
+        });
+      else
+        position_sums<U, V>(c, x + p * c.inputs, j, [&](int u, int v, Vec<T> sum) FK_BODY { put(p + u, v, sum); });
+    });
   });
 }
 
-// (a convolution + bias) * gain, or the convolution alone, at the pixels of n rows, to y, [n][width][outputs]. x: the first taps of all
+// (a convolution + bias) * gain, or the convolution alone, at the pixels of n rows, to y, [n][width][outputs]. x: factors of the row above
 template <class T>
 void output_rows(const Convolution<T>& c, const T* x, int64_t width, int64_t n, const T* gains, T* y) {
-  const int64_t positions = n * (width + 1);
+  const int64_t pairs = (width + 1) / 2;
   for_each_panel(c, [&](int64_t j, auto vectors) {
-    constexpr int V = decltype(vectors)::value, U = kPositions<V>;
+    constexpr int V = decltype(vectors)::value;
     Vec<T> bias[V], gain[V];
     for (int v = 0; v < V; ++v) {
       bias[v] = gains ? load_some(c.bias + j + v * lanes<T>, c.outputs - j - v * lanes<T>) : zero<T>();
       gain[v] = gains ? load(gains + j + v * lanes<T>) : broadcast<T>(T(1));
     }
     T* to = y + j;
-    for (int64_t p = 0, column = 0; p < positions; p += U) {
-      T outputs[U][V * lanes<T>];
-      position_sums<U, V>(c, x + p * c.inputs, (width + 1) * c.inputs, j, [&](int u, int v, Vec<T> sum) FK_BODY {
-        store(outputs[u] + v * lanes<T>, (sum + bias[v]) * gain[v]);
+    int64_t column = 0;
+    for_each_tile<V>(n * pairs, [&](int64_t p, auto count) {
+      constexpr int U = decltype(count)::value;
+      T outputs[2 * U][V * lanes<T>];
+      pair_sums<U, V>(c, x + p * kFactors * c.inputs, kFactors * pairs * c.inputs, j, [&](int u, int v, Vec<T> first, Vec<T> second) FK_BODY {
+        store(outputs[2 * u] + v * lanes<T>, (first + bias[v]) * gain[v]);
+        store(outputs[2 * u + 1] + v * lanes<T>, (second + bias[v]) * gain[v]);
       });
-      for (int64_t u = 0; u < smaller(U, positions - p); ++u) {
-        if (column == width) {
-          column = 0;
-          continue;
+      for (int64_t i = 0; i < 2 * smaller(U, n * pairs - p); ++i) {
+        if (column < width) {
+          for (int v = 0; v < V; ++v) store_some(to + v * lanes<T>, load(outputs[i] + v * lanes<T>), c.outputs - j - v * lanes<T>);
+          to += c.outputs;
         }
-        for (int v = 0; v < V; ++v) store_some(to + v * lanes<T>, load(outputs[u] + v * lanes<T>), c.outputs - j - v * lanes<T>);
-        to += c.outputs;
-        ++column;
+        column = column + 1 == 2 * pairs ? 0 : column + 1;
       }
-    }
+    });
   });
 }
 
@@ -218,23 +324,33 @@ struct Band {
   }
 };
 
-// Padded rows in scratch, one after another
+// Rows and factors in scratch, one after another
 template <class T>
 struct RowScratch {
   T* next;
   int64_t width, most_rows;  // rows of a band
 
-  PaddedRows<T> rows(int64_t more, int64_t channels, int64_t top) {
-    const PaddedRows<T> made{next, width, channels, top};
-    next += PaddedRows<T>::size(most_rows + more, width, channels);
+  template <class R>
+  R take(int64_t more, int64_t channels, int64_t top) {
+    const R made{next, width, channels, top};
+    next += R::size(most_rows + more, width, channels);
+    return made;
+  }
+  T* zeros(int64_t channels) {
+    T* const made = next;
+    next += whole_vectors<T>(channels);
+    set_zero(made, channels);
     return made;
   }
 };
 
 template <class T>
 size_t conv_net_scratch_bytes(const ConvNetArgs<T>& args) {
-  const auto size = [&](int64_t more, int64_t channels) { return PaddedRows<T>::size(args.rows + more, args.width, channels); };
-  return (size(4, args.in.inputs) + size(2, args.out.inputs) + (args.first ? size(2, args.mid.inputs) : kStrip * args.mid.inputs)) * sizeof(T);
+  const auto rows = [&](int64_t more, int64_t channels) { return Rows<T>::size(args.rows + more, args.width, channels); };
+  const auto factors = [&](int64_t more, int64_t channels) { return Factors<T>::size(args.rows + more, args.width, channels); };
+  const int64_t first = args.first ? rows(2, args.mid.inputs) : Rows<T>::size(1, 2 * kStrip, args.mid.inputs);
+  const int64_t zeros = whole_vectors<T>(args.in.inputs > args.out.inputs ? args.in.inputs : args.out.inputs);
+  return (factors(4, args.in.inputs) + rows(2, args.out.inputs) + factors(2, args.out.inputs) + zeros + first) * sizeof(T);
 }
 
 template <class T>
@@ -242,22 +358,22 @@ void conv_net_band(const ConvNetArgs<T>& args, int64_t task, T* data) {
   const Band band(args, task);
   const int64_t pixels = band.image * args.height * args.width;
   RowScratch<T> scratch{data, args.width, args.rows};
-  const PaddedRows<T> x = scratch.rows(4, args.in.inputs, band.h0 - 1), second = scratch.rows(2, args.out.inputs, band.y0 - 1);
-  const PaddedRows<T> first = args.first ? scratch.rows(2, args.mid.inputs, band.h0) : PaddedRows<T>{};
-  x.load_from(args.x + pixels * x.channels, args.height, band.h1 - band.h0 + 2);
+  const Factors<T> x = scratch.template take<Factors<T>>(4, args.in.inputs, band.h0 - 1);
+  const Factors<T> spread = scratch.template take<Factors<T>>(2, args.out.inputs, band.y0 - 1);
+  const Rows<T> second = scratch.template take<Rows<T>>(2, args.out.inputs, band.h0);
+  const T* zeros = scratch.zeros(args.in.inputs > args.out.inputs ? args.in.inputs : args.out.inputs);
+  const Rows<T> first{scratch.next, args.width, args.mid.inputs, band.h0};
+  x.make([&](int64_t y) { return args.x + (pixels + y * args.width) * x.channels; }, args.height, band.h0 - 1, band.h1 + 1, zeros);
 
-  const int64_t positions = (band.h1 - band.h0) * (args.width + 1);
-  for (int64_t p = 0; p < positions; p += kStrip) {
-    const int64_t n = smaller(kStrip, positions - p);
-    T* strip = args.first ? first.pixels(band.h0) + p * first.channels : scratch.next;
-    hidden_positions(args.in, x.taps(band.h0) + p * x.channels, x.row(), n, strip);
-    hidden_positions(args.mid, strip, int64_t(0), n, second.pixels(band.h0) + p * second.channels);
+  const int64_t pairs = (band.h1 - band.h0) * x.pairs();
+  for (int64_t p = 0; p < pairs; p += kStrip) {
+    const int64_t n = smaller(kStrip, pairs - p);
+    T* strip = first.data + (args.first ? 2 * p * first.channels : 0);
+    hidden_positions<true>(args.in, x.data + p * kFactors * x.channels, x.row(), n, strip);
+    hidden_positions<false>(args.mid, strip, int64_t(0), 2 * n, second.data + 2 * p * second.channels);
   }
-  second.zero_outside(band.y0 - 1, args.height);
-  second.zero_outside(band.y1, args.height);
-  second.zero_ends(band.y1 - band.y0 + 2);
-  output_rows(args.out, second.taps(band.y0), args.width, band.y1 - band.y0, args.gain,
-              args.y + (pixels + band.y0 * args.width) * args.out.outputs);
+  spread.make([&](int64_t y) { return second.at(y); }, args.height, band.y0 - 1, band.y1 + 1, zeros);
+  output_rows(args.out, spread.data, args.width, band.y1 - band.y0, args.gain, args.y + (pixels + band.y0 * args.width) * args.out.outputs);
   if (!args.first) return;
   first.store_to(args.first + pixels * first.channels, band.y0, band.y1);
   second.store_to(args.second + pixels * second.channels, band.y0, band.y1);
