@@ -87,7 +87,9 @@ template <class T>
 void run(const GlowStepArgs<T>& args, bool backward) {
   const size_t bytes = FK_DISPATCH(glow_step_scratch<T>(args.channels, backward));
   const int64_t units = backward ? args.parts() : args.tiles();
-  in_parallel(units, args.batch * args.sites * args.channels, [&](int64_t first, int64_t last) {
+  // an element is worth two of an elementwise map, and one more for each sixteen of its products
+  const int64_t worth = 2 + (args.weight ? args.channels / 16 : 0);
+  in_parallel(units, args.batch * args.sites * args.channels * worth, [&](int64_t first, int64_t last) {
     FK_DISPATCH(run_glow_step<T>(args, thread_scratch(bytes), backward, first, last));
   });
 }
