@@ -112,17 +112,24 @@ void conv_net_gradient_band(const ConvNetGradientArgs<T>& args, int64_t task, T*
   const Factors<T> dy_factors = scratch.template take<Factors<T>>(4, args.out.inputs, band.h0 - 1);
   const Factors<T> x = scratch.template take<Factors<T>>(2, args.in.outputs, above);
   const auto take = [&](int64_t channels) { return scratch.template take<Rows<T>>(2, channels, band.h0); };
-  const Rows<T> first = take(units), dfirst = take(units), second = take(more), dsecond = take(more);
+  const Rows<T> dfirst = take(units), dsecond = take(more);
+  const bool in_place = hidden_in_place(args, units, more);
+  const auto hidden = [&](const T* layer, int64_t channels) -> Rows<const T> {
+    layer += pixels * channels;
+    const Rows<T> copy = take(channels);
+    if (in_place) return {layer, args.width, channels, 0};
+    copy.load_from(layer, band.h0, band.h1);
+    return {copy.data, args.width, channels, copy.top};
+  };
+  const Rows<const T> first = hidden(args.first, units), second = hidden(args.second, more);
   const T* zeros = scratch.zeros(widest > args.in.outputs ? widest : args.in.outputs);
   T* const factors = scratch.next;  // of one layer after another
-  const auto factors_of = [&](const Rows<T>& rows) {
+  const auto factors_of = [&](const auto& rows) {
     const Factors<T> made{factors, args.width, rows.channels, above};
     made.make([&](int64_t y) { return rows.at(y); }, args.height, above, band.y1 + 1, zeros);
     return made;
   };
   dy.load_from(args.dy + pixels * dy.channels, dy.top, smaller(band.h1 + 1, args.height), args.gain);
-  first.load_from(args.first + pixels * units, band.h0, band.h1);
-  second.load_from(args.second + pixels * more, band.h0, band.h1);
 
   dy_factors.make([&](int64_t y) { return dy.at(y); }, args.height, band.h0 - 1, band.h1 + 1, zeros);
   const int64_t all = (band.h1 - band.h0) * x.pairs();

@@ -182,7 +182,7 @@ FK_INLINE void pair_sums(const Convolution<T>& c, const T* x, int64_t x_row, int
 // Rows of an image, [row][2 * pairs][channels], the position beyond the last pixel, if there is one, holding anything
 template <class T>
 struct Rows {
-  T* data;
+  T* data;  // may be const
   int64_t width, channels, top;  // the image's row that is the first one here
 
   int64_t pairs() const { return (width + 1) / 2; }
@@ -310,6 +310,14 @@ void output_rows(const Convolution<T>& c, const T* x, int64_t width, int64_t n, 
   });
 }
 
+// Whether the hidden layers of whole images can be read and written in their place in the tensors: no position is beyond the last pixel, and
+// tiles and vectors are whole.
+template <class T>
+bool hidden_in_place(const ConvNetImages<T>& images, int64_t first, int64_t second) {
+  const bool tiles = images.bands() == 1 && images.width % 2 == 0 && images.height * images.width / 2 % kUnits == 0;
+  return tiles && first % lanes<T> == 0 && second % lanes<T> == 0;
+}
+
 // A band of the output, and the rows of the hidden layers that it needs and that exist
 struct Band {
   int64_t image, y0, y1, h0, h1;
@@ -357,12 +365,14 @@ template <class T>
 void conv_net_band(const ConvNetArgs<T>& args, int64_t task, T* data) {
   const Band band(args, task);
   const int64_t pixels = band.image * args.height * args.width;
+  const bool in_place = args.first && hidden_in_place(args, args.mid.inputs, args.out.inputs);
   RowScratch<T> scratch{data, args.width, args.rows};
   const Factors<T> x = scratch.template take<Factors<T>>(4, args.in.inputs, band.h0 - 1);
   const Factors<T> spread = scratch.template take<Factors<T>>(2, args.out.inputs, band.y0 - 1);
-  const Rows<T> second = scratch.template take<Rows<T>>(2, args.out.inputs, band.h0);
+  Rows<T> second = scratch.template take<Rows<T>>(2, args.out.inputs, band.h0);
   const T* zeros = scratch.zeros(args.in.inputs > args.out.inputs ? args.in.inputs : args.out.inputs);
-  const Rows<T> first{scratch.next, args.width, args.mid.inputs, band.h0};
+  Rows<T> first{scratch.next, args.width, args.mid.inputs, band.h0};
+  if (in_place) first.data = args.first + pixels * first.channels, second.data = args.second + pixels * second.channels;
   x.make([&](int64_t y) { return args.x + (pixels + y * args.width) * x.channels; }, args.height, band.h0 - 1, band.h1 + 1, zeros);
 
   const int64_t pairs = (band.h1 - band.h0) * x.pairs();
@@ -374,7 +384,7 @@ void conv_net_band(const ConvNetArgs<T>& args, int64_t task, T* data) {
   }
   spread.make([&](int64_t y) { return second.at(y); }, args.height, band.y0 - 1, band.y1 + 1, zeros);
   output_rows(args.out, spread.data, args.width, band.y1 - band.y0, args.gain, args.y + (pixels + band.y0 * args.width) * args.out.outputs);
-  if (!args.first) return;
+  if (!args.first || in_place) return;
   first.store_to(args.first + pixels * first.channels, band.y0, band.y1);
   second.store_to(args.second + pixels * second.channels, band.y0, band.y1);
 }
