@@ -142,6 +142,7 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const
                    const Tensor& weight_mid, const Tensor& weight_out, const Tensor& bias_out, const Tensor& log_gain) {
   // parts of the sums, whatever the threads, on which no sum may depend: few where each has many weights to clear and to add
   constexpr int64_t kLeastParts = 4, kMostParts = 16, kBytes = 1 << 20;
+  constexpr int64_t kLeastTasks = 2;  // a single image in two bands; a band makes two rows of the hidden layers' gradients more than its own
   ConvNetGradientArgs<T> args{};
   set_images(args, x);
   const Convolution<T> in = convolution<T>(weight_in, x, 3, x.size(3)), mid = convolution<T>(weight_mid, x, 1, in.outputs);
@@ -167,7 +168,7 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const
   // where there are no pixels, one part without tasks
   // rows of dy and both hidden layers, with their gradients, and the factors of dy, x and one hidden layer, twice as many each
   const int64_t channels = 3 * out.outputs + 2 * in.inputs + 2 * (in.outputs + mid.outputs + std::max(in.outputs, mid.outputs));
-  args.rows = dx.numel() == 0 ? 1 : rows_of(args, channels, 1);
+  args.rows = dx.numel() == 0 ? 1 : rows_of(args, channels, kLeastTasks);
   const int64_t tasks = dx.numel() == 0 ? 0 : args.tasks();
   const int64_t most = std::clamp(kBytes / (at.end * static_cast<int64_t>(sizeof(T))), kLeastParts, kMostParts);
   const int64_t parts = std::clamp<int64_t>(tasks, 1, most);

@@ -57,7 +57,19 @@ class TestConvNet(OpBattery):
 
 
 # 1 to 5 vectors of hidden channels, and 8; chains of one, three and more chunks; every width of the last panel
-SIZES = [(1, 8, 1), (6, 16, 12), (12, 32, 24), (24, 48, 48), (30, 64, 60), (2, 65, 100), (29, 80, 7), (3, 100, 33), (8, 128, 16)]
+SIZES = [
+    (1, 8, 1),
+    (6, 16, 12),
+    (12, 32, 24),
+    (24, 48, 48),
+    (30, 64, 60),
+    (2, 65, 100),
+    (29, 80, 7),
+    (3, 100, 33),
+    (8, 128, 16),
+    (300, 16, 5),
+    (4, 256, 6),
+]
 
 
 @pytest.mark.parametrize(("channels", "hidden", "outputs"), SIZES)
@@ -151,7 +163,7 @@ def test_no_images_give_gradients_of_zero():
 
 
 def test_wide_networks_and_half_precision_are_torchs():
-    for hidden, dtype in ((129, torch.float32), (8, torch.bfloat16)):
+    for hidden, dtype in ((257, torch.float32), (8, torch.bfloat16)):
         x, parameters = tensors(2, 4, 5, 5, hidden, 8, dtype)
         with torch.no_grad():
             got = conv_net(x, *parameters)

@@ -2,17 +2,18 @@
 channels written to memory between, and their gradient.
 
 The kernel, on a CPU, takes an image, or a band of one, through all three: hidden channels stay in the caches (and are written once where a
-gradient will ask for them), a row of three taps is one run of memory, and the weights are packed once a call. Backward is three such
-convolutions with masks for the relus, and sums over positions for the weights. The multiply-adds are its floor; forward stands at 0.4 to
-0.9 of their rate in registers, with gradients at 0.3 to 0.6. What is lost are lanes where outputs fill no vector (12 of 16 at the first
-level of a Glow for colour images, 6 of 16 for the gradient by x), one position a row for the padding, and packing at small sizes.
+gradient will ask for them), and the weights are packed once a call. Two neighbouring sums of three taps cost four products rather than six
+(csrc/cpu/conv_net_kernel.h has the formulas), forward, for the gradient by x and for those of the weights; the error in float32 is that of
+the plain sums. Backward is three such convolutions with masks for the relus, and sums over positions for the weights. The multiply-adds are
+its floor, and in the loops they run at the rate of a matmul; a fifth of the time goes into making the factors of the products, biases and
+masks. What else is lost are lanes where outputs fill no vector (12 of 16 at the first level of a Glow for colour images, 6 of 8 or 16 for
+the gradient by x), and packing at small sizes.
 
-Measured against torch's convolutions with channels last and a matrix product for the middle one, in turns on two cores with AVX-512, at
-[16, 6, 16, 16], [16, 12, 8, 8] and [16, 24, 4, 4] with 64 hidden channels: 1.4, 1.7 and 1.9 times as fast, a single image 2.1 times; with
-128 hidden channels 1.3. With gradients 1.5, 2.0 and 2.1, a single image 2.2, with 128 hidden channels 1.2. Tried wider, 256 and 512 took as
-long as torch's: networks of more than 128 hidden channels are left to torch. With AVX2 alone, torch's held to it too, forward is 1.0 to 1.2
-times as fast, with gradients 1.1 to 1.6. Backward finds all gradients, also where parameters are frozen: by x alone it is no faster than
-torch's.
+Measured against torch's convolutions with channels last and a matrix product for the middle one, in turns on two cores of a Zen 4 by
+AVX2, at [16, 6, 16, 16], [16, 12, 8, 8] and [16, 24, 4, 4] with 64 hidden channels: 1.8, 1.9 and 2.6 times as fast, a single image 2.7
+times; with gradients 2.1, 2.0 and 2.3, a single image 2.1. With 128 hidden channels at the first of these sizes 1.5, with gradients 1.5;
+with 256, at all of them, 1.0 to 1.6 and 1.1 to 1.5. With 512 gradients were slower than torch's: networks of more than 256 hidden channels
+are left to torch. Backward finds all gradients, also where parameters are frozen.
 """
 
 import torch
@@ -37,7 +38,7 @@ _conv_net = torch.ops.flowkernels.conv_net.default
 _training = torch.ops.flowkernels.conv_net_training.default
 _backward = torch.ops.flowkernels.conv_net_backward.default
 _COMPILED = _extension.has_kernel("conv_net", "CPU")  # torch.compile cannot ask
-_MOST_HIDDEN = 128
+_MOST_HIDDEN = 256
 
 
 # the bare ops take and return images that lie channels last, [batch, H, W, channels]
