@@ -38,7 +38,8 @@ struct ValueAndLog {
 // What all maps share. Each derives from this and has sigma_and_log(s), reciprocal_and_log(s) and dlog_sigma(s).
 template <class V, class Map>
 struct ScaleMapBase {
-  static constexpr bool learned = false;  // whether a tensor is part of the map
+  static constexpr bool learned = false;         // whether a tensor is part of the map
+  static constexpr bool by_exponential = false;  // whether `exponential` can be computed first, and given to the rest
   FK_INLINE const Map& self() const { return static_cast<const Map&>(*this); }
   FK_INLINE V sigma(V s) const { return self().sigma_and_log(s).value; }
   FK_INLINE V log_sigma(V s) const { return self().sigma_and_log(s).log; }
@@ -144,24 +145,28 @@ struct SoftclipMap : ExpOf<V, SoftclipMap<V>> {
 template <class V, bool FLOOR>
 struct SigmoidMap : ScaleMapBase<V, SigmoidMap<V, FLOOR>> {
   using T = scalar_t<V>;
+  static constexpr bool by_exponential = true;
   T bias, floor;
   FK_INLINE explicit SigmoidMap(const ScaleMapParams& p) : bias(T(p.p0)), floor(T(p.p1)) {}
-  FK_INLINE ValueAndLog<V> sigma_and_log(V s) const {
-    const V x = s + bias, e = exp(-abs(x));
+  FK_INLINE V exponential(V s) const { return exp_of_nonpositive(-abs(s + bias)); }
+  FK_INLINE ValueAndLog<V> sigma_and_log(V s) const { return sigma_and_log(s, exponential(s)); }
+  FK_INLINE ValueAndLog<V> sigma_and_log(V s, V e) const {
+    const V x = s + bias;
     if constexpr (!FLOOR) return {sigmoid_of(x, e), -softplus_of(-x, e)};
     const V sigmoid = sigmoid_of(x, e), sigma = sigmoid + floor;
     // sigma is near 1 for x > 0, and there sigmoid(-x) = e sigmoid(x)
     return {sigma, log_or_log1p(x > T(0), sigma, fma(-e, sigmoid, floor))};
   }
-  FK_INLINE ValueAndLog<V> reciprocal_and_log(V s) const {
+  FK_INLINE ValueAndLog<V> reciprocal_and_log(V s) const { return reciprocal_and_log(s, exponential(s)); }
+  FK_INLINE ValueAndLog<V> reciprocal_and_log(V s, V e) const {
     const V x = s + bias;
-    if constexpr (!FLOOR) return {T(1) + exp(-x), softplus_of(-x, exp(-abs(x)))};
-    const ValueAndLog<V> sigma = sigma_and_log(s);
+    if constexpr (!FLOOR) return {T(1) + exp(-x), softplus_of(-x, e)};
+    const ValueAndLog<V> sigma = sigma_and_log(s, e);
     return {T(1) / sigma.value, -sigma.log};
   }
   FK_INLINE ValueAndLog<V> sigma_and_dlog(V s) const {
     if constexpr (FLOOR) return {this->sigma(s), dlog_sigma(s)};
-    const V x = s + bias, e = exp(-abs(x)), large = T(1) / (e + T(1)), small = e * large;  // one division
+    const V x = s + bias, e = exponential(s), large = T(1) / (e + T(1)), small = e * large;  // one division
     return {select(x > T(0), large, small), select(x > T(0), small, large)};
   }
   FK_INLINE ValueAndLog<V> reciprocal_and_dlog(V s) const {
@@ -171,14 +176,14 @@ struct SigmoidMap : ScaleMapBase<V, SigmoidMap<V, FLOOR>> {
   }
   FK_INLINE V complement(V s) const {
     const V x = s + bias;
-    return sigmoid_of(-x, exp(-abs(x))) - floor;
+    return sigmoid_of(-x, exponential(s)) - floor;
   }
   FK_INLINE V dsigma(V s) const {
-    const V x = s + bias, e = exp(-abs(x));
+    const V x = s + bias, e = exponential(s);
     return sigmoid_of(x, e) * sigmoid_of(-x, e);
   }
   FK_INLINE V dlog_sigma(V s) const {
-    const V x = s + bias, e = exp(-abs(x));
+    const V x = s + bias, e = exponential(s);
     if constexpr (!FLOOR) return sigmoid_of(-x, e);
     return sigmoid_of(x, e) * sigmoid_of(-x, e) / (sigmoid_of(x, e) + floor);
   }
@@ -191,7 +196,7 @@ struct SoftplusMap : ScaleMapBase<V, SoftplusMap<V, FLOOR>> {
   T floor, ceiling, log_ceiling;
   FK_INLINE explicit SoftplusMap(const ScaleMapParams& p) : floor(T(p.p0)), ceiling(T(p.p1)), log_ceiling(T(p.log_p1)) {}
   FK_INLINE ValueAndLog<V> sigma_and_log(V s) const {
-    const V e = exp(-abs(s)), sigma = softplus_of(s, e) + floor;
+    const V e = exp_of_nonpositive(-abs(s)), sigma = softplus_of(s, e) + floor;
     const V log_value = FLOOR ? log(sigma) : log(factor(s, e)) + at_most(s, T(0));
     return {at_most(sigma, ceiling), at_most(log_value, log_ceiling)};
   }
@@ -200,11 +205,11 @@ struct SoftplusMap : ScaleMapBase<V, SoftplusMap<V, FLOOR>> {
     return {T(1) / sigma.value, -sigma.log};
   }
   FK_INLINE V dsigma(V s) const {
-    const V e = exp(-abs(s));
+    const V e = exp_of_nonpositive(-abs(s));
     return below_ceiling(s, e, sigmoid_of(s, e));
   }
   FK_INLINE V dlog_sigma(V s) const {
-    const V e = exp(-abs(s));
+    const V e = exp_of_nonpositive(-abs(s));
     if constexpr (FLOOR) return below_ceiling(s, e, sigmoid_of(s, e) / (softplus_of(s, e) + floor));
     return below_ceiling(s, e, T(1) / ((e + T(1)) * factor(s, e)));
   }

@@ -78,8 +78,8 @@ void add_positions(const T* d, int64_t channels, int64_t positions, T* out) {
   }
 }
 
-// What takes the place of the factors for a gradient dy: dy0, dy0 + dy1, dy0 - dy1 and -dy1 of each pair, of n rows whose odd positions
-// beyond the last pixel are 0
+// What takes the place of the factors for a gradient dy: dy0, dy0 + dy1, dy0 - dy1 and -dy1 of each pair, to [pair][factor][channel].
+// Positions beyond the last pixel must be 0. zeros: a pixel of them
 template <class T>
 void make_gradient_factors(const T* dy, int64_t pairs, int64_t channels, const T* zeros, T* to) {
   for (int64_t p = 0; p < pairs; ++p, dy += 2 * channels, to += kFactors * channels) {

@@ -7,7 +7,8 @@
 //   m0 = (d0 - d2) g0,  m1 = (d1 + d2) (g0 + g1 + g2) / 2,  m2 = (d2 - d1) (g0 - g1 + g2) / 2,  m3 = (d1 - d3) g2
 //   y0 = m0 + m1 + m2,  y1 = m1 - m2 - m3
 //
-// where the sums over inputs and over the three rows are taken of each product m. Its float32 error is that of the sums of nine taps.
+// where the sums over inputs and over the three rows are taken of each product m. Its error in float32 is that of plain sums, but relative to
+// the largest of the four d, where theirs is to the largest of the three that a sum has.
 // Rows have an even number of positions, one beyond the last pixel if need be, and no padding: that is in the factors made of d.
 // A strip of positions passes through the first two convolutions while it is in the first-level cache. Sums are made as in
 // staircase_kernel.h: chains of up to kChunk terms, ending with a row of taps where all do not fit in one, added up in ascending order.
@@ -182,7 +183,7 @@ FK_INLINE void pair_sums(const Convolution<T>& c, const T* x, int64_t x_row, int
 // Rows of an image, [row][2 * pairs][channels], the position beyond the last pixel, if there is one, holding anything
 template <class T>
 struct Rows {
-  T* data;  // may be const
+  T* data;  // of a const T where the tensors' own rows are read
   int64_t width, channels, top;  // the image's row that is the first one here
 
   int64_t pairs() const { return (width + 1) / 2; }

@@ -29,8 +29,7 @@ FK_CALL void add_tile(const void* told, const Streams<T>& streams) {
 }
 
 template <bool RECIPROCAL, class Map, class V>
-FK_INLINE ValueAndLog<V> coupled(const Map& map, Action action, V x, V shift, V s) {
-  const ValueAndLog<V> scale = RECIPROCAL ? map.reciprocal_and_log(s) : map.sigma_and_log(s);
+FK_INLINE ValueAndLog<V> coupled(const Map& map, Action action, V x, V shift, V s, ValueAndLog<V> scale) {
   const V v = scale.value, signed_shift = RECIPROCAL ? -shift : shift;
   switch (action) {
     case Action::shift_first: return {(x + signed_shift) * v, scale.log};
@@ -42,17 +41,33 @@ FK_INLINE ValueAndLog<V> coupled(const Map& map, Action action, V x, V shift, V 
 
 template <class Map, bool RECIPROCAL, class T>
 FK_CALL void forward_tile(const void* told, const Streams<T>& streams) {
+  using V = Vec<T>;
   const Affine& affine = *static_cast<const Affine*>(told);
   Map map(affine.scale);
   const Action action = action_of(affine);
   const T* a = streams.parameters[0];
   T* terms = streams.terms[0];
-  for_each_vector<3, 1>(streams, [&](const Vec<T>* in, Vec<T>* out, int64_t at) FK_BODY {
-    if constexpr (Map::learned) map.a = load(a + at);
-    const auto result = coupled<RECIPROCAL>(map, action, in[0], in[1], in[2]);
-    out[0] = result.value;
-    store(terms + at, result.log);
-  });
+  if constexpr (Map::by_exponential) {
+    // An exponential and then a logarithm are a chain so long that the processor's window holds few of them: in two loops more overlap, and
+    // 512 elements in the first-level cache take a quarter less time.
+    T* exponentials = streams.terms[1];
+    for_each_vector_of(streams, 2, [&](V s, int64_t at) FK_BODY { store(exponentials + at, map.exponential(s)); });
+    for_each_vector<3, 1>(streams, [&](const V* in, V* out, int64_t at) FK_BODY {
+      const V e = load(exponentials + at);
+      const ValueAndLog<V> scale = RECIPROCAL ? map.reciprocal_and_log(in[2], e) : map.sigma_and_log(in[2], e);
+      const auto result = coupled<RECIPROCAL>(map, action, in[0], in[1], in[2], scale);
+      out[0] = result.value;
+      store(terms + at, result.log);
+    });
+  } else {
+    for_each_vector<3, 1>(streams, [&](const V* in, V* out, int64_t at) FK_BODY {
+      if constexpr (Map::learned) map.a = load(a + at);
+      const ValueAndLog<V> scale = RECIPROCAL ? map.reciprocal_and_log(in[2]) : map.sigma_and_log(in[2]);
+      const auto result = coupled<RECIPROCAL>(map, action, in[0], in[1], in[2], scale);
+      out[0] = result.value;
+      store(terms + at, result.log);
+    });
+  }
 }
 
 template <class V>

@@ -147,7 +147,7 @@ class GlowStep {
       const V s = pair.s + T(2);
       store(to_shift + i, pair.shift);
       store(to_s + i, s);
-      store(exps + i, exp(-abs(s)));
+      store(exps + i, exp_of_nonpositive(-abs(s)));
       if constexpr (INVERSE) store(reciprocals + i, exp(-s));
     }
   }

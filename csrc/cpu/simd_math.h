@@ -140,6 +140,20 @@ FK_INLINE V exp(V x) {
   return p * from_bits<T>(half << F::mantissa) * from_bits<T>(rest << F::mantissa);
 }
 
+// exp(x) for x <= 0: the same bits, for a fifth less
+template <class V>
+FK_INLINE V exp_of_nonpositive(V x) {
+  using T = scalar_t<V>;
+  using F = Format<T>;
+  // 2^(n + up) is normal, and the product with 2^-up is rounded once; `up` makes what is added even, as reduce_exp's is, for ties
+  constexpr int up = 65;
+  constexpr T shift = T(3ull << (F::mantissa - 1)) + F::bias + up;
+  const V low = at_least(x, F::exp_low), t = fma(low, T(1.44269504088896340736), shift), n = t - shift;
+  const V r = fma(n, -F::ln2_low, fma(n, -F::ln2_high, low));
+  const V p = fma(r, fma(r, polynomial<Coefficients<T>::exp>(r), T(1)), T(1));
+  return p * from_bits<T>(bits(t) << F::mantissa) * T(0x1p-65);
+}
+
 // exp(x) - 1 for x < 80, without keeping -0
 template <class V>
 FK_INLINE V expm1_bounded(V x) {
@@ -263,13 +277,13 @@ FK_INLINE V softplus_of(V x, V e) {
 // 2.41 ulp; double 2.27. Subnormal, not 0, at -100.
 template <class V>
 FK_INLINE V sigmoid(V x) {
-  return sigmoid_of(x, exp(-abs(x)));
+  return sigmoid_of(x, exp_of_nonpositive(-abs(x)));
 }
 
 // 1.98 ulp; double 1.71
 template <class V>
 FK_INLINE V softplus(V x) {
-  return softplus_of(x, exp(-abs(x)));
+  return softplus_of(x, exp_of_nonpositive(-abs(x)));
 }
 
 // 1.78 ulp; double 1.46. log(1 - erf(a)) = -a (1 + P(a)), a fit whose error is relative to erf

@@ -47,5 +47,18 @@ FK_INLINE void for_each_vector(const Streams<T>& streams, const Body& body) {
   }
 }
 
+// body(in, at) for each vector of input k alone
+template <class T, class Body>
+FK_INLINE void for_each_vector_of(const Streams<T>& streams, int k, const Body& body) {
+  const int64_t n = streams.n;
+  for (int64_t r = 0; r < streams.rows; ++r) {
+    const T* from = streams.in[k] + r * streams.in_row[k];
+    for (int64_t i = 0; i < n; i += lanes<T>) {
+      if (streams.far && i % (64 / static_cast<int64_t>(sizeof(T))) == 0) fetch_ahead(i, from);
+      body(i + lanes<T> <= n ? load(from + i) : load_partial(from + i, static_cast<int>(n - i)), r * n + i);
+    }
+  }
+}
+
 }  // namespace FK_TARGET
 }  // namespace flowkernels

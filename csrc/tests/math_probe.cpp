@@ -51,7 +51,8 @@ void check(const Tensor& tensor, const Tensor& like) {
 }
 
 Probe find(const std::string& function, const std::vector<double>& params) {
-  const std::vector<const char*> plain = {"exp", "expm1", "log", "log1p", "tanh", "sigmoid", "softplus", "erf", "atan", "sqrt", "floor"};
+  const std::vector<const char*> plain = {"exp", "expm1", "log", "log1p", "tanh", "sigmoid", "softplus", "erf", "atan", "sqrt", "floor",
+                                          "exp_of_nonpositive"};
   const std::vector<const char*> scale = {"sigma", "log_sigma", "reciprocal", "log_reciprocal", "complement", "dsigma", "dlog_sigma"};
   for (size_t i = 0; i < plain.size(); ++i) {
     if (function == plain[i]) return {Probe::plain, static_cast<int>(i), {}};
@@ -149,7 +150,8 @@ FK_CALL V probe_plain(int which, V v) {
     case 7: return erf(v);
     case 8: return atan(v);
     case 9: return sqrt(v);
-    default: return floor(v);
+    case 10: return floor(v);
+    default: return exp_of_nonpositive(v);
   }
 }
 

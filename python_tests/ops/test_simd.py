@@ -145,6 +145,22 @@ def test_gradual_underflow_and_overflow(target: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_exponential_of_what_is_not_positive_has_the_bits_of_the_exponential(target: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ties = (0.5 - torch.arange(1100.0, dtype=torch.float64)) * math.log(2)
+    far = -torch.rand(200_000, generator=generator, dtype=torch.float64) * (110.0 if dtype == torch.float32 else 760.0)
+    near = -torch.exp2(-1080.0 * torch.rand(10_000, generator=generator, dtype=torch.float64))
+    x = torch.cat([ties[1:], far, near, torch.tensor([0.0, -0.0, -1e30, -INF, NAN], dtype=torch.float64)]).to(dtype)
+    x = torch.cat([x, torch.nextafter(x, torch.zeros_like(x)), torch.nextafter(x, torch.full_like(x, -INF))])
+    x = torch.where(x > 0, -x, x)
+    bits = torch.int32 if dtype == torch.float32 else torch.int64
+    ours, exp = (run(function, x, target).view(bits) for function in ("exp_of_nonpositive", "exp"))
+    assert torch.equal(ours, exp)
+    assert (exp.view(dtype) == 0).any() and ((exp.view(dtype) > 0) & (exp.view(dtype) < torch.finfo(dtype).tiny)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_same_bits_in_every_lane_and_on_every_target(function: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
