@@ -10,8 +10,8 @@ masks. What else is lost are lanes where outputs fill no vector (12 of 16 at the
 the gradient by x), and packing at small sizes.
 
 Measured against torch's convolutions with channels last and a matrix product for the middle one, in turns on two cores of a Zen 4 by
-AVX2, at [16, 6, 16, 16], [16, 12, 8, 8] and [16, 24, 4, 4] with 64 hidden channels: 1.8, 1.9 and 2.6 times as fast, a single image 2.7
-times; with gradients 2.1, 2.0 and 2.3, a single image 2.1. With 128 hidden channels at the first of these sizes 1.5, with gradients 1.5;
+AVX2, at [16, 6, 16, 16], [16, 12, 8, 8] and [16, 24, 4, 4] with 64 hidden channels: 1.7, 2.0 and 2.4 times as fast, a single image 2.7
+times; with gradients 1.8, 2.0 and 2.3, a single image 2.4. With 128 hidden channels at the first of these sizes 1.4, with gradients 1.6;
 with 256, at all of them, 1.0 to 1.6 and 1.1 to 1.5. With 512 gradients were slower than torch's: networks of more than 256 hidden channels
 are left to torch. Backward finds all gradients, also where parameters are frozen.
 """
