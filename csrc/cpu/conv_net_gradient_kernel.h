@@ -44,7 +44,8 @@ FK_CALL void add_product_columns(const T* a, int64_t a_ld, int64_t m, const T* b
 // The same for all m of a and n of b
 template <class T>
 void add_product(const T* a, int64_t a_ld, int64_t m, const T* b, int64_t b_ld, int64_t n, int64_t positions, T* out, int64_t out_ld) {
-  for (int64_t j = 0; j < n;) {
+  int64_t j = 0;
+  while (j < n) {
     const auto panel = [&](auto count) FK_BODY {
       constexpr int64_t width = decltype(count)::value * lanes<T>;
       add_product_columns<decltype(count)::value>(a, a_ld, m, b + j, b_ld, positions, out + j, out_ld, smaller(width, n - j));
