@@ -47,27 +47,24 @@ FK_CALL void forward_tile(const void* told, const Streams<T>& streams) {
   const Action action = action_of(affine);
   const T* a = streams.parameters[0];
   T* terms = streams.terms[0];
-  if constexpr (Map::by_exponential) {
-    // An exponential and then a logarithm are a chain so long that the processor's window holds few of them: in two loops more overlap, and
-    // 512 elements in the first-level cache take a quarter less time.
-    T* exponentials = streams.terms[1];
-    for_each_vector_of(streams, 2, [&](V s, int64_t at) FK_BODY { store(exponentials + at, map.exponential(s)); });
-    for_each_vector<3, 1>(streams, [&](const V* in, V* out, int64_t at) FK_BODY {
+  // An exponential and then a logarithm are a chain so long that the processor's window holds few of them: in two loops more overlap, and
+  // 512 elements in the first-level cache take a quarter less time.
+  T* exponentials = streams.terms[1];
+  if constexpr (Map::by_exponential) for_each_vector_of(streams, 2, [&](V s, int64_t at) FK_BODY { store(exponentials + at, map.exponential(s)); });
+  const auto scale_of = [&](V s, int64_t at) FK_BODY {
+    if constexpr (Map::by_exponential) {
       const V e = load(exponentials + at);
-      const ValueAndLog<V> scale = RECIPROCAL ? map.reciprocal_and_log(in[2], e) : map.sigma_and_log(in[2], e);
-      const auto result = coupled<RECIPROCAL>(map, action, in[0], in[1], in[2], scale);
-      out[0] = result.value;
-      store(terms + at, result.log);
-    });
-  } else {
-    for_each_vector<3, 1>(streams, [&](const V* in, V* out, int64_t at) FK_BODY {
-      if constexpr (Map::learned) map.a = load(a + at);
-      const ValueAndLog<V> scale = RECIPROCAL ? map.reciprocal_and_log(in[2]) : map.sigma_and_log(in[2]);
-      const auto result = coupled<RECIPROCAL>(map, action, in[0], in[1], in[2], scale);
-      out[0] = result.value;
-      store(terms + at, result.log);
-    });
-  }
+      return RECIPROCAL ? map.reciprocal_and_log(s, e) : map.sigma_and_log(s, e);
+    } else {
+      return RECIPROCAL ? map.reciprocal_and_log(s) : map.sigma_and_log(s);
+    }
+  };
+  for_each_vector<3, 1>(streams, [&](const V* in, V* out, int64_t at) FK_BODY {
+    if constexpr (Map::learned) map.a = load(a + at);
+    const auto result = coupled<RECIPROCAL>(map, action, in[0], in[1], in[2], scale_of(in[2], at));
+    out[0] = result.value;
+    store(terms + at, result.log);
+  });
 }
 
 template <class V>

@@ -108,18 +108,26 @@ template <class V>
 struct Reduced {
   V r;                         // x - n ln 2, |r| <= ln 2 / 2
   V n;                         // the nearest integer to x / ln 2
-  UVec<scalar_t<V>> exponent;  // n + 2 * bias in the lowest bits
+  UVec<scalar_t<V>> exponent;  // n + OFFSET in the lowest bits
 };
 
-template <class V>
+template <int OFFSET, class V>
 FK_INLINE Reduced<V> reduce_exp(V x) {
   using T = scalar_t<V>;
   using F = Format<T>;
+  static_assert(OFFSET % 2 == 0);  // or ties would go the other way
   // adding 1.5 * 2^mantissa leaves the rounded integer in the lowest bits
-  constexpr T shift = T(3ull << (F::mantissa - 1)) + 2 * F::bias;
+  constexpr T shift = T(3ull << (F::mantissa - 1)) + OFFSET;
   const V t = fma(x, T(1.44269504088896340736), shift);
   const V n = t - shift;
   return {fma(n, -F::ln2_low, fma(n, -F::ln2_high, x)), n, bits(t)};
+}
+
+// exp(r) for |r| <= ln 2 / 2
+template <class V>
+FK_INLINE V exp_reduced(V r) {
+  using T = scalar_t<V>;
+  return fma(r, fma(r, polynomial<Coefficients<T>::exp>(r), T(1)), T(1));
 }
 
 // exp(r) - 1 for |r| <= ln 2 / 2
@@ -133,8 +141,8 @@ template <class V>
 FK_INLINE V exp(V x) {
   using T = scalar_t<V>;
   using F = Format<T>;
-  const Reduced<V> t = reduce_exp(at_least(at_most(x, F::exp_high), F::exp_low));
-  const V p = fma(t.r, fma(t.r, polynomial<Coefficients<T>::exp>(t.r), T(1)), T(1));
+  const Reduced<V> t = reduce_exp<2 * F::bias>(at_least(at_most(x, F::exp_high), F::exp_low));
+  const V p = exp_reduced(t.r);
   // 2^n in two factors: the first product is exact, the second overflows or becomes subnormal with one rounding
   const UVec<T> half = t.exponent >> 1, rest = t.exponent - half;
   return p * from_bits<T>(half << F::mantissa) * from_bits<T>(rest << F::mantissa);
@@ -145,13 +153,9 @@ template <class V>
 FK_INLINE V exp_of_nonpositive(V x) {
   using T = scalar_t<V>;
   using F = Format<T>;
-  // 2^(n + up) is normal, and the product with 2^-up is rounded once; `up` makes what is added even, as reduce_exp's is, for ties
-  constexpr int up = 65;
-  constexpr T shift = T(3ull << (F::mantissa - 1)) + F::bias + up;
-  const V low = at_least(x, F::exp_low), t = fma(low, T(1.44269504088896340736), shift), n = t - shift;
-  const V r = fma(n, -F::ln2_low, fma(n, -F::ln2_high, low));
-  const V p = fma(r, fma(r, polynomial<Coefficients<T>::exp>(r), T(1)), T(1));
-  return p * from_bits<T>(bits(t) << F::mantissa) * T(0x1p-65);
+  constexpr int up = 65;  // 2^(n + up) is normal, and the product with 2^-up is rounded once
+  const Reduced<V> t = reduce_exp<F::bias + up>(at_least(x, F::exp_low));
+  return exp_reduced(t.r) * from_bits<T>(t.exponent << F::mantissa) * T(0x1p-65);
 }
 
 // exp(x) - 1 for x < 80, without keeping -0
@@ -159,7 +163,7 @@ template <class V>
 FK_INLINE V expm1_bounded(V x) {
   using T = scalar_t<V>;
   using F = Format<T>;
-  const Reduced<V> t = reduce_exp(at_least(x, F::expm1_low));
+  const Reduced<V> t = reduce_exp<2 * F::bias>(at_least(x, F::expm1_low));
   const V scale = from_bits<T>((t.exponent - F::bias) << F::mantissa);
   return fma(expm1_reduced(t.r), scale, scale - T(1));
 }
@@ -169,7 +173,7 @@ template <class V>
 FK_INLINE V expm1(V x) {
   using T = scalar_t<V>;
   using F = Format<T>;
-  const Reduced<V> t = reduce_exp(at_least(at_most(x, F::exp_high), F::expm1_low));
+  const Reduced<V> t = reduce_exp<2 * F::bias>(at_least(at_most(x, F::exp_high), F::expm1_low));
   // half of the result, because 2^n may be out of range when the result is not
   const V scale = from_bits<T>((t.exponent - (F::bias + 1)) << F::mantissa);
   const V y = fma(expm1_reduced(t.r), scale, scale - T(0.5)) * T(2);
