@@ -236,6 +236,7 @@ def widened(parts, width):
         (10, widened(GATED, 270), 300),
         (9, widened(GATED, 20), 2),
         (10, widened(WIRED, 270), 0),
+        (37, (512, 1024), 3),  # rows of weights whole pages apart
     ],
 )
 @pytest.mark.parametrize("inverse", [False, True])
