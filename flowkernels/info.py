@@ -17,6 +17,7 @@ OPS = (
     "conv_net",
     "coupling",
     "glow_step",
+    "glow_steps",
     "lu_fold",
     "masked_linear",
     "slogdet",

@@ -19,102 +19,22 @@
 #define FK_KERNEL "cpu/conv_net_targets.h"
 #include "cpu/for_each_target.h"
 
+#include "cpu/conv_net_calls.h"
+
 namespace flowkernels {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "flowkernels::conv_net: ", what); }
-
-// Python has checked what users get wrong; here only what would corrupt memory.
-template <class T>
-const T* checked_data(const Tensor& t, const Tensor& x, std::initializer_list<int64_t> sizes) {
-  check(t.is_cpu() && t.scalar_type() == x.scalar_type() && t.is_contiguous() && t.dim() == static_cast<int64_t>(sizes.size()),
-        "tensors must be like x, and contiguous");
-  int64_t d = 0;
-  for (int64_t size : sizes) check(t.size(d++) == size, "tensors must have fitting sizes");
-  return data_of<T>(t);
-}
-
-template <class T>
-Convolution<T> convolution(const Tensor& weight, const Tensor& x, int64_t taps, int64_t inputs) {
-  check(weight.dim() == 4, "weights must have four dimensions");
-  return {checked_data<T>(weight, x, {weight.size(0), inputs, taps, taps}), nullptr, taps, inputs, weight.size(0), nullptr};
-}
-
-template <class T>
-void set_images(ConvNetImages<T>& images, const Tensor& x) {
-  check(x.dim() == 4 && x.is_cpu() && x.is_contiguous(), "x must be [batch, height, width, channels], contiguous");
-  images.batch = x.size(0), images.height = x.size(1), images.width = x.size(2);
-}
-
-// Rows of a band: an image, or what fits the second-level cache, or less where there are fewer images than `tasks`. channels: of a row
-template <class T>
-int64_t rows_of(const ConvNetImages<T>& images, int64_t channels, int64_t tasks) {
-  constexpr int64_t kBytes = 1 << 20;
-  const int64_t fits = std::max<int64_t>(kBytes / ((images.width + 1) * channels * static_cast<int64_t>(sizeof(T))) - 2, 1);
-  const int64_t bands = std::max((images.height + fits - 1) / fits, (tasks + images.batch - 1) / images.batch);
-  return (images.height + bands - 1) / bands;
-}
-
-// The convolutions and exp(3 log_gain), packed
-template <class T>
-class Packed {
- public:
-  // reverse: for the gradient
-  Packed(std::initializer_list<Convolution<T>*> convolutions, bool reverse, const T* log_gain, int64_t outputs) {
-    const auto whole = [](int64_t n) { return FK_DISPATCH(whole_vectors<T>(n)); };
-    int64_t size = whole(outputs), most = 0, most_terms = 0;
-    for (const Convolution<T>* c : convolutions) {
-      size += FK_DISPATCH(packed_convolution_size<T>(*c));
-      most = std::max(most, c->taps * c->taps * whole(c->outputs) * (reverse ? 1 : c->inputs));
-      most_terms = std::max(most_terms, c->terms());
-    }
-    data_.reset(new T[size]);
-    const std::unique_ptr<T[]> turned(new T[most]);
-    std::vector<int64_t> place(reverse ? 0 : most_terms);
-    gain = data_.get();
-    FK_DISPATCH(conv_net_gain<T>(log_gain, outputs, gain));
-    T* next = gain + whole(outputs);
-    for (Convolution<T>* c : convolutions) {
-      c->packed = next;
-      next += FK_DISPATCH(packed_convolution_size<T>(*c));
-      if (reverse) {
-        FK_DISPATCH(pack_reverse_convolution<T>(*c, turned.get()));
-      } else {
-        FK_DISPATCH(find_terms<T>(*c, place.data()));
-        FK_DISPATCH(pack_convolution<T>(*c, place.data(), turned.get()));
-      }
-    }
-  }
-
-  T* gain;
-
- private:
-  std::unique_ptr<T[]> data_;
-};
-
-template <class T>
-int64_t threads_of(const ConvNetImages<T>& images, std::initializer_list<Convolution<T>> convolutions) {
-  double terms = 0;
-  for (const Convolution<T>& c : convolutions) terms += static_cast<double>(c.terms() * c.outputs);
-  return threads_for(terms * static_cast<double>(images.batch * images.height * images.width));
-}
+void check(bool ok, const char* what) { check_conv_net(ok, what); }
 
 // y; and the hidden layers if `keep`, else two empty tensors
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in, const Tensor& weight_mid,
-                                           const Tensor& bias_mid, const Tensor& weight_out, const Tensor& bias_out, const Tensor& log_gain,
-                                           bool keep) {
-  ConvNetArgs<T> args{};
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::span<const Tensor, 6> parameters, const Tensor& log_gain, bool keep) {
+  check(x.dim() == 4, "x must have four dimensions");
+  ConvNetArgs<T> args = network<T>(parameters, x, x.size(3));
   set_images(args, x);
-  args.in = convolution<T>(weight_in, x, 3, x.size(3));
-  args.mid = convolution<T>(weight_mid, x, 1, args.in.outputs);
-  args.out = convolution<T>(weight_out, x, 3, args.mid.outputs);
-  args.in.bias = checked_data<T>(bias_in, x, {args.in.outputs});
-  args.mid.bias = checked_data<T>(bias_mid, x, {args.mid.outputs});
-  args.out.bias = checked_data<T>(bias_out, x, {args.out.outputs});
   const T* gains = checked_data<T>(log_gain, x, {args.out.outputs});
   const auto images = [&](int64_t batch, int64_t channels) { return empty(x, {batch, args.height, args.width, channels}); };
   Tensor y = images(args.batch, args.out.outputs);
@@ -126,10 +46,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   if (keep) args.first = static_cast<T*>(first.mutable_data_ptr()), args.second = static_cast<T*>(second.mutable_data_ptr());
   const Packed<T> packed({&args.in, &args.mid, &args.out}, false, gains, args.out.outputs);
   args.gain = packed.gain;
-  const int64_t hidden = (keep ? args.mid.inputs : 0) + 3 * args.out.inputs;  // the second layer and its factors, twice as many
   const int64_t threads = threads_of(args, {args.in, args.mid, args.out});
-  args.rows = rows_of(args, 2 * args.in.inputs + hidden, threads);
-  const size_t scratch = FK_DISPATCH(conv_net_scratch_bytes<T>(args));
+  const size_t scratch = plan_bands(args, threads);
   for_each_task(args.tasks(), threads, [&](int64_t task) { FK_DISPATCH(conv_net_band<T>(args, task, static_cast<T*>(thread_scratch(scratch)))); });
   return {y, first, second};
 }
@@ -212,15 +130,15 @@ bool is_double(const Tensor& x) {
 
 Tensor conv_net(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in, const Tensor& weight_mid, const Tensor& bias_mid,
                 const Tensor& weight_out, const Tensor& bias_out, const Tensor& log_gain) {
-  const auto go = is_double(x) ? forward<double> : forward<float>;
-  return std::get<0>(go(x, weight_in, bias_in, weight_mid, bias_mid, weight_out, bias_out, log_gain, false));
+  const Tensor parameters[] = {weight_in, bias_in, weight_mid, bias_mid, weight_out, bias_out};
+  return std::get<0>(is_double(x) ? forward<double>(x, parameters, log_gain, false) : forward<float>(x, parameters, log_gain, false));
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_net_training(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in, const Tensor& weight_mid,
                                                      const Tensor& bias_mid, const Tensor& weight_out, const Tensor& bias_out,
                                                      const Tensor& log_gain) {
-  const auto go = is_double(x) ? forward<double> : forward<float>;
-  return go(x, weight_in, bias_in, weight_mid, bias_mid, weight_out, bias_out, log_gain, true);
+  const Tensor parameters[] = {weight_in, bias_in, weight_mid, bias_mid, weight_out, bias_out};
+  return is_double(x) ? forward<double>(x, parameters, log_gain, true) : forward<float>(x, parameters, log_gain, true);
 }
 
 Gradients conv_net_backward(const Tensor& dy, const Tensor& x, const Tensor& first, const Tensor& second, const Tensor& weight_in,

@@ -1,6 +1,7 @@
 """Glow: actnorm, invertible 1x1 convolutions and couplings at several scales."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,12 +9,14 @@ from torch import Tensor, nn
 
 from .._torch import has_global_hooks
 from ..layers import ActNormConv1x1, AdditiveCoupling, AffineCoupling, FactorOut, Reshape, Squeeze
+from ..layers._dtype import check_dtype
 from ..layers._plain import is_plain
 from ..layers._sizes import parse_count
 from ..layers.invertible_conv1x1 import Folded, fold
-from ..ops import Form, Part, ScaleMap, glow_step
+from ..ops import Form, Part, ScaleMap, glow_step, glow_steps
+from ..ops.glow_step.reference import steps_in_turn
 from .flow import Flow
-from .networks import ConvNet, ZeroConv2d
+from .networks import ConvNet, ZeroConv2d, plain_parameters
 
 
 class Glow(Flow):
@@ -91,58 +94,75 @@ class _Steps(nn.Module):
         self.mixings, self.couplings = nn.ModuleList(mixings), nn.ModuleList(couplings)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        folded = self._fold()
-        if folded is not None and self._joins(x):
-            return self._joined(x, context, folded)
+        mixings, couplings = _list(self.mixings), _list(self.couplings)
+        folded = _fold(mixings)
+        if folded is not None and _joins(x, mixings, couplings):
+            return _joined(x, context, mixings, couplings, folded, inverse=False)
         logabsdets = []
-        for i, (mixing, coupling) in enumerate(zip(self.mixings, self.couplings, strict=True)):
+        for i, (mixing, coupling) in enumerate(zip(mixings, couplings, strict=True)):
             x, a = mixing(x) if folded is None else mixing(x, folded=folded, at=i)
             x, b = coupling(x, context)
             logabsdets += [a, b]
         return x, _total(logabsdets)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        folded = self._fold(inverse=True)
-        if folded is not None and self._joins(z):
-            return self._joined_inverse(z, context, folded)
+        mixings, couplings = _list(self.mixings), _list(self.couplings)
+        folded = _fold(mixings, inverse=True)
+        if folded is not None and _joins(z, mixings, couplings):
+            return _joined(z, context, mixings, couplings, folded, inverse=True)
         logabsdets = []
-        for i in reversed(range(len(self.mixings))):
-            z, a = self.couplings[i].inverse(z, context)
-            z, b = self.mixings[i].inverse(z) if folded is None else self.mixings[i].inverse(z, folded=folded, at=i)
+        for i in reversed(range(len(mixings))):
+            z, a = couplings[i].inverse(z, context)
+            z, b = mixings[i].inverse(z) if folded is None else mixings[i].inverse(z, folded=folded, at=i)
             logabsdets += [a, b]
         return z, _total(logabsdets)
 
-    def _fold(self, *, inverse: bool = False) -> Folded | None:
-        # the first batch changes the matrices, and others than Glow's own parts have to be called
-        if has_global_hooks() or not all([type(m) is ActNormConv1x1 and m.folds() and m.actnorm.ready for m in self.mixings]):
-            return None
-        return fold(self.mixings, inverse=inverse)
 
-    def _joins(self, x: Tensor) -> bool:
-        served = x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-        if not served or x.dtype != self.mixings[0].actnorm.bias.dtype:
-            return False
-        return all(map(_is_glows, self.couplings)) and all([is_plain(mixing, ActNormConv1x1) for mixing in self.mixings])
+# In what follows modules are asked for their parts without a detour: a small flow feels each.
 
-    def _joined(self, x: Tensor, context: Tensor | None, folded: Folded) -> tuple[Tensor, Tensor]:
-        weights, biases = [*folded.weights, None], [*(mixing.actnorm.bias for mixing in self.mixings), None]
-        logabsdets = [_sites(x) * folded.logabsdets.sum().expand(x.shape[0])]
-        rows, _, passing = glow_step(x.movedim(1, -1), None, weights[0], biases[0])
-        for i, coupling in enumerate(self.couplings):
-            raw = coupling.conditioner(passing.movedim(-1, 1), *_given(context)).movedim(1, -1)
-            rows, logabsdet, passing = glow_step(rows, raw, weights[i + 1], biases[i + 1])
-            logabsdets.append(logabsdet)
-        return rows.movedim(-1, 1), _total(logabsdets)
 
-    def _joined_inverse(self, z: Tensor, context: Tensor | None, folded: Folded) -> tuple[Tensor, Tensor]:
-        rows = z.movedim(1, -1)
-        passing = rows[..., : rows.shape[-1] // 2]
-        logabsdets = [_sites(z) * folded.logabsdets.sum().expand(z.shape[0])]
-        for i in reversed(range(len(self.couplings))):
-            raw = self.couplings[i].conditioner(passing.movedim(-1, 1), *_given(context)).movedim(1, -1)
-            rows, logabsdet, passing = glow_step(rows, raw, folded.weights[i], self.mixings[i].actnorm.bias, inverse=True)
-            logabsdets.append(logabsdet)
-        return rows.movedim(-1, 1), _total(logabsdets)
+def _list(modules: nn.ModuleList) -> list[nn.Module]:
+    return [*modules._modules.values()]
+
+
+def _fold(mixings: Sequence[nn.Module], *, inverse: bool = False) -> Folded | None:
+    # the first batch changes the matrices, and others than Glow's own parts have to be called
+    if has_global_hooks() or not all([type(m) is ActNormConv1x1 and m.folds() and m._modules["actnorm"].ready for m in mixings]):
+        return None
+    return fold(mixings, inverse=inverse)
+
+
+def _joins(x: Tensor, mixings: Sequence[nn.Module], couplings: Sequence[nn.Module]) -> bool:
+    served = x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    if not served or x.dtype != _bias(mixings[0]).dtype:
+        return False
+    return all([_is_glows(coupling) for coupling in couplings]) and all([is_plain(mixing, ActNormConv1x1) for mixing in mixings])
+
+
+def _joined(
+    x: Tensor,
+    context: Tensor | None,
+    mixings: Sequence[nn.Module],
+    couplings: Sequence[nn.Module],
+    folded: Folded,
+    *,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    biases = [_bias(mixing) for mixing in mixings]
+    conditioners = [coupling._modules["conditioner"] for coupling in couplings]
+    networks = [plain_parameters(conditioner) for conditioner in conditioners]
+    rows = x.movedim(1, -1)
+    if None in networks:
+        calls = [partial(_called, conditioner, context) for conditioner in conditioners]
+        rows, logabsdet = steps_in_turn(glow_step, rows, calls, folded.weights, biases, inverse=inverse)
+    else:
+        check_dtype(biases[0], context=context)
+        rows, logabsdet = glow_steps(rows, networks, folded.weights, biases, context=context, inverse=inverse)
+    return rows.movedim(-1, 1), logabsdet + _sites(x) * folded.logabsdets.sum()
+
+
+def _bias(mixing: nn.Module) -> Tensor:
+    return mixing._modules["actnorm"]._parameters["bias"]
 
 
 _SCALE = ScaleMap.sigmoid(bias=2.0)
@@ -150,13 +170,13 @@ _SCALE = ScaleMap.sigmoid(bias=2.0)
 
 def _is_glows(coupling: nn.Module) -> bool:
     """Whether it is the coupling that `glow_step` computes."""
-    if not is_plain(coupling, AffineCoupling) or coupling.scale_parameter is not None or not coupling.interleaved:
+    if not is_plain(coupling, AffineCoupling) or coupling._parameters["scale_parameter"] is not None or not coupling.interleaved:
         return False
     return coupling.part == Part.SECOND_HALF and coupling.form == Form.SHIFT_SCALE and coupling.scale == _SCALE
 
 
-def _given(context: Tensor | None) -> tuple[Tensor, ...]:
-    return () if context is None else (context,)
+def _called(conditioner: nn.Module, context: Tensor | None, x: Tensor) -> Tensor:
+    return conditioner(x) if context is None else conditioner(x, context)
 
 
 def _sites(x: Tensor) -> int:

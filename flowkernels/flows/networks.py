@@ -9,6 +9,7 @@ from ..layers._dtype import check_dtype
 from ..layers._plain import is_plain
 from ..layers._sizes import parse_context_features
 from ..ops import conv_net
+from ..ops.glow_step.reference import with_context
 
 
 class WeightNormConv2d(nn.Conv2d):
@@ -111,17 +112,30 @@ class ConvNet(nn.Module):
         self.conv_out = ZeroConv2d(hidden_channels, outputs)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        first, middle, last = self.conv_in, self.conv_mid, self.conv_out
-        x = _joined(x, context, last.log_gain)
-        plain = _is_plain(first, nn.Conv2d, 3) and _is_plain(middle, nn.Conv2d, 1) and _is_plain(last, ZeroConv2d, 3)
-        if not plain or has_global_hooks():
-            return last(F.relu(middle(F.relu(first(x)))))
-        return conv_net(x, first.weight, first.bias, middle.weight, middle.bias, last.weight, last.bias, last.log_gain)
+        x = _joined(x, context, self.conv_out.log_gain)
+        parameters = _parameters(self)
+        if parameters is None or has_global_hooks():
+            return self.conv_out(F.relu(self.conv_mid(F.relu(self.conv_in(x)))))
+        return conv_net(x, *parameters)
+
+
+def plain_parameters(conditioner: nn.Module) -> tuple[Tensor, ...] | None:
+    """The tensors of a `ConvNet` as `conv_net` takes them, or None where it has to be called to have what it computes."""
+    return _parameters(conditioner) if is_plain(conditioner, ConvNet) and not has_global_hooks() else None
+
+
+def _parameters(net: ConvNet) -> tuple[Tensor, ...] | None:
+    parts = net._modules  # without a detour: a small flow feels each
+    first, middle, last = parts["conv_in"], parts["conv_mid"], parts["conv_out"]
+    if not (_is_plain(first, nn.Conv2d, 3) and _is_plain(middle, nn.Conv2d, 1) and _is_plain(last, ZeroConv2d, 3)):
+        return None
+    a, b, c = first._parameters, middle._parameters, last._parameters
+    return a["weight"], a["bias"], b["weight"], b["bias"], c["weight"], c["bias"], c["log_gain"]
 
 
 def _is_plain(layer: nn.Module, kind: type[nn.Conv2d], size: int) -> bool:
     """Whether it is a convolution that `conv_net` computes."""
-    if not is_plain(layer, kind) or layer._parameters["bias"] is None:  # without a detour: a small flow feels each
+    if not is_plain(layer, kind) or layer._parameters.get("bias") is None or "weight" not in layer._parameters:
         return False
     settings = layer.kernel_size, layer.padding, layer.stride, layer.dilation, layer.groups, layer.padding_mode
     return settings == ((size, size), (size // 2, size // 2), (1, 1), (1, 1), 1, "zeros")
@@ -130,4 +144,4 @@ def _is_plain(layer: nn.Module, kind: type[nn.Conv2d], size: int) -> bool:
 def _joined(x: Tensor, context: Tensor | None, parameter: Tensor) -> Tensor:
     """x, [batch, channels, H, W], and the context as channels of constant value; both of the parameter's dtype."""
     check_dtype(parameter, x=x, context=context)
-    return x if context is None else torch.cat([x, context[:, :, None, None].expand(*context.shape, *x.shape[2:])], 1)
+    return with_context(x, context)

@@ -218,22 +218,23 @@ def fold(layers: Sequence[ActNormConv1x1], *, inverse: bool = False) -> Folded:
     What all layers of one size need is computed in one go: a deep Glow has as many factorisations, and as many calls, as it has distinct
     sizes. An actnorm that is not initialised yet changes what its layer's matrix is.
     """
-    convs, log_scales = [layer.conv for layer in layers], [layer.actnorm.log_scale for layer in layers]
+    parts = [layer._modules for layer in layers]  # without a detour: a small flow feels each
+    convs, log_scales = [each["conv"] for each in parts], [each["actnorm"]._parameters["log_scale"] for each in parts]
     kept = [conv.kept() for conv in convs]
     groups: dict[tuple, list[int]] = {}
     for i, conv in enumerate(convs):
         groups.setdefault((_kind(conv), kept[i] is None), []).append(i)
-    parts = []
+    made = []
     for (_, anew), members in groups.items():
         scales = [log_scales[i] for i in members]
         if anew:
-            parts.append(_compose([convs[i] for i in members], scales, inverse=inverse))
+            made.append(_compose([convs[i] for i in members], scales, inverse=inverse))
         else:
-            parts.append(_recall([kept[i] for i in members], scales, inverse=inverse))
-    if len(parts) == 1:
-        return parts[0]
+            made.append(_recall([kept[i] for i in members], scales, inverse=inverse))
+    if len(made) == 1:
+        return made[0]
     order = [i for members in groups.values() for i in members]
-    weights, logabsdets = (dict(zip(order, [t for part in parts for t in part[k]], strict=True)) for k in (0, 1))
+    weights, logabsdets = (dict(zip(order, [t for each in made for t in each[k]], strict=True)) for k in (0, 1))
     return Folded([weights[i] for i in range(len(layers))], torch.stack([logabsdets[i] for i in range(len(layers))]))
 
 
@@ -303,8 +304,15 @@ def freeze_weights(layers: Mapping[str, InvertibleConv1x1]) -> None:
 
 def _kind(layer: InvertibleConv1x1) -> tuple:
     """Layers of one kind compute together."""
-    parameter = layer.factors if layer.parametrization == "lu" else layer.plain_weight
+    parameter = _tensor(layer, "factors" if layer.parametrization == "lu" else "plain_weight")
     return layer.parametrization, layer.channels, parameter.dtype, parameter.device
+
+
+def _tensor(layer: InvertibleConv1x1, name: str) -> Tensor:
+    for own in (layer._parameters, layer._buffers):
+        if name in own:
+            return own[name]
+    return getattr(layer, name)  # what parametrizations and pruning make
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -315,7 +323,7 @@ def _compose(layers: Sequence[InvertibleConv1x1], log_scales: Sequence[Tensor] =
     """W diag(exp(log_scale)) of some layers of one kind, or its inverse, which is computed in float64, in one call."""
     if layers[0].parametrization == "lu":
         names = ("factors", "log_diagonal", "sign", "row")
-        weights, logabsdets = lu_fold(*([getattr(layer, name) for layer in layers] for name in names), log_scales, inverse=inverse)
+        weights, logabsdets = lu_fold(*([_tensor(layer, name) for layer in layers] for name in names), log_scales, inverse=inverse)
         return Folded(weights.unbind(), logabsdets)
     weights = _stack([layer.plain_weight for layer in layers])
     if inverse:

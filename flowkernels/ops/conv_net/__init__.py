@@ -38,7 +38,7 @@ _conv_net = torch.ops.flowkernels.conv_net.default
 _training = torch.ops.flowkernels.conv_net_training.default
 _backward = torch.ops.flowkernels.conv_net_backward.default
 _COMPILED = _extension.has_kernel("conv_net", "CPU")  # torch.compile cannot ask
-_MOST_HIDDEN = 256
+MOST_HIDDEN = 256
 
 
 # the bare ops take and return images that lie channels last, [batch, H, W, channels]
@@ -149,7 +149,7 @@ def conv_net(
 def _serves(x: Tensor, weight_mid: Tensor) -> bool:
     if not (_COMPILED and x.is_cpu) or x.dtype not in (torch.float32, torch.float64):
         return False
-    return weight_mid.shape[0] <= _MOST_HIDDEN and not any_autocast() and not wants_reference("conv_net", x.device)
+    return weight_mid.shape[0] <= MOST_HIDDEN and not any_autocast() and not wants_reference("conv_net", x.device)
 
 
 _NAMES = ("weight_in", "bias_in", "weight_mid", "bias_mid", "weight_out", "bias_out", "log_gain")

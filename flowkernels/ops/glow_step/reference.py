@@ -1,8 +1,12 @@
 """The joined Glow step in plain PyTorch, and its vector-Jacobian product."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from ..conv_net.reference import conv_net_reference
 from ..coupling.part import Part
 from ..coupling.reference import Coupling, coupling_backward_reference, coupling_reference
 from ..scale_map import Form, ScaleMap
@@ -15,6 +19,49 @@ def glow_step_reference(
     h, logabsdet = _couple(x, raw, inverse)
     y = h if weight is None else h @ weight.mT - bias if inverse else (h + bias) @ weight.mT
     return y, logabsdet, y[..., : y.shape[-1] // 2].clone()
+
+
+def steps_in_turn(
+    step: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    x: Tensor,
+    networks: Sequence[Callable[[Tensor], Tensor]],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """The steps of a level one after another, by `glow_step` or its reference. networks: of images [batch, channels, H, W]."""
+    logabsdets = []
+    if inverse:
+        passing = x[..., : x.shape[-1] // 2]
+        for network, weight, bias in zip(reversed(networks), reversed(weights), reversed(biases), strict=True):
+            raw = network(passing.movedim(-1, 1)).movedim(1, -1)
+            x, logabsdet, passing = step(x, raw, weight, bias, inverse=True)
+            logabsdets.append(logabsdet)
+    else:
+        x, _, passing = step(x, None, weights[0], biases[0], inverse=False)
+        for network, weight, bias in zip(networks, [*weights[1:], None], [*biases[1:], None], strict=True):
+            raw = network(passing.movedim(-1, 1)).movedim(1, -1)
+            x, logabsdet, passing = step(x, raw, weight, bias, inverse=False)
+            logabsdets.append(logabsdet)
+    return x, torch.stack(logabsdets).sum(0)  # one op for many
+
+
+def with_context(x: Tensor, context: Tensor | None) -> Tensor:
+    """x, [batch, channels, H, W], and the context as channels of constant value."""
+    return x if context is None else torch.cat([x, context[:, :, None, None].expand(*context.shape, *x.shape[2:])], 1)
+
+
+def glow_steps_reference(
+    x: Tensor, context: Tensor | None, networks: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """networks: seven tensors for each step, as `conv_net` takes them."""
+    nets = [partial(_network, context, networks[i : i + 7]) for i in range(0, len(networks), 7)]
+    return steps_in_turn(glow_step_reference, x, nets, weights, biases, inverse=inverse)
+
+
+def _network(context: Tensor | None, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+    return conv_net_reference(with_context(x, context), *parameters)
 
 
 def glow_step_backward_reference(

@@ -1,0 +1,118 @@
+// From the tensors of Glow's conditioner to what kernels work on: shapes, bands, packed weights. After cpu/for_each_target.h has included
+// cpu/conv_net_kernel.h.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "cpu/conv_net.h"
+#include "cpu/shares.h"
+#include "cpu/tensor.h"
+
+namespace flowkernels {
+
+inline void check_conv_net(bool ok, const char* what) { STD_TORCH_CHECK(ok, "flowkernels::conv_net: ", what); }
+
+// Python has checked what users get wrong; here only what would corrupt memory.
+template <class T>
+const T* checked_data(const torch::stable::Tensor& t, const torch::stable::Tensor& x, std::initializer_list<int64_t> sizes) {
+  check_conv_net(t.is_cpu() && t.scalar_type() == x.scalar_type() && t.is_contiguous() && t.dim() == static_cast<int64_t>(sizes.size()),
+                 "tensors must be like x, and contiguous");
+  int64_t d = 0;
+  for (int64_t size : sizes) check_conv_net(t.size(d++) == size, "tensors must have fitting sizes");
+  return data_of<T>(t);
+}
+
+template <class T>
+Convolution<T> convolution(const torch::stable::Tensor& weight, const torch::stable::Tensor& x, int64_t taps, int64_t inputs) {
+  check_conv_net(weight.dim() == 4, "weights must have four dimensions");
+  return {checked_data<T>(weight, x, {weight.size(0), inputs, taps, taps}), nullptr, taps, inputs, weight.size(0), nullptr};
+}
+
+// The parameters of a network, in the order of the schema, but for the gain
+template <class T>
+ConvNetArgs<T> network(std::span<const torch::stable::Tensor, 6> parameters, const torch::stable::Tensor& x, int64_t channels) {
+  ConvNetArgs<T> args{};
+  args.in = convolution<T>(parameters[0], x, 3, channels);
+  args.mid = convolution<T>(parameters[2], x, 1, args.in.outputs);
+  args.out = convolution<T>(parameters[4], x, 3, args.mid.outputs);
+  args.in.bias = checked_data<T>(parameters[1], x, {args.in.outputs});
+  args.mid.bias = checked_data<T>(parameters[3], x, {args.mid.outputs});
+  args.out.bias = checked_data<T>(parameters[5], x, {args.out.outputs});
+  return args;
+}
+
+template <class T>
+void set_images(ConvNetImages<T>& images, const torch::stable::Tensor& x) {
+  check_conv_net(x.dim() == 4 && x.is_cpu() && x.is_contiguous(), "x must be [batch, height, width, channels], contiguous");
+  images.batch = x.size(0), images.height = x.size(1), images.width = x.size(2);
+}
+
+// Rows of a band: an image, or what fits the second-level cache, or less where there are fewer images than `tasks`. channels: of a row
+template <class T>
+int64_t rows_of(const ConvNetImages<T>& images, int64_t channels, int64_t tasks) {
+  constexpr int64_t kBytes = 1 << 20;
+  const int64_t fits = std::max<int64_t>(kBytes / ((images.width + 1) * channels * static_cast<int64_t>(sizeof(T))) - 2, 1);
+  const int64_t bands = std::max((images.height + fits - 1) / fits, (tasks + images.batch - 1) / images.batch);
+  return (images.height + bands - 1) / bands;
+}
+
+// The convolutions and exp(3 log_gain), packed
+template <class T>
+class Packed {
+ public:
+  // reverse: for the gradient
+  Packed(std::initializer_list<Convolution<T>*> convolutions, bool reverse, const T* log_gain, int64_t outputs) {
+    const auto whole = [](int64_t n) { return FK_DISPATCH(whole_vectors<T>(n)); };
+    int64_t size = whole(outputs), most = 0, most_terms = 0;
+    for (const Convolution<T>* c : convolutions) {
+      size += FK_DISPATCH(packed_convolution_size<T>(*c));
+      most = std::max(most, c->taps * c->taps * whole(c->outputs) * (reverse ? 1 : c->inputs));
+      most_terms = std::max(most_terms, c->terms());
+    }
+    data_.reset(new T[size]);
+    const std::unique_ptr<T[]> turned(new T[most]);
+    std::vector<int64_t> place(reverse ? 0 : most_terms);
+    gain = data_.get();
+    FK_DISPATCH(conv_net_gain<T>(log_gain, outputs, gain));
+    T* next = gain + whole(outputs);
+    for (Convolution<T>* c : convolutions) {
+      c->packed = next;
+      next += FK_DISPATCH(packed_convolution_size<T>(*c));
+      if (reverse) {
+        FK_DISPATCH(pack_reverse_convolution<T>(*c, turned.get()));
+      } else {
+        FK_DISPATCH(find_terms<T>(*c, place.data()));
+        FK_DISPATCH(pack_convolution<T>(*c, place.data(), turned.get()));
+      }
+    }
+  }
+
+  T* gain;
+
+ private:
+  std::unique_ptr<T[]> data_;
+};
+
+// Sets the rows of a band, and returns the bytes that a band works in.
+template <class T>
+size_t plan_bands(ConvNetArgs<T>& args, int64_t tasks) {
+  const int64_t hidden = (args.first ? args.mid.inputs : 0) + 3 * args.out.inputs;  // the second layer and its factors, twice as many
+  args.rows = rows_of(args, 2 * args.in.inputs + hidden, tasks);
+  return FK_DISPATCH(conv_net_scratch_bytes<T>(args));
+}
+
+template <class T>
+int64_t threads_of(const ConvNetImages<T>& images, std::initializer_list<Convolution<T>> convolutions) {
+  double terms = 0;
+  for (const Convolution<T>& c : convolutions) terms += static_cast<double>(c.terms() * c.outputs);
+  return threads_for(terms * static_cast<double>(images.batch * images.height * images.width));
+}
+
+}  // namespace flowkernels

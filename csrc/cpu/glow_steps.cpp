@@ -1,0 +1,255 @@
+// All steps of a level of Glow without gradient, for CPU tensors: conditioners of conv_net_kernel.h and what glow_step_kernel.h joins.
+//
+// A few images at a time pass through all steps: what lies between one kernel and the next stays in a core's caches, and threads meet once
+// a level instead of twice a step. Where there are fewer images than threads, all of them share each step.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <span>
+#include <tuple>
+#include <vector>
+
+#include "cpu/conv_net.h"
+#include "cpu/elementwise.h"
+#include "cpu/glow_step.h"
+#include "cpu/scratch.h"
+#include "cpu/tensor.h"
+
+#define FK_KERNEL "cpu/glow_steps_targets.h"
+#include "cpu/for_each_target.h"
+
+#include "cpu/conv_net_calls.h"
+
+namespace flowkernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr size_t kParameters = 7;  // of a network
+
+void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "flowkernels::glow_steps: ", what); }
+
+// Images [batch, height, width, channels], contiguous, or, of x, channels first
+template <class T>
+struct Level {
+  int64_t batch, height, width, channels, context_features;
+  bool inverse, channels_first;
+  const T *x, *context;
+  T *y, *logabsdet;
+  std::vector<ConvNetArgs<T>> networks;
+  std::vector<const T*> weights, biases;
+
+  int64_t steps() const { return static_cast<int64_t>(weights.size()); }
+  int64_t sites() const { return height * width; }
+  int64_t image() const { return sites() * channels; }
+  int64_t half() const { return channels / 2; }
+  int64_t inputs() const { return half() + context_features; }
+};
+
+// Some images on their way through the steps
+template <class T>
+class Images {
+ public:
+  static int64_t size(const Level<T>& level, int64_t n) {
+    const int64_t tiles = n * ((level.sites() + GlowStepArgs<T>::kRows - 1) / GlowStepArgs<T>::kRows);
+    const int64_t input = level.context_features > 0 ? level.inputs() : 0;
+    return n * (3 * level.image() + level.sites() * (level.half() + input)) + tiles + n * kDoubles;
+  }
+
+  // room: size() elements. threads: for each step. scratch: what one thread works in; null: each thread its own
+  Images(const Level<T>& level, int64_t first, int64_t n, T* room, int64_t threads, void* scratch, size_t scratch_bytes)
+      : level_(level), first_(first), n_(n), threads_(threads), scratch_(scratch), scratch_bytes_(scratch_bytes),
+        logs_(reinterpret_cast<double*>(room)), rows_(room + n * kDoubles), other_(rows_ + n * level.image()), raw_(other_ + n * level.image()),
+        passing_(raw_ + n * level.image()), input_(passing_ + n * level.sites() * level.half()),
+        tile_logs_(input_ + (level.context_features > 0 ? n * level.sites() * level.inputs() : 0)) {
+    std::fill(logs_, logs_ + n, 0.0);
+  }
+
+  void run() {
+    const T* x = level_.x + first_ * level_.image();
+    const auto end = [&](bool last) { return last ? level_.y + first_ * level_.image() : rows_; };
+    if (level_.inverse) {
+      take_passing(x);
+      for (int64_t i = level_.steps() - 1; i >= 0; --i) {
+        condition(i);
+        step(i + 1 == level_.steps() ? x : other_, i + 1 == level_.steps(), true, i, end(i == 0));
+        std::swap(rows_, other_);
+      }
+    } else {
+      step(x, true, false, 0, rows_);
+      for (int64_t i = 0; i < level_.steps(); ++i) {
+        std::swap(rows_, other_);
+        condition(i);
+        step(other_, false, true, i + 1, end(i + 1 == level_.steps()));
+      }
+    }
+    for (int64_t b = 0; b < n_; ++b) level_.logabsdet[first_ + b] = static_cast<T>(logs_[b]);
+  }
+
+ private:
+  static constexpr int64_t kDoubles = sizeof(double) / sizeof(T);
+
+  template <class F>
+  void each(int64_t tasks, const F& run) const {
+    if (!scratch_) return for_each_task(tasks, threads_, [&](int64_t i) { run(i, thread_scratch(scratch_bytes_)); });
+    for (int64_t i = 0; i < tasks; ++i) run(i, scratch_);
+  }
+
+  // the first half of x's channels
+  void take_passing(const T* x) const {
+    const int64_t sites = level_.sites(), half = level_.half(), channel = level_.channels_first ? sites : 1, site = level_.channels_first ? 1 : level_.channels;
+    for (int64_t b = 0; b < n_; ++b)
+      for (int64_t s = 0; s < sites; ++s)
+        for (int64_t c = 0; c < half; ++c) passing_[(b * sites + s) * half + c] = x[b * level_.image() + s * site + c * channel];
+  }
+
+  // raw: what network i makes of what passes
+  void condition(int64_t i) const {
+    ConvNetArgs<T> args = level_.networks[i];
+    args.batch = n_;
+    args.x = passing_;
+    args.y = raw_;
+    if (level_.context_features > 0) {
+      const int64_t half = level_.half(), inputs = level_.inputs();
+      for (int64_t b = 0; b < n_; ++b) {
+        const T* context = level_.context + (first_ + b) * level_.context_features;
+        for (int64_t s = b * level_.sites(); s < (b + 1) * level_.sites(); ++s) {
+          std::copy_n(passing_ + s * half, half, input_ + s * inputs);
+          std::copy_n(context, level_.context_features, input_ + s * inputs + half);
+        }
+      }
+      args.x = input_;
+    }
+    each(args.tasks(), [&](int64_t task, void* scratch) { FK_DISPATCH(conv_net_band<T>(args, task, static_cast<T*>(scratch))); });
+  }
+
+  // matrix: of step `matrix`; none beyond the last
+  void step(const T* from, bool of_x, bool coupled, int64_t matrix, T* to) const {
+    GlowStepArgs<T> args{};
+    args.batch = n_, args.sites = level_.sites(), args.channels = level_.channels;
+    args.inverse = level_.inverse, args.channels_first = of_x && level_.channels_first;
+    args.x = from, args.raw = coupled ? raw_ : nullptr;
+    if (matrix < level_.steps()) args.weight = level_.weights[matrix], args.bias = level_.biases[matrix];
+    args.y = to, args.passing = passing_, args.tile_logs = tile_logs_;
+    const int64_t tiles = args.tiles(), shares = scratch_ ? 1 : std::min(threads_, tiles);
+    each(shares, [&](int64_t i, void* scratch) {
+      FK_DISPATCH(run_glow_step<T>(args, scratch, false, i * tiles / shares, (i + 1) * tiles / shares));
+    });
+    if (!coupled) return;
+    const int64_t of_sample = args.tiles_of_sample();
+    for (int64_t b = 0; b < n_; ++b)
+      for (int64_t t = 0; t < of_sample; ++t) logs_[b] += tile_logs_[b * of_sample + t];
+  }
+
+  const Level<T>& level_;
+  const int64_t first_, n_, threads_;
+  void* const scratch_;
+  const size_t scratch_bytes_;
+  double* logs_;
+  T *rows_, *other_, *raw_, *passing_, *input_, *tile_logs_;
+};
+
+template <class T>
+void run(Level<T>& level, std::span<const T* const> gains) {
+  constexpr int64_t kPixels = 256;  // of a group of images: the weights of a step are read once for each
+  double work = 0;
+  for (const ConvNetArgs<T>& network : level.networks)
+    for (const Convolution<T>* c : {&network.in, &network.mid, &network.out}) work += static_cast<double>(c->terms() * c->outputs);
+  work *= static_cast<double>(level.batch * level.sites());
+  const int64_t threads = threads_for(work);
+  // images, rather than parts of a step, to each thread; a step that is shared has bands whose edges are computed twice
+  const bool apart = level.batch >= threads || work / static_cast<double>(level.steps()) < 4 * kParallelMultiplyAdds;
+
+  std::vector<std::unique_ptr<const Packed<T>>> packed(level.steps());
+  size_t scratch = FK_DISPATCH(glow_step_scratch<T>(level.channels, false));
+  for (ConvNetArgs<T>& network : level.networks) {
+    network.batch = level.batch, network.height = level.height, network.width = level.width;
+    scratch = std::max(scratch, plan_bands(network, apart ? 1 : threads));
+  }
+  scratch = (scratch + 63) / 64 * 64;
+  for_each_task(level.steps(), threads, [&](int64_t i) {
+    ConvNetArgs<T>& network = level.networks[i];
+    packed[i].reset(new Packed<T>({&network.in, &network.mid, &network.out}, false, gains[i], network.out.outputs));
+    network.gain = packed[i]->gain;
+  });
+
+  if (!apart) {
+    const std::unique_ptr<T[]> room(new T[Images<T>::size(level, level.batch)]);
+    return Images<T>(level, 0, level.batch, room.get(), threads, nullptr, scratch).run();
+  }
+  const int64_t least = std::max(threads, (level.batch * level.sites() + kPixels - 1) / kPixels);
+  const int64_t groups = std::min(level.batch, (least + threads - 1) / threads * threads);
+  const int64_t most = (level.batch + groups - 1) / groups;
+  const size_t bytes = scratch + Images<T>::size(level, most) * sizeof(T);
+  for_each_task(groups, threads, [&](int64_t group) {
+    const int64_t first = group * level.batch / groups, n = (group + 1) * level.batch / groups - first;
+    char* const own = static_cast<char*>(thread_scratch(bytes));
+    Images<T>(level, first, n, reinterpret_cast<T*>(own + scratch), 1, own, scratch).run();
+  });
+}
+
+using Maybe = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+
+template <class T>
+std::tuple<Tensor, Tensor> run_level(const Tensor& x, const Maybe& context, const Tensors& networks, const Tensors& weights, const Tensors& biases,
+                                     bool inverse) {
+  check(x.dim() == 4 && x.is_cpu() && x.size(3) >= 2 && x.size(3) % 2 == 0, "x must be [batch, height, width, channels], an even number of them");
+  const size_t steps = weights.size();
+  check(steps > 0 && biases.size() == steps && networks.size() == steps * kParameters, "every step must have a network, a weight and a bias");
+  Level<T> level{};
+  level.batch = x.size(0), level.height = x.size(1), level.width = x.size(2), level.channels = x.size(3);
+  level.inverse = inverse;
+  level.channels_first = !x.is_contiguous();
+  check(!level.channels_first || (x.stride(2) == 1 && x.stride(1) == level.width && x.stride(3) == level.sites() && x.stride(0) == level.image()),
+        "x must be contiguous, channels first or last");
+  level.x = data_of<T>(x);
+  if (context) {
+    check(context->dim() == 2, "context must be [batch, features]");
+    level.context_features = context->size(1);
+    level.context = checked_data<T>(*context, x, {level.batch, level.context_features});
+  }
+  std::vector<const T*> gains;
+  for (size_t i = 0; i < steps; ++i) {
+    const std::span<const Tensor, kParameters> parameters(networks.data() + i * kParameters, kParameters);
+    level.networks.push_back(network<T>(parameters.template first<6>(), x, level.inputs()));
+    const ConvNetArgs<T>& made = level.networks.back();
+    check(made.in.outputs > 0 && made.mid.outputs > 0 && made.out.outputs == level.channels, "a network does not fit x");
+    gains.push_back(checked_data<T>(parameters[6], x, {level.channels}));
+    level.weights.push_back(checked_data<T>(weights[i], x, {level.channels, level.channels}));
+    level.biases.push_back(checked_data<T>(biases[i], x, {level.channels}));
+  }
+  Tensor y = empty(x, sizes_of(x)), logabsdet = empty(x, {level.batch});
+  if (y.numel() == 0) {
+    std::fill_n(static_cast<T*>(logabsdet.mutable_data_ptr()), level.batch, T(0));
+    return {y, logabsdet};
+  }
+  level.y = static_cast<T*>(y.mutable_data_ptr());
+  level.logabsdet = static_cast<T*>(logabsdet.mutable_data_ptr());
+  run<T>(level, gains);
+  return {y, logabsdet};
+}
+
+std::tuple<Tensor, Tensor> glow_steps(const Tensor& x, Maybe context, Tensors networks, Tensors weights, Tensors biases, bool inverse) {
+  for (Tensors* tensors : {&networks, &weights, &biases})
+    for (Tensor& t : *tensors) t = made_contiguous(t);
+  if (context) context = made_contiguous(*context);
+  if (x.scalar_type() == ScalarType::Double) return run_level<double>(x, context, networks, weights, biases, inverse);
+  check(x.scalar_type() == ScalarType::Float, "x must be float32 or float64");
+  return run_level<float>(x, context, networks, weights, biases, inverse);
+}
+
+}  // namespace
+}  // namespace flowkernels
+
+STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
+  if (flowkernels::hardware_target() == flowkernels::Target::none) return;
+  m.impl("glow_steps", TORCH_BOX(&flowkernels::glow_steps));
+}
