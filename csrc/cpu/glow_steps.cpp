@@ -1,4 +1,5 @@
-// All steps of a level of Glow without gradient, for CPU tensors: conditioners of conv_net_kernel.h and what glow_step_kernel.h joins.
+// All steps of a level of Glow for CPU tensors: conditioners of conv_net_kernel.h and what glow_step_kernel.h joins. What their gradients will
+// ask for is kept if wanted.
 //
 // A few images at a time pass through all steps: what lies between one kernel and the next stays in a core's caches, and threads meet once
 // a level instead of twice a step. Where there are fewer images than threads, all of them share each step.
@@ -36,6 +37,13 @@ constexpr size_t kParameters = 7;  // of a network
 
 void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "flowkernels::glow_steps: ", what); }
 
+// What each step's gradients ask for, [steps, batch, height, width, ...]: the rows that its coupling is given, what its network makes of its
+// inputs, and the inputs. The first coupling of the inverse, that of the last step, is given x itself. The hidden layers are in the networks' arguments.
+template <class T>
+struct Kept {
+  T *rows, *raw, *inputs;  // null where nothing is kept
+};
+
 // Images [batch, height, width, channels], contiguous, or, of x, channels first
 template <class T>
 struct Level {
@@ -43,6 +51,7 @@ struct Level {
   bool inverse, channels_first;
   const T *x, *context;
   T *y, *logabsdet;
+  Kept<T> kept;
   std::vector<ConvNetArgs<T>> networks;
   std::vector<const T*> weights, biases;
 
@@ -51,6 +60,8 @@ struct Level {
   int64_t image() const { return sites() * channels; }
   int64_t half() const { return channels / 2; }
   int64_t inputs() const { return half() + context_features; }
+  // where a step's part of what is kept begins, each pixel having `width` elements
+  T* at(T* data, int64_t step, int64_t image, int64_t width) const { return data + (step * batch + image) * sites() * width; }
 };
 
 // Some images on their way through the steps
@@ -74,20 +85,19 @@ class Images {
 
   void run() {
     const T* x = level_.x + first_ * level_.image();
-    const auto end = [&](bool last) { return last ? level_.y + first_ * level_.image() : rows_; };
+    T* const y = level_.y + first_ * level_.image();
+    const int64_t steps = level_.steps();
     if (level_.inverse) {
       take_passing(x);
-      for (int64_t i = level_.steps() - 1; i >= 0; --i) {
+      for (int64_t i = steps - 1; i >= 0; --i) {
         condition(i);
-        step(i + 1 == level_.steps() ? x : other_, i + 1 == level_.steps(), true, i, end(i == 0));
-        std::swap(rows_, other_);
+        step(i + 1 == steps ? x : rows(i), i + 1 == steps, raw(i), i, i == 0 ? y : rows(i - 1));
       }
     } else {
-      step(x, true, false, 0, rows_);
-      for (int64_t i = 0; i < level_.steps(); ++i) {
-        std::swap(rows_, other_);
+      step(x, true, nullptr, 0, rows(0));
+      for (int64_t i = 0; i < steps; ++i) {
         condition(i);
-        step(other_, false, true, i + 1, end(i + 1 == level_.steps()));
+        step(rows(i), false, raw(i), i + 1, i + 1 == steps ? y : rows(i + 1));
       }
     }
     for (int64_t b = 0; b < n_; ++b) level_.logabsdet[first_ + b] = static_cast<T>(logs_[b]);
@@ -102,6 +112,10 @@ class Images {
     for (int64_t i = 0; i < tasks; ++i) run(i, scratch_);
   }
 
+  // what the coupling of step i is given, and what its network returns
+  T* rows(int64_t i) const { return level_.kept.rows ? level_.at(level_.kept.rows, i, first_, level_.channels) : i % 2 ? other_ : rows_; }
+  T* raw(int64_t i) const { return level_.kept.raw ? level_.at(level_.kept.raw, i, first_, level_.channels) : raw_; }
+
   // the first half of x's channels
   void take_passing(const T* x) const {
     const int64_t sites = level_.sites(), half = level_.half(), channel = level_.channels_first ? sites : 1, site = level_.channels_first ? 1 : level_.channels;
@@ -110,39 +124,46 @@ class Images {
         for (int64_t c = 0; c < half; ++c) passing_[(b * sites + s) * half + c] = x[b * level_.image() + s * site + c * channel];
   }
 
-  // raw: what network i makes of what passes
+  // raw(i), of what passes and the context
   void condition(int64_t i) const {
     ConvNetArgs<T> args = level_.networks[i];
     args.batch = n_;
-    args.x = passing_;
-    args.y = raw_;
-    if (level_.context_features > 0) {
-      const int64_t half = level_.half(), inputs = level_.inputs();
-      for (int64_t b = 0; b < n_; ++b) {
-        const T* context = level_.context + (first_ + b) * level_.context_features;
-        for (int64_t s = b * level_.sites(); s < (b + 1) * level_.sites(); ++s) {
-          std::copy_n(passing_ + s * half, half, input_ + s * inputs);
-          std::copy_n(context, level_.context_features, input_ + s * inputs + half);
-        }
-      }
-      args.x = input_;
+    args.x = inputs(i);
+    args.y = raw(i);
+    if (args.first) {
+      args.first = level_.at(args.first, 0, first_, args.mid.inputs);
+      args.second = level_.at(args.second, 0, first_, args.out.inputs);
     }
     each(args.tasks(), [&](int64_t task, void* scratch) { FK_DISPATCH(conv_net_band<T>(args, task, static_cast<T*>(scratch))); });
   }
 
+  const T* inputs(int64_t i) const {
+    const int64_t half = level_.half(), width = level_.inputs(), sites = level_.sites();
+    if (!level_.kept.inputs && level_.context_features == 0) return passing_;
+    T* const made = level_.kept.inputs ? level_.at(level_.kept.inputs, i, first_, width) : input_;
+    for (int64_t b = 0; b < n_; ++b) {
+      const T* context = level_.context + (first_ + b) * level_.context_features;
+      for (int64_t s = b * sites; s < (b + 1) * sites; ++s) {
+        std::copy_n(passing_ + s * half, half, made + s * width);
+        std::copy_n(context, level_.context_features, made + s * width + half);
+      }
+    }
+    return made;
+  }
+
   // matrix: of step `matrix`; none beyond the last
-  void step(const T* from, bool of_x, bool coupled, int64_t matrix, T* to) const {
+  void step(const T* from, bool of_x, const T* raw, int64_t matrix, T* to) const {
     GlowStepArgs<T> args{};
     args.batch = n_, args.sites = level_.sites(), args.channels = level_.channels;
     args.inverse = level_.inverse, args.channels_first = of_x && level_.channels_first;
-    args.x = from, args.raw = coupled ? raw_ : nullptr;
+    args.x = from, args.raw = raw;
     if (matrix < level_.steps()) args.weight = level_.weights[matrix], args.bias = level_.biases[matrix];
     args.y = to, args.passing = passing_, args.tile_logs = tile_logs_;
     const int64_t tiles = args.tiles(), shares = scratch_ ? 1 : std::min(threads_, tiles);
     each(shares, [&](int64_t i, void* scratch) {
       FK_DISPATCH(run_glow_step<T>(args, scratch, false, i * tiles / shares, (i + 1) * tiles / shares));
     });
-    if (!coupled) return;
+    if (!raw) return;
     const int64_t of_sample = args.tiles_of_sample();
     for (int64_t b = 0; b < n_; ++b)
       for (int64_t t = 0; t < of_sample; ++t) logs_[b] += tile_logs_[b * of_sample + t];
@@ -198,9 +219,10 @@ void run(Level<T>& level, std::span<const T* const> gains) {
 using Maybe = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
 
+// y, log|det| of the couplings, and if `keep` what Kept is and the hidden layers, else empty tensors
 template <class T>
-std::tuple<Tensor, Tensor> run_level(const Tensor& x, const Maybe& context, const Tensors& networks, const Tensors& weights, const Tensors& biases,
-                                     bool inverse) {
+std::vector<Tensor> run_level(const Tensor& x, const Maybe& context, const Tensors& networks, const Tensors& weights, const Tensors& biases,
+                              bool inverse, bool keep) {
   check(x.dim() == 4 && x.is_cpu() && x.size(3) >= 2 && x.size(3) % 2 == 0, "x must be [batch, height, width, channels], an even number of them");
   const size_t steps = weights.size();
   check(steps > 0 && biases.size() == steps && networks.size() == steps * kParameters, "every step must have a network, a weight and a bias");
@@ -222,28 +244,57 @@ std::tuple<Tensor, Tensor> run_level(const Tensor& x, const Maybe& context, cons
     level.networks.push_back(network<T>(parameters.template first<6>(), x, level.inputs()));
     const ConvNetArgs<T>& made = level.networks.back();
     check(made.in.outputs > 0 && made.mid.outputs > 0 && made.out.outputs == level.channels, "a network does not fit x");
+    check(!keep || (made.in.outputs == level.networks[0].in.outputs && made.mid.outputs == level.networks[0].mid.outputs),
+          "where a gradient is asked for, all networks must have hidden layers of the same widths");
     gains.push_back(checked_data<T>(parameters[6], x, {level.channels}));
     level.weights.push_back(checked_data<T>(weights[i], x, {level.channels, level.channels}));
     level.biases.push_back(checked_data<T>(biases[i], x, {level.channels}));
   }
   Tensor y = empty(x, sizes_of(x)), logabsdet = empty(x, {level.batch});
+  std::vector<Tensor> made{y, logabsdet};
+  const auto keeps = [&](int64_t width, int64_t steps) {
+    made.push_back(empty(x, {keep ? steps : 0, level.batch, level.height, level.width, width}));
+    return keep ? static_cast<T*>(made.back().mutable_data_ptr()) : nullptr;
+  };
+  const int64_t all = level.steps();
+  T* const rows = keeps(level.channels, inverse ? all - 1 : all);
+  T* const raw = keeps(level.channels, all);
+  T* const inputs = keeps(level.inputs(), all);
+  T* const first = keeps(level.networks[0].mid.inputs, all);
+  T* const second = keeps(level.networks[0].out.inputs, all);
   if (y.numel() == 0) {
     std::fill_n(static_cast<T*>(logabsdet.mutable_data_ptr()), level.batch, T(0));
-    return {y, logabsdet};
+    return made;
+  }
+  level.kept = {rows, raw, inputs};
+  for (size_t i = 0; i < steps && keep; ++i) {
+    ConvNetArgs<T>& network = level.networks[i];
+    network.first = level.at(first, i, 0, network.mid.inputs), network.second = level.at(second, i, 0, network.out.inputs);
   }
   level.y = static_cast<T*>(y.mutable_data_ptr());
   level.logabsdet = static_cast<T*>(logabsdet.mutable_data_ptr());
   run<T>(level, gains);
-  return {y, logabsdet};
+  return made;
 }
 
-std::tuple<Tensor, Tensor> glow_steps(const Tensor& x, Maybe context, Tensors networks, Tensors weights, Tensors biases, bool inverse) {
+std::vector<Tensor> run_level(const Tensor& x, Maybe context, Tensors networks, Tensors weights, Tensors biases, bool inverse, bool keep) {
   for (Tensors* tensors : {&networks, &weights, &biases})
     for (Tensor& t : *tensors) t = made_contiguous(t);
   if (context) context = made_contiguous(*context);
-  if (x.scalar_type() == ScalarType::Double) return run_level<double>(x, context, networks, weights, biases, inverse);
+  if (x.scalar_type() == ScalarType::Double) return run_level<double>(x, context, networks, weights, biases, inverse, keep);
   check(x.scalar_type() == ScalarType::Float, "x must be float32 or float64");
-  return run_level<float>(x, context, networks, weights, biases, inverse);
+  return run_level<float>(x, context, networks, weights, biases, inverse, keep);
+}
+
+std::tuple<Tensor, Tensor> glow_steps(const Tensor& x, Maybe context, Tensors networks, Tensors weights, Tensors biases, bool inverse) {
+  const std::vector<Tensor> made = run_level(x, context, networks, weights, biases, inverse, false);
+  return {made[0], made[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> glow_steps_training(const Tensor& x, Maybe context, Tensors networks,
+                                                                                       Tensors weights, Tensors biases, bool inverse) {
+  const std::vector<Tensor> made = run_level(x, context, networks, weights, biases, inverse, true);
+  return {made[0], made[1], made[2], made[3], made[4], made[5], made[6]};
 }
 
 }  // namespace
@@ -252,4 +303,5 @@ std::tuple<Tensor, Tensor> glow_steps(const Tensor& x, Maybe context, Tensors ne
 STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
   if (flowkernels::hardware_target() == flowkernels::Target::none) return;
   m.impl("glow_steps", TORCH_BOX(&flowkernels::glow_steps));
+  m.impl("glow_steps_training", TORCH_BOX(&flowkernels::glow_steps_training));
 }

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from flowkernels import backend
 from flowkernels.ops import conv_net, glow_step, glow_steps
+from flowkernels.ops.glow_step.reference import glow_steps_training_reference
 from python_tests.battery import Example, OpBattery, assert_same_bits
 from python_tests.ops.test_glow_step import definition as step
 
@@ -157,6 +158,67 @@ def test_has_the_bits_of_its_parts_on_any_number_of_threads(size, dtype, inverse
                 assert_same_bits(part, (y[some], logabsdet[some]))
     finally:
         torch.set_num_threads(before)
+
+
+def _gradients(run, x, networks, weights, biases, context):
+    tensors = x, *(t for n in networks for t in n), *weights, *biases, *([] if context is None else [context])
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    count = len(weights)
+    parameters = leaves[1 : 1 + 7 * count]
+    networks = [parameters[7 * i : 7 * i + 7] for i in range(count)]
+    weights, biases = leaves[1 + 7 * count : 1 + 8 * count], leaves[1 + 8 * count : 1 + 9 * count]
+    y, logabsdet = run(leaves[0], networks, weights, biases, None if context is None else leaves[-1])
+    return torch.autograd.grad(y.sin().sum() + logabsdet.square().sum(), leaves)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("size", SIZES[1:6])
+def test_gradients_are_those_of_its_parts(size, inverse):
+    *shape, hidden, steps, features = size
+    x, context = images(*shape, features, torch.float64)
+    parts = parted([t for s in level(shape[-1], hidden, steps, features, torch.float64) for t in s])
+    together = lambda x, n, w, b, c: glow_steps(x, n, w, b, context=c, inverse=inverse)
+    want = _gradients(lambda *a: in_turn(*a, inverse), x, *parts, context)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            for turned in (x, x.movedim(-1, 1).contiguous().movedim(1, -1)):
+                got = _gradients(together, turned, *parts, context)
+                torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)  # the sum over steps of log|det| is rounded once
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("features", [0, 3])
+def test_what_is_kept_for_the_gradient(features, inverse):
+    x, context = images(3, 4, 5, 6, features, torch.float64)
+    networks, weights, biases = parted([t for s in level(6, 8, 3, features, torch.float64) for t in s])
+    arguments = x, context, [t for n in networks for t in n], weights, biases, inverse
+    op = torch.ops.flowkernels.glow_steps_training.default
+    torch.library.opcheck(op, arguments)
+    y, logabsdet, *kept = op(*arguments)
+    assert_same_bits((y, logabsdet), glow_steps(x, networks, weights, biases, context=context, inverse=inverse))
+    torch.testing.assert_close(kept, list(glow_steps_training_reference(*arguments)[2:]), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("unused", [0, 1])
+def test_gradients_where_an_output_is_not_used(unused):
+    x, _ = images(3, 2, 2, 4, 0, torch.float64)
+    parts = parted([t for s in level(4, 5, 2, 0, torch.float64) for t in s])
+    used = lambda run: lambda *a: [o if i != unused else o.detach() for i, o in enumerate(run(*a))]
+    got = _gradients(used(lambda x, n, w, b, c: glow_steps(x, n, w, b)), x, *parts, None)
+    torch.testing.assert_close(got, _gradients(used(lambda *a: in_turn(*a, False)), x, *parts, None), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_networks_of_several_widths_train_in_turn(inverse):
+    x, _ = images(3, 2, 2, 4, 0, torch.float64)
+    a, b = level(4, 5, 1, 0, torch.float64)[0], level(4, 7, 1, 0, torch.float64)[0]
+    parts = parted([*a, *b])
+    got = _gradients(lambda x, n, w, b, c: glow_steps(x, n, w, b, inverse=inverse), x, *parts, None)
+    assert_same_bits(got, _gradients(lambda *a: in_turn(*a, inverse), x, *parts, None))
 
 
 @pytest.mark.parametrize("inverse", [False, True])

@@ -36,7 +36,7 @@ library.define(
 )
 _conv_net = torch.ops.flowkernels.conv_net.default
 _training = torch.ops.flowkernels.conv_net_training.default
-_backward = torch.ops.flowkernels.conv_net_backward.default
+conv_net_backward = torch.ops.flowkernels.conv_net_backward.default
 _COMPILED = _extension.has_kernel("conv_net", "CPU")  # torch.compile cannot ask
 MOST_HIDDEN = 256
 
@@ -107,7 +107,7 @@ class _ConvNet(torch.autograd.Function):
             gradients = iter(pulled_back((y,), (dy,), wanted, create_graph=True))
             return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)
         weight_in, _, weight_mid, _, weight_out, bias_out, log_gain = parameters
-        return _backward(dy.contiguous(), x, first, second, weight_in, weight_mid, weight_out, bias_out, log_gain)
+        return conv_net_backward(dy.contiguous(), x, first, second, weight_in, weight_mid, weight_out, bias_out, log_gain)
 
 
 def conv_net(

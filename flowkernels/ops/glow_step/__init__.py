@@ -10,7 +10,7 @@ sums of their gradients. Measured on one core of a Zen 3, against `coupling` and
 product's multiply-adds weigh most, 1.8, the inverse 1.6, with gradients 1.5. The first of a level's steps has no coupling before it and
 its last no convolution behind: what is missing is None.
 
-`glow_steps` are all steps of a level, conditioners included, in one call where no gradient is asked for.
+`glow_steps` are all steps of a level, conditioners included, in one call. Its gradient goes back through them by the kernels of the parts.
 """
 
 from collections.abc import Sequence
@@ -23,18 +23,25 @@ from ... import _extension
 from ..._backend import wants_reference
 from ..._library import library, register_fake
 from ..._torch import any_autocast
-from .._differentiation import apply_function, needs_autograd, transformed
-from ..conv_net import MOST_HIDDEN, conv_net
-from .reference import glow_step_backward_reference, glow_step_reference, glow_steps_reference, steps_in_turn, with_context
+from .._differentiation import apply_function, needs_autograd, pulled_back, transformed
+from ..conv_net import MOST_HIDDEN, conv_net, conv_net_backward
+from .reference import (
+    glow_step_backward_reference,
+    glow_step_reference,
+    glow_steps_reference,
+    glow_steps_training_reference,
+    steps_in_turn,
+    with_context,
+)
 
 library.define("glow_step(Tensor x, Tensor? raw, Tensor? weight, Tensor? bias, bool inverse) -> (Tensor, Tensor, Tensor)")
 library.define(
     "glow_step_backward(Tensor dy, Tensor dlogabsdet, Tensor? dpassing, Tensor x, Tensor? raw, Tensor? weight, Tensor? bias, "
     "bool inverse) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-library.define(
-    "glow_steps(Tensor x, Tensor? context, Tensor[] networks, Tensor[] weights, Tensor[] biases, bool inverse) -> (Tensor, Tensor)"
-)
+_STEPS = "Tensor x, Tensor? context, Tensor[] networks, Tensor[] weights, Tensor[] biases, bool inverse"
+library.define(f"glow_steps({_STEPS}) -> (Tensor, Tensor)")
+library.define(f"glow_steps_training({_STEPS}) -> ({', '.join(7 * ['Tensor'])})")
 
 _NONE = ((0,), (0,), (0, 0), (0,))  # shapes of the gradients of what is missing
 
@@ -55,12 +62,18 @@ def _composite_steps(*arguments) -> tuple[Tensor, ...]:
     return tuple(t.contiguous() for t in glow_steps_reference(*arguments))
 
 
+def _composite_steps_training(*arguments) -> tuple[Tensor, ...]:
+    return tuple(t.contiguous() for t in glow_steps_training_reference(*arguments))
+
+
 library.impl("glow_step", _composite, "CompositeExplicitAutograd")
 library.impl("glow_steps", _composite_steps, "CompositeExplicitAutograd")
+library.impl("glow_steps_training", _composite_steps_training, "CompositeExplicitAutograd")
 library.impl("glow_step_backward", _composite_backward, "CompositeExplicitAutograd")
 _glow_step = torch.ops.flowkernels.glow_step.default
 _glow_step_backward = torch.ops.flowkernels.glow_step_backward.default
 _glow_steps = torch.ops.flowkernels.glow_steps.default
+_glow_steps_training = torch.ops.flowkernels.glow_steps_training.default
 _COMPILED = _extension.has_kernel("glow_steps", "CPU")  # torch.compile cannot ask
 
 
@@ -72,6 +85,17 @@ def _(x: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
 @register_fake("glow_steps")
 def _(x: Tensor, *_) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[:1])
+
+
+@register_fake("glow_steps_training")
+def _(
+    x: Tensor, context: Tensor | None, networks: list[Tensor], weights: list[Tensor], biases: list[Tensor], inverse: bool
+) -> tuple[Tensor, ...]:
+    steps, channels = len(weights), x.shape[-1]
+    widths = channels, channels, networks[0].shape[1], networks[0].shape[0], networks[2].shape[0]
+    counts = steps - inverse, steps, steps, steps, steps
+    kept = (x.new_empty((n, *x.shape[:-1], width)) for n, width in zip(counts, widths, strict=True))
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1]), *kept
 
 
 @register_fake("glow_step_backward")
@@ -102,6 +126,83 @@ class _GlowStep(torch.autograd.Function):
         backward = glow_step_backward_reference if torch.is_grad_enabled() else _glow_step_backward
         gradients = backward(dy, dlogabsdet, dpassing, *tensors, ctx.inverse)
         return (*(None if t is None else gradient for t, gradient in zip(tensors, gradients, strict=True)), None)
+
+
+class _GlowSteps(torch.autograd.Function):
+    """context may be None. tensors: those of the networks, the weights and the biases."""
+
+    @staticmethod
+    def forward(ctx, inverse: bool, count: int, x: Tensor, context: Tensor | None, *tensors) -> tuple[Tensor, Tensor]:
+        y, logabsdet, *kept = _glow_steps_training(x, context, *_steps_lists(tensors, count), inverse)
+        ctx.inverse, ctx.count = inverse, count
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, context, *tensors, *kept)
+        return y, logabsdet
+
+    @staticmethod
+    def backward(ctx, dy: Tensor | None, dlogabsdet: Tensor | None):
+        x, context, *tensors = ctx.saved_tensors
+        tensors, kept = tensors[:-5], tensors[-5:]
+        dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
+        dlogabsdet = x.new_zeros(x.shape[:1]) if dlogabsdet is None else dlogabsdet.contiguous()
+        needed = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient of the gradient is asked for
+            inputs = [t if t is None else t.view_as(t) for t in (x, context, *tensors)]
+            outputs = glow_steps_reference(*inputs[:2], *_steps_lists(inputs[2:], ctx.count), ctx.inverse)
+            wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
+            found = iter(pulled_back(outputs, (dy, dlogabsdet), wanted, create_graph=True))
+            return None, None, *(next(found) if need else None for need in needed)
+        gradients = _steps_backward(dy, dlogabsdet, x, context, *_steps_lists(tensors, ctx.count), *kept, inverse=ctx.inverse)
+        return None, None, *(t if need else None for t, need in zip(gradients, needed, strict=True))
+
+
+def _steps_lists(tensors: Sequence[Tensor], count: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    networks, weights, biases = tensors[: 7 * count], tensors[7 * count : 8 * count], tensors[8 * count :]
+    return list(networks), list(weights), list(biases)
+
+
+def _steps_backward(
+    dy: Tensor,
+    dlogabsdet: Tensor,
+    x: Tensor,
+    context: Tensor | None,
+    networks: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    rows: Tensor,
+    raw: Tensor,
+    inputs: Tensor,
+    first: Tensor,
+    second: Tensor,
+    *,
+    inverse: bool,
+) -> list[Tensor | None]:
+    """Gradients to x, the context, the networks' tensors, the weights and the biases."""
+    count, half = len(weights), x.shape[-1] // 2
+    dnetworks: list[Tensor | None] = [None] * (7 * count)
+    dweights: list[Tensor | None] = [None] * count
+    dbiases: list[Tensor | None] = [None] * count
+    dcontext = dpassing = None
+    for i in range(count) if inverse else reversed(range(count)):
+        matrix = i if inverse else i + 1
+        weight, bias = (weights[matrix], biases[matrix]) if matrix < count else (None, None)
+        given = x if inverse and i + 1 == count else rows[i]
+        dy, draw, dweight, dbias = _glow_step_backward(dy, dlogabsdet, dpassing, given, raw[i], weight, bias, inverse)
+        if matrix < count:
+            dweights[matrix], dbiases[matrix] = dweight, dbias
+        weight_in, _, weight_mid, _, weight_out, bias_out, log_gain = networks[7 * i : 7 * i + 7]
+        dinput, *dnetworks[7 * i : 7 * i + 7] = conv_net_backward(
+            draw, inputs[i], first[i], second[i], weight_in, weight_mid, weight_out, bias_out, log_gain
+        )
+        dpassing = dinput if context is None else dinput[..., :half].contiguous()
+        if context is not None:
+            d = dinput[..., half:].sum((1, 2))
+            dcontext = d if dcontext is None else dcontext + d
+    if inverse:  # the first network was given a part of x
+        dy = dy + torch.nn.functional.pad(dpassing, (0, half))
+    else:
+        dy, _, dweights[0], dbiases[0] = _glow_step_backward(dy, dlogabsdet, dpassing, x, None, weights[0], biases[0], inverse)
+    return [dy, dcontext, *dnetworks, *dweights, *dbiases]
 
 
 def glow_step(
@@ -171,8 +272,7 @@ def glow_steps(
         y = coupling_n(W_n (... coupling_1(W_1 (x + bias_1)) ... + bias_n))
         y = W_1 coupling_1^-1(... W_n coupling_n^-1(x) - bias_n ...) - bias_1      inverse, where W are the inverse matrices
 
-    Without gradient, on a CPU, it is one kernel, in which a few images at a time go through all steps; else it is `conv_net` and
-    `glow_step` in turn.
+    On a CPU it is one kernel, in which a few images at a time go through all steps; else it is `conv_net` and `glow_step` in turn.
 
     Args:
         x: [batch, H, W, channels], an even number of channels, float32 or float64; a view of channels-first images is read in place.
@@ -191,15 +291,19 @@ def glow_steps(
         got = ", ".join(str(len(each)) for each in (networks, weights, biases))
         raise ValueError(f"networks, weights and biases must have one entry for each step, and at least one; got {got}")
     parameters = [t for network in networks for t in network]
-    if _serves(x, networks) and not needs_autograd((x, context, *parameters, *weights, *biases)):
+    if _serves(x, networks) and not transformed():
         if not x.is_contiguous() and not x.movedim(-1, 1).is_contiguous():
             x = x.contiguous()
-        if torch.compiler.is_compiling():
-            return _glow_steps(x, context, parameters, weights, biases, inverse)
+        tensors = x, context, *parameters, *weights, *biases
+        with_gradient = needs_autograd(tensors)
         try:
-            return _glow_steps(x, context, parameters, weights, biases, inverse)
+            if not with_gradient:
+                return _glow_steps(x, context, parameters, weights, biases, inverse)
+            if _alike(networks):
+                return apply_function(_GlowSteps, inverse, len(weights), *(t if t is None else t.contiguous() for t in tensors))
         except RuntimeError:  # the parts say what does not fit
-            pass
+            if torch.compiler.is_compiling():
+                raise
     if context is not None and (context.dim() != 2 or len(context) != len(x) or context.dtype != x.dtype):
         raise ValueError(f"context must be [{len(x)}, features], {x.dtype}, to fit x; got {list(context.shape)}, {context.dtype}")
     nets = [partial(_network, context, network) for network in networks]
@@ -210,6 +314,12 @@ def _serves(x: Tensor, networks: Sequence[Sequence[Tensor]]) -> bool:
     if not (_COMPILED and x.is_cpu) or x.dim() != 4 or x.dtype not in (torch.float32, torch.float64) or any_autocast():
         return False
     return max([network[2].shape[0] for network in networks]) <= MOST_HIDDEN and not wants_reference("glow_steps", x.device)
+
+
+def _alike(networks: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether all have hidden layers of the same widths."""
+    widths = {(network[0].shape[0], network[2].shape[0]) for network in networks}
+    return len(widths) == 1
 
 
 def _network(context: Tensor | None, parameters: Sequence[Tensor], x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..conv_net.reference import conv_net_reference
+from ..conv_net.reference import conv_net_reference, conv_net_training_reference
 from ..coupling.part import Part
 from ..coupling.reference import Coupling, coupling_backward_reference, coupling_reference
 from ..scale_map import Form, ScaleMap
@@ -58,6 +58,33 @@ def glow_steps_reference(
     """networks: seven tensors for each step, as `conv_net` takes them."""
     nets = [partial(_network, context, networks[i : i + 7]) for i in range(0, len(networks), 7)]
     return steps_in_turn(glow_step_reference, x, nets, weights, biases, inverse=inverse)
+
+
+def glow_steps_training_reference(
+    x: Tensor, context: Tensor | None, networks: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], inverse: bool
+) -> tuple[Tensor, ...]:
+    """The same, and what the gradient asks for of each step, [steps, batch, H, W, ...]: the rows that its coupling is given, what its
+    network returns and is given, and the two hidden layers. The inverse begins with the last step, whose rows are x and not among them."""
+    kept: dict[int, tuple[Tensor, ...]] = {}
+    rows: list[Tensor] = []
+
+    def network(i: int, images: Tensor) -> Tensor:
+        given = with_context(images, context)
+        raw, first, second = conv_net_training_reference(given, *networks[7 * i : 7 * i + 7])
+        kept[i] = tuple(t.movedim(1, -1) for t in (raw, given, first, second))
+        return raw
+
+    def step(x: Tensor, raw: Tensor | None, *rest, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        if raw is not None:
+            rows.append(x)
+        return glow_step_reference(x, raw, *rest, inverse=inverse)
+
+    nets = [partial(network, i) for i in range(len(weights))]
+    y, logabsdet = steps_in_turn(step, x, nets, weights, biases, inverse=inverse)
+    if inverse:
+        rows = rows[:0:-1]
+    others = (torch.stack([kept[i][k] for i in range(len(weights))]) for k in range(4))
+    return y, logabsdet, torch.stack(rows) if rows else x.new_empty(0, *x.shape), *others
 
 
 def _network(context: Tensor | None, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
