@@ -31,15 +31,15 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
     models = [
         case for steps in ((8,) if quick else (2, 8, 32)) for case in _cases(steps, seconds, device, compiled=not quick and steps < 32)
     ]
-    return [*_bare_steps(seconds, device), *models]
+    return [*_bare_steps(seconds, device), *models, *_cases(8, seconds, device, batch=1)]
 
 
-def _cases(steps: int, seconds: float, device: torch.device, *, compiled: bool = False) -> Iterator[Case]:
+def _cases(steps: int, seconds: float, device: torch.device, *, batch: int = BATCH, compiled: bool = False) -> Iterator[Case]:
     """compiled: the reference under torch.compile too, which takes a minute or so for each case."""
-    x = (torch.rand(BATCH, *IMAGE, generator=torch.Generator().manual_seed(1)) - 0.5).to(device)
-    z = torch.randn(BATCH, x[0].numel(), generator=torch.Generator().manual_seed(2)).to(device)
+    x = (torch.rand(batch, *IMAGE, generator=torch.Generator().manual_seed(1)) - 0.5).to(device)
+    z = torch.randn(batch, x[0].numel(), generator=torch.Generator().manual_seed(2)).to(device)
     models: dict[str, Callable[[], Model]] = {OURS: lambda: _ours(steps, x), NORMFLOWS: lambda: normflows_glow(steps, x)}
-    name = f"{LEVELS} levels x {steps} steps, hidden {HIDDEN}, [{BATCH}, {', '.join(map(str, IMAGE))}]"
+    name = f"{LEVELS} levels x {steps} steps, hidden {HIDDEN}, [{batch}, {', '.join(map(str, IMAGE))}]"
     for work, make, rows, must, aim in (
         ("density", _density, x, 1.25, 1.45),
         ("sampling", sampling, z, 1.5, 1.8),
@@ -50,7 +50,7 @@ def _cases(steps: int, seconds: float, device: torch.device, *, compiled: bool =
         if compiled:
             competitors.append(_compiled(make, models[OURS], rows))
         competitors.append(_conditioners(steps, rows, grad=work == "training step"))
-        targets = [Target("speedup", must, aim, NORMFLOWS)] if steps == 8 else []
+        targets = [Target("speedup", must, aim, NORMFLOWS)] if steps == 8 and batch == BATCH else []
         yield Case(f"{work}, {name}", competitors, targets=targets, seconds=seconds, device=device)
 
 

@@ -165,7 +165,13 @@ OTHERS: list[tuple[str, str, Sequence[str], dict[str, str]]] = [
         {"normflows": "normflows", "reference": "the reference", "torch.compile": "torch.compile"},
     ),
     (
-        "the same, 3 levels x 32 steps",
+        "the same, one image",
+        "glow",
+        [f"{work}, 3 levels x 8 steps, hidden 64, [1, 3, 32, 32]" for work in ("density", "sampling", "training step")],
+        {"normflows": "normflows", "reference": "the reference"},
+    ),
+    (
+        "the same, 3 levels x 32 steps, 16 images",
         "glow",
         [f"{work}, 3 levels x 32 steps, hidden 64, [16, 3, 32, 32]" for work in ("density", "sampling", "training step")],
         {"normflows": "normflows", "reference": "the reference"},

@@ -10,7 +10,8 @@ sums of their gradients. Measured on one core of a Zen 3, against `coupling` and
 product's multiply-adds weigh most, 1.8, the inverse 1.6, with gradients 1.5. The first of a level's steps has no coupling before it and
 its last no convolution behind: what is missing is None.
 
-`glow_steps` are all steps of a level, conditioners included, in one call. Its gradient goes back through them by the kernels of the parts.
+`glow_steps` are all steps of a level, conditioners included, in one call, which costs Python 30 us a step less than its parts and threads
+two meetings. Images go through all steps a few at a time (csrc/cpu/glow_steps.cpp). Its gradient goes back by the kernels of the parts.
 """
 
 from collections.abc import Sequence
