@@ -44,11 +44,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::span<const Tens
   args.x = data_of<T>(x);
   args.y = static_cast<T*>(y.mutable_data_ptr());
   if (keep) args.first = static_cast<T*>(first.mutable_data_ptr()), args.second = static_cast<T*>(second.mutable_data_ptr());
-  const Packed<T> packed({&args.in, &args.mid, &args.out}, false, gains, args.out.outputs);
-  args.gain = packed.gain;
+  const Packing<T> packing(args, false, args.out.outputs);
   const int64_t threads = threads_of(args, {args.in, args.mid, args.out});
   const size_t scratch = plan_bands(args, threads);
-  for_each_task(args.tasks(), threads, [&](int64_t task) { FK_DISPATCH(conv_net_band<T>(args, task, static_cast<T*>(thread_scratch(scratch)))); });
+  in_shares(args.tasks(), threads, [&](int64_t first, int64_t last) {
+    T* const room = static_cast<T*>(thread_scratch(scratch + packing.size() * sizeof(T)));
+    ConvNetArgs<T> own = args;
+    packing.pack(own, gains, room + scratch / sizeof(T));
+    for (int64_t task = first; task < last; ++task) FK_DISPATCH(conv_net_band<T>(own, task, room));
+  });
   return {y, first, second};
 }
 
@@ -92,15 +96,19 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const
   const int64_t parts = std::clamp<int64_t>(tasks, 1, most);
   const std::unique_ptr<T[]> sums(new T[parts * at.end + 64]);  // 64: turned in whole vectors
   args.sums = sums.get();
-  const Packed<T> packed({&args.in, &args.mid, &args.out}, true, gains, out.outputs);
-  args.gain = packed.gain;
-  const size_t scratch = FK_DISPATCH(conv_net_gradient_scratch_bytes<T>(args));
+  const Packing<T> packing(args, true, out.outputs);
+  const size_t scratch = (FK_DISPATCH(conv_net_gradient_scratch_bytes<T>(args)) + 63) / 64 * 64;
   const int64_t threads = threads_of(args, {in, mid, out});
-  for_each_task(parts, threads, [&](int64_t part) {
-    T* own = args.sums + part * at.end;
-    std::fill(own, own + at.end, T(0));
-    for (int64_t task = part * tasks / parts; task < (part + 1) * tasks / parts; ++task)
-      FK_DISPATCH(conv_net_gradient_band<T>(args, task, own, static_cast<T*>(thread_scratch(scratch))));
+  in_shares(parts, threads, [&](int64_t first, int64_t last) {
+    T* const room = static_cast<T*>(thread_scratch(scratch + packing.size() * sizeof(T)));
+    ConvNetGradientArgs<T> own = args;
+    packing.pack(own, gains, room + scratch / sizeof(T));
+    for (int64_t part = first; part < last; ++part) {
+      T* const sums = args.sums + part * at.end;
+      std::fill(sums, sums + at.end, T(0));
+      for (int64_t task = part * tasks / parts; task < (part + 1) * tasks / parts; ++task)
+        FK_DISPATCH(conv_net_gradient_band<T>(own, task, sums, room));
+    }
   });
 
   // all of them in the place of the first part, by stretches; then each where it belongs

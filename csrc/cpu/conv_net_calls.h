@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <initializer_list>
-#include <memory>
 #include <span>
 #include <vector>
 
@@ -63,56 +62,71 @@ int64_t rows_of(const ConvNetImages<T>& images, int64_t channels, int64_t tasks)
   return (images.height + bands - 1) / bands;
 }
 
-// The convolutions and exp(3 log_gain), packed
+// How the convolutions of a network, and exp(3 log_gain), are packed. Each thread packs them for itself: to write a line that another has
+// read takes many times as long as to pack what is in it.
 template <class T>
-class Packed {
+class Packing {
  public:
-  // reverse: for the gradient
-  Packed(std::initializer_list<Convolution<T>*> convolutions, bool reverse, const T* log_gain, int64_t outputs) {
-    const auto whole = [](int64_t n) { return FK_DISPATCH(whole_vectors<T>(n)); };
-    int64_t size = whole(outputs), most = 0, most_terms = 0;
-    for (const Convolution<T>* c : convolutions) {
-      size += FK_DISPATCH(packed_convolution_size<T>(*c));
-      most = std::max(most, c->taps * c->taps * whole(c->outputs) * (reverse ? 1 : c->inputs));
-      most_terms = std::max(most_terms, c->terms());
+  // reverse: for the gradient. outputs: of the network
+  template <class Args>
+  Packing(const Args& args, bool reverse, int64_t outputs) : reverse_(reverse), outputs_(outputs) {
+    size_ = whole(outputs);
+    int64_t turned = 0;
+    for (const Convolution<T>* c : {&args.in, &args.mid, &args.out}) {
+      size_ += FK_DISPATCH(packed_convolution_size<T>(*c));
+      turned = std::max(turned, c->taps * c->taps * whole(c->outputs) * (reverse ? 1 : c->inputs));
+      places_.emplace_back(reverse ? 0 : c->terms());
+      if (!reverse) FK_DISPATCH(find_terms<T>(*c, places_.back().data()));
     }
-    data_.reset(new T[size]);
-    const std::unique_ptr<T[]> turned(new T[most]);
-    std::vector<int64_t> place(reverse ? 0 : most_terms);
-    gain = data_.get();
-    FK_DISPATCH(conv_net_gain<T>(log_gain, outputs, gain));
-    T* next = gain + whole(outputs);
-    for (Convolution<T>* c : convolutions) {
+    turned_ = size_;
+    size_ = (size_ + turned + 15) / 16 * 16;
+  }
+
+  int64_t size() const { return size_; }
+
+  // room: size() elements
+  template <class Args>
+  void pack(Args& args, const T* log_gain, T* room) const {
+    args.gain = room;
+    FK_DISPATCH(conv_net_gain<T>(log_gain, outputs_, room));
+    T* next = room + whole(outputs_);
+    auto place = places_.begin();
+    for (Convolution<T>* c : {&args.in, &args.mid, &args.out}) {
       c->packed = next;
       next += FK_DISPATCH(packed_convolution_size<T>(*c));
-      if (reverse) {
-        FK_DISPATCH(pack_reverse_convolution<T>(*c, turned.get()));
-      } else {
-        FK_DISPATCH(find_terms<T>(*c, place.data()));
-        FK_DISPATCH(pack_convolution<T>(*c, place.data(), turned.get()));
-      }
+      if (reverse_)
+        FK_DISPATCH(pack_reverse_convolution<T>(*c, room + turned_));
+      else
+        FK_DISPATCH(pack_convolution<T>(*c, place->data(), room + turned_));
+      ++place;
     }
   }
 
-  T* gain;
-
  private:
-  std::unique_ptr<T[]> data_;
+  static int64_t whole(int64_t n) { return FK_DISPATCH(whole_vectors<T>(n)); }
+
+  bool reverse_;
+  int64_t outputs_, size_, turned_;
+  std::vector<std::vector<int64_t>> places_;
 };
 
-// Sets the rows of a band, and returns the bytes that a band works in.
+// Sets the rows of a band, and returns the bytes that a band works in, whole cache lines.
 template <class T>
 size_t plan_bands(ConvNetArgs<T>& args, int64_t tasks) {
   const int64_t hidden = (args.first ? args.mid.inputs : 0) + 3 * args.out.inputs;  // the second layer and its factors, twice as many
   args.rows = rows_of(args, 2 * args.in.inputs + hidden, tasks);
-  return FK_DISPATCH(conv_net_scratch_bytes<T>(args));
+  return (FK_DISPATCH(conv_net_scratch_bytes<T>(args)) + 63) / 64 * 64;
 }
+
+// Whether images are worth more than a thread each: bands of one compute the rows where they meet twice.
+inline bool share_images(int64_t batch, double multiply_adds) { return multiply_adds > 4 * kParallelMultiplyAdds * static_cast<double>(batch); }
 
 template <class T>
 int64_t threads_of(const ConvNetImages<T>& images, std::initializer_list<Convolution<T>> convolutions) {
   double terms = 0;
   for (const Convolution<T>& c : convolutions) terms += static_cast<double>(c.terms() * c.outputs);
-  return threads_for(terms * static_cast<double>(images.batch * images.height * images.width));
+  const double work = terms * static_cast<double>(images.batch * images.height * images.width);
+  return share_images(images.batch, work) ? threads_for(work) : std::min(threads_for(work), std::max<int64_t>(images.batch, 1));
 }
 
 }  // namespace flowkernels

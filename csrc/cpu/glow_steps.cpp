@@ -53,7 +53,8 @@ struct Level {
   T *y, *logabsdet;
   Kept<T> kept;
   std::vector<ConvNetArgs<T>> networks;
-  std::vector<const T*> weights, biases;
+  std::vector<Packing<T>> packings;
+  std::vector<const T*> weights, biases, gains;
 
   int64_t steps() const { return static_cast<int64_t>(weights.size()); }
   int64_t sites() const { return height * width; }
@@ -62,6 +63,12 @@ struct Level {
   int64_t inputs() const { return half() + context_features; }
   // where a step's part of what is kept begins, each pixel having `width` elements
   T* at(T* data, int64_t step, int64_t image, int64_t width) const { return data + (step * batch + image) * sites() * width; }
+};
+
+// What a thread works in while a kernel runs: the kernel's own, and a packed network
+struct Scratch {
+  size_t kernel, packed;  // bytes, whole cache lines
+  size_t bytes() const { return kernel + packed; }
 };
 
 // Some images on their way through the steps
@@ -74,12 +81,11 @@ class Images {
     return n * (3 * level.image() + level.sites() * (level.half() + input)) + tiles + n * kDoubles;
   }
 
-  // room: size() elements. threads: for each step. scratch: what one thread works in; null: each thread its own
-  Images(const Level<T>& level, int64_t first, int64_t n, T* room, int64_t threads, void* scratch, size_t scratch_bytes)
-      : level_(level), first_(first), n_(n), threads_(threads), scratch_(scratch), scratch_bytes_(scratch_bytes),
-        logs_(reinterpret_cast<double*>(room)), rows_(room + n * kDoubles), other_(rows_ + n * level.image()), raw_(other_ + n * level.image()),
-        passing_(raw_ + n * level.image()), input_(passing_ + n * level.sites() * level.half()),
-        tile_logs_(input_ + (level.context_features > 0 ? n * level.sites() * level.inputs() : 0)) {
+  // room: size() elements. threads: for each step. own: what one thread works in; null: each thread its own
+  Images(const Level<T>& level, int64_t first, int64_t n, T* room, int64_t threads, const Scratch& scratch, char* own)
+      : level_(level), first_(first), n_(n), threads_(threads), scratch_(scratch), own_(own), logs_(reinterpret_cast<double*>(room)),
+        rows_(room + n * kDoubles), other_(rows_ + n * level.image()), raw_(other_ + n * level.image()), passing_(raw_ + n * level.image()),
+        input_(passing_ + n * level.sites() * level.half()), tile_logs_(input_ + (level.context_features > 0 ? n * level.sites() * level.inputs() : 0)) {
     std::fill(logs_, logs_ + n, 0.0);
   }
 
@@ -106,10 +112,11 @@ class Images {
  private:
   static constexpr int64_t kDoubles = sizeof(double) / sizeof(T);
 
+  // run(first, last, what a thread works in)
   template <class F>
   void each(int64_t tasks, const F& run) const {
-    if (!scratch_) return for_each_task(tasks, threads_, [&](int64_t i) { run(i, thread_scratch(scratch_bytes_)); });
-    for (int64_t i = 0; i < tasks; ++i) run(i, scratch_);
+    if (own_) return run(0, tasks, own_);
+    in_shares(tasks, threads_, [&](int64_t first, int64_t last) { run(first, last, static_cast<char*>(thread_scratch(scratch_.bytes()))); });
   }
 
   // what the coupling of step i is given, and what its network returns
@@ -134,7 +141,11 @@ class Images {
       args.first = level_.at(args.first, 0, first_, args.mid.inputs);
       args.second = level_.at(args.second, 0, first_, args.out.inputs);
     }
-    each(args.tasks(), [&](int64_t task, void* scratch) { FK_DISPATCH(conv_net_band<T>(args, task, static_cast<T*>(scratch))); });
+    each(args.tasks(), [&](int64_t first, int64_t last, char* scratch) {
+      ConvNetArgs<T> own = args;
+      level_.packings[i].pack(own, level_.gains[i], reinterpret_cast<T*>(scratch + scratch_.kernel));
+      for (int64_t task = first; task < last; ++task) FK_DISPATCH(conv_net_band<T>(own, task, reinterpret_cast<T*>(scratch)));
+    });
   }
 
   const T* inputs(int64_t i) const {
@@ -159,10 +170,7 @@ class Images {
     args.x = from, args.raw = raw;
     if (matrix < level_.steps()) args.weight = level_.weights[matrix], args.bias = level_.biases[matrix];
     args.y = to, args.passing = passing_, args.tile_logs = tile_logs_;
-    const int64_t tiles = args.tiles(), shares = scratch_ ? 1 : std::min(threads_, tiles);
-    each(shares, [&](int64_t i, void* scratch) {
-      FK_DISPATCH(run_glow_step<T>(args, scratch, false, i * tiles / shares, (i + 1) * tiles / shares));
-    });
+    each(args.tiles(), [&](int64_t first, int64_t last, char* scratch) { FK_DISPATCH(run_glow_step<T>(args, scratch, false, first, last)); });
     if (!raw) return;
     const int64_t of_sample = args.tiles_of_sample();
     for (int64_t b = 0; b < n_; ++b)
@@ -171,48 +179,45 @@ class Images {
 
   const Level<T>& level_;
   const int64_t first_, n_, threads_;
-  void* const scratch_;
-  const size_t scratch_bytes_;
-  double* logs_;
-  T *rows_, *other_, *raw_, *passing_, *input_, *tile_logs_;
+  const Scratch scratch_;
+  char* const own_;
+  double* const logs_;
+  T *const rows_, *const other_, *const raw_, *const passing_, *const input_, *const tile_logs_;
 };
 
 template <class T>
-void run(Level<T>& level, std::span<const T* const> gains) {
-  constexpr int64_t kPixels = 256;  // of a group of images: the weights of a step are read once for each
+void run(Level<T>& level) {
+  // Of the rows of a group of images, which stay in the second-level cache beside a step's weights: those are packed once for each group.
+  constexpr int64_t kBytes = 1 << 18;
   double work = 0;
   for (const ConvNetArgs<T>& network : level.networks)
     for (const Convolution<T>* c : {&network.in, &network.mid, &network.out}) work += static_cast<double>(c->terms() * c->outputs);
   work *= static_cast<double>(level.batch * level.sites());
   const int64_t threads = threads_for(work);
-  // images, rather than parts of a step, to each thread; a step that is shared has bands whose edges are computed twice
-  const bool apart = level.batch >= threads || work / static_cast<double>(level.steps()) < 4 * kParallelMultiplyAdds;
+  // images, rather than parts of a step, to each thread
+  const bool apart = level.batch >= threads || !share_images(level.batch, work / static_cast<double>(level.steps()));
 
-  std::vector<std::unique_ptr<const Packed<T>>> packed(level.steps());
-  size_t scratch = FK_DISPATCH(glow_step_scratch<T>(level.channels, false));
+  Scratch scratch{(FK_DISPATCH(glow_step_scratch<T>(level.channels, false)) + 63) / 64 * 64, 0};
   for (ConvNetArgs<T>& network : level.networks) {
     network.batch = level.batch, network.height = level.height, network.width = level.width;
-    scratch = std::max(scratch, plan_bands(network, apart ? 1 : threads));
+    level.packings.emplace_back(network, false, level.channels);
+    scratch.kernel = std::max(scratch.kernel, plan_bands(network, apart ? 1 : threads));
+    scratch.packed = std::max(scratch.packed, level.packings.back().size() * sizeof(T));
   }
-  scratch = (scratch + 63) / 64 * 64;
-  for_each_task(level.steps(), threads, [&](int64_t i) {
-    ConvNetArgs<T>& network = level.networks[i];
-    packed[i].reset(new Packed<T>({&network.in, &network.mid, &network.out}, false, gains[i], network.out.outputs));
-    network.gain = packed[i]->gain;
-  });
 
   if (!apart) {
     const std::unique_ptr<T[]> room(new T[Images<T>::size(level, level.batch)]);
-    return Images<T>(level, 0, level.batch, room.get(), threads, nullptr, scratch).run();
+    return Images<T>(level, 0, level.batch, room.get(), threads, scratch, nullptr).run();
   }
-  const int64_t least = std::max(threads, (level.batch * level.sites() + kPixels - 1) / kPixels);
+  const int64_t bytes_of_all = Images<T>::size(level, level.batch) * static_cast<int64_t>(sizeof(T));
+  const int64_t least = std::max(threads, (bytes_of_all + kBytes - 1) / kBytes);
   const int64_t groups = std::min(level.batch, (least + threads - 1) / threads * threads);
   const int64_t most = (level.batch + groups - 1) / groups;
-  const size_t bytes = scratch + Images<T>::size(level, most) * sizeof(T);
+  const size_t bytes = scratch.bytes() + Images<T>::size(level, most) * sizeof(T);
   for_each_task(groups, threads, [&](int64_t group) {
     const int64_t first = group * level.batch / groups, n = (group + 1) * level.batch / groups - first;
     char* const own = static_cast<char*>(thread_scratch(bytes));
-    Images<T>(level, first, n, reinterpret_cast<T*>(own + scratch), 1, own, scratch).run();
+    Images<T>(level, first, n, reinterpret_cast<T*>(own + scratch.bytes()), 1, scratch, own).run();
   });
 }
 
@@ -238,7 +243,6 @@ std::vector<Tensor> run_level(const Tensor& x, const Maybe& context, const Tenso
     level.context_features = context->size(1);
     level.context = checked_data<T>(*context, x, {level.batch, level.context_features});
   }
-  std::vector<const T*> gains;
   for (size_t i = 0; i < steps; ++i) {
     const std::span<const Tensor, kParameters> parameters(networks.data() + i * kParameters, kParameters);
     level.networks.push_back(network<T>(parameters.template first<6>(), x, level.inputs()));
@@ -246,7 +250,7 @@ std::vector<Tensor> run_level(const Tensor& x, const Maybe& context, const Tenso
     check(made.in.outputs > 0 && made.mid.outputs > 0 && made.out.outputs == level.channels, "a network does not fit x");
     check(!keep || (made.in.outputs == level.networks[0].in.outputs && made.mid.outputs == level.networks[0].mid.outputs),
           "where a gradient is asked for, all networks must have hidden layers of the same widths");
-    gains.push_back(checked_data<T>(parameters[6], x, {level.channels}));
+    level.gains.push_back(checked_data<T>(parameters[6], x, {level.channels}));
     level.weights.push_back(checked_data<T>(weights[i], x, {level.channels, level.channels}));
     level.biases.push_back(checked_data<T>(biases[i], x, {level.channels}));
   }
@@ -273,7 +277,7 @@ std::vector<Tensor> run_level(const Tensor& x, const Maybe& context, const Tenso
   }
   level.y = static_cast<T*>(y.mutable_data_ptr());
   level.logabsdet = static_cast<T*>(logabsdet.mutable_data_ptr());
-  run<T>(level, gains);
+  run<T>(level);
   return made;
 }
 

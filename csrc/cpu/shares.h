@@ -28,6 +28,13 @@ void for_each_task(int64_t n, int64_t threads, const F& run) {
     some(0, n);
 }
 
+// run(first, last) for n tasks, a stretch of them on each thread
+template <class F>
+void in_shares(int64_t n, int64_t threads, const F& run) {
+  const int64_t shares = std::min(n, threads);
+  for_each_task(shares, threads, [&](int64_t i) { run(i * n / shares, (i + 1) * n / shares); });
+}
+
 // Of tasks of unequal size
 using Shares = std::vector<std::vector<int64_t>>;  // the numbers of each thread's tasks
 
