@@ -188,7 +188,7 @@ class Images {
 template <class T>
 void run(Level<T>& level) {
   // Of the rows of a group of images, which stay in the second-level cache beside a step's weights: those are packed once for each group.
-  constexpr int64_t kBytes = 1 << 18;
+  constexpr int64_t kBytes = 1 << 19;
   double work = 0;
   for (const ConvNetArgs<T>& network : level.networks)
     for (const Convolution<T>* c : {&network.in, &network.mid, &network.out}) work += static_cast<double>(c->terms() * c->outputs);
