@@ -84,8 +84,8 @@ class Glow(Flow):
 class _Steps(nn.Module):
     """The steps of one level. Their matrices, all of one size, are computed in one go before the first.
 
-    On a CPU each affine coupling is joined with the actnorm and the convolution that come next, and channels lie last all the way; where the
-    conditioners are Glow's own, all steps are one op. Where a module has hooks, or a coupling is another one, they are called in turn.
+    On a CPU each affine coupling is joined with the actnorm and the convolution that come next, and channels lie last all the way; where
+    the conditioners are Glow's own, all steps are one op. Where a module has hooks, or a coupling is another one, they are called in turn.
     """
 
     def __init__(self, steps) -> None:

@@ -224,7 +224,7 @@ def test_networks_of_several_widths_train_in_turn(inverse):
 @pytest.mark.parametrize("inverse", [False, True])
 def test_wide_networks_are_parts_in_turn_and_so_is_the_reference(inverse):
     x, _ = images(2, 3, 3, 4)
-    networks, weights, biases = parted([t for s in level(4, 257, 2, 0) for t in s])
+    networks, weights, biases = parted([t for s in level(4, 513, 2, 0) for t in s])
     got = glow_steps(x, networks, weights, biases, inverse=inverse)
     assert_same_bits(got, in_turn(x, networks, weights, biases, None, inverse))
     with backend("reference"):

@@ -25,7 +25,7 @@ from ..._backend import wants_reference
 from ..._library import library, register_fake
 from ..._torch import any_autocast
 from .._differentiation import apply_function, needs_autograd, pulled_back, transformed
-from ..conv_net import MOST_HIDDEN, conv_net, conv_net_backward
+from ..conv_net import conv_net, conv_net_backward, pays
 from .reference import (
     glow_step_backward_reference,
     glow_step_reference,
@@ -292,16 +292,16 @@ def glow_steps(
         got = ", ".join(str(len(each)) for each in (networks, weights, biases))
         raise ValueError(f"networks, weights and biases must have one entry for each step, and at least one; got {got}")
     parameters = [t for network in networks for t in network]
-    if _serves(x, networks) and not transformed():
+    tensors = x, context, *parameters, *weights, *biases
+    with_gradient = needs_autograd(tensors)
+    if not transformed() and _serves(x, networks, with_gradient):
         if not x.is_contiguous() and not x.movedim(-1, 1).is_contiguous():
             x = x.contiguous()
-        tensors = x, context, *parameters, *weights, *biases
-        with_gradient = needs_autograd(tensors)
         try:
             if not with_gradient:
                 return _glow_steps(x, context, parameters, weights, biases, inverse)
-            if _alike(networks):
-                return apply_function(_GlowSteps, inverse, len(weights), *(t if t is None else t.contiguous() for t in tensors))
+            others = (t if t is None else t.contiguous() for t in tensors[1:])
+            return apply_function(_GlowSteps, inverse, len(weights), x, *others)
         except RuntimeError:  # the parts say what does not fit
             if torch.compiler.is_compiling():
                 raise
@@ -311,16 +311,14 @@ def glow_steps(
     return steps_in_turn(glow_step, x, nets, weights, biases, inverse=inverse)
 
 
-def _serves(x: Tensor, networks: Sequence[Sequence[Tensor]]) -> bool:
+def _serves(x: Tensor, networks: Sequence[Sequence[Tensor]], with_gradient: bool) -> bool:
     if not (_COMPILED and x.is_cpu) or x.dim() != 4 or x.dtype not in (torch.float32, torch.float64) or any_autocast():
         return False
-    return max([network[2].shape[0] for network in networks]) <= MOST_HIDDEN and not wants_reference("glow_steps", x.device)
-
-
-def _alike(networks: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether all have hidden layers of the same widths."""
-    widths = {(network[0].shape[0], network[2].shape[0]) for network in networks}
-    return len(widths) == 1
+    first, second = ([network[i].shape[0] if network[i].dim() else 0 for network in networks] for i in (0, 2))
+    if with_gradient and not (all(n == first[0] for n in first) and all(n == second[0] for n in second)):  # layers are kept together
+        return False
+    most = max(second)
+    return pays(most, with_gradient) and not wants_reference("glow_steps", x.device)
 
 
 def _network(context: Tensor | None, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
