@@ -53,10 +53,11 @@ void set_images(ConvNetImages<T>& images, const torch::stable::Tensor& x) {
   images.batch = x.size(0), images.height = x.size(1), images.width = x.size(2);
 }
 
-// Rows of a band: an image, or what fits the second-level cache, or less where there are fewer images than `tasks`. channels: of a row
+// Rows of a band: an image, or what fits a thread's part of the last cache, or less where there are fewer images than `tasks`. Smaller bands
+// would save less than it costs to compute the rows where they meet twice. channels: of a row
 template <class T>
 int64_t rows_of(const ConvNetImages<T>& images, int64_t channels, int64_t tasks) {
-  constexpr int64_t kBytes = 1 << 20;
+  constexpr int64_t kBytes = 1 << 22;
   const int64_t fits = std::max<int64_t>(kBytes / ((images.width + 1) * channels * static_cast<int64_t>(sizeof(T))) - 2, 1);
   const int64_t bands = std::max((images.height + fits - 1) / fits, (tasks + images.batch - 1) / images.batch);
   return (images.height + bands - 1) / bands;

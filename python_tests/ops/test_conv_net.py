@@ -69,7 +69,7 @@ SIZES = [
     (8, 128, 16),
     (300, 16, 5),
     (4, 256, 6),
-    (5, 384, 7),
+    (5, 512, 7),
 ]
 
 
@@ -161,25 +161,6 @@ def test_no_images_give_gradients_of_zero():
         y = conv_net(*inputs)
         assert y.shape == (shape[0], 5, *shape[2:])
         assert not any(g.any() for g in torch.autograd.grad(y.sum(), inputs))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_up_to_512_hidden_channels_without_gradient(dtype):
-    x, parameters = tensors(3, 5, 6, 7, 512, 9, dtype)
-    with torch.no_grad():
-        got, want = conv_net(x, *parameters), definition(x.double(), *(t.double() for t in parameters))
-    assert (got - want).abs().max() <= 60 * torch.finfo(dtype).eps * want.abs().max()
-
-
-def test_wider_networks_with_gradient_are_torchs():
-    x, parameters = tensors(2, 4, 5, 5, 385, 8)
-    found = []
-    for name in ("auto", "reference"):
-        inputs = with_grad([x, *parameters])
-        with backend(name):
-            y = conv_net(*inputs)
-            found.append((y.detach(), *torch.autograd.grad(y.sin().sum(), inputs)))
-    assert_same_bits(*found)
 
 
 def test_wide_networks_and_half_precision_are_torchs():

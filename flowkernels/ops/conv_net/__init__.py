@@ -12,9 +12,8 @@ the gradient by x), and packing at small sizes.
 Measured against torch's convolutions with channels last and a matrix product for the middle one, in turns on two cores of a Zen 4 by
 AVX2, at [16, 6, 16, 16], [16, 12, 8, 8] and [16, 24, 4, 4] with 64 hidden channels: 1.7, 2.0 and 2.4 times as fast, a single image 2.7
 times; with gradients 1.8, 2.0 and 2.3, a single image 2.4. With 128 hidden channels at the first of these sizes 1.4, with gradients 1.6;
-with 256, at all of them, 1.4 to 1.6 and 1.2 to 1.4; with 384 1.3 to 1.4 and 1.1 to 1.3; with 512 1.2 to 1.5 and 0.9 to 1.2. Networks of
-more than 512 hidden channels are left to torch, and of more than 384 where there is a gradient. Backward finds all gradients, also where
-parameters are frozen.
+with 256, at all of them, 1.4 to 1.9 and 1.35 to 1.4, with 512 1.25 to 1.35 and 1.0 to 1.1. With 1,024 gradients took longer than torch's:
+networks of more than 512 hidden channels are left to torch. Backward finds all gradients, also where parameters are frozen.
 """
 
 import torch
@@ -39,7 +38,7 @@ _conv_net = torch.ops.flowkernels.conv_net.default
 _training = torch.ops.flowkernels.conv_net_training.default
 conv_net_backward = torch.ops.flowkernels.conv_net_backward.default
 _COMPILED = _extension.has_kernel("conv_net", "CPU")  # torch.compile cannot ask
-_MOST_HIDDEN, _MOST_HIDDEN_TRAINED = 512, 384
+MOST_HIDDEN = 512
 
 
 # the bare ops take and return images that lie channels last, [batch, H, W, channels]
@@ -141,22 +140,16 @@ def conv_net(
     """
     parameters = weight_in, bias_in, weight_mid, bias_mid, weight_out, bias_out, log_gain
     _check(x, *parameters)
-    with_gradient = needs_autograd((x, *parameters))
-    if transformed() or not _serves(x, weight_mid, with_gradient):
+    if transformed() or not _serves(x, weight_mid):
         return conv_net_reference(x, *parameters)
     tensors = x.permute(0, 2, 3, 1).contiguous(), *(t.contiguous() for t in parameters)
-    return _channels_first(apply_function(_ConvNet, *tensors) if with_gradient else _conv_net(*tensors))
+    return _channels_first(apply_function(_ConvNet, *tensors) if needs_autograd(tensors) else _conv_net(*tensors))
 
 
-def _serves(x: Tensor, weight_mid: Tensor, with_gradient: bool) -> bool:
+def _serves(x: Tensor, weight_mid: Tensor) -> bool:
     if not (_COMPILED and x.is_cpu) or x.dtype not in (torch.float32, torch.float64):
         return False
-    return pays(weight_mid.shape[0], with_gradient) and not any_autocast() and not wants_reference("conv_net", x.device)
-
-
-def pays(hidden: int, with_gradient: bool) -> bool:
-    """Whether a network of so many hidden channels is the kernel's rather than torch's."""
-    return hidden <= (_MOST_HIDDEN_TRAINED if with_gradient else _MOST_HIDDEN)
+    return weight_mid.shape[0] <= MOST_HIDDEN and not any_autocast() and not wants_reference("conv_net", x.device)
 
 
 _NAMES = ("weight_in", "bias_in", "weight_mid", "bias_mid", "weight_out", "bias_out", "log_gain")

@@ -25,7 +25,7 @@ from ..._backend import wants_reference
 from ..._library import library, register_fake
 from ..._torch import any_autocast
 from .._differentiation import apply_function, needs_autograd, pulled_back, transformed
-from ..conv_net import conv_net, conv_net_backward, pays
+from ..conv_net import MOST_HIDDEN, conv_net, conv_net_backward
 from .reference import (
     glow_step_backward_reference,
     glow_step_reference,
@@ -317,8 +317,7 @@ def _serves(x: Tensor, networks: Sequence[Sequence[Tensor]], with_gradient: bool
     first, second = ([network[i].shape[0] if network[i].dim() else 0 for network in networks] for i in (0, 2))
     if with_gradient and not (all(n == first[0] for n in first) and all(n == second[0] for n in second)):  # layers are kept together
         return False
-    most = max(second)
-    return pays(most, with_gradient) and not wants_reference("glow_steps", x.device)
+    return max(second) <= MOST_HIDDEN and not wants_reference("glow_steps", x.device)
 
 
 def _network(context: Tensor | None, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
