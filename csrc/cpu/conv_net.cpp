@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::span<const Tens
   const int64_t threads = threads_of(args, {args.in, args.mid, args.out});
   const size_t scratch = plan_bands(args, threads);
   in_shares(args.tasks(), threads, [&](int64_t first, int64_t last) {
-    T* const room = static_cast<T*>(thread_scratch(scratch + packing.size() * sizeof(T)));
+    T* const room = static_cast<T*>(thread_scratch(scratch + packing.bytes()));
     ConvNetArgs<T> own = args;
     packing.pack(own, gains, room + scratch / sizeof(T));
     for (int64_t task = first; task < last; ++task) FK_DISPATCH(conv_net_band<T>(own, task, room));
@@ -100,7 +100,7 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const
   const size_t scratch = (FK_DISPATCH(conv_net_gradient_scratch_bytes<T>(args)) + 63) / 64 * 64;
   const int64_t threads = threads_of(args, {in, mid, out});
   in_shares(parts, threads, [&](int64_t first, int64_t last) {
-    T* const room = static_cast<T*>(thread_scratch(scratch + packing.size() * sizeof(T)));
+    T* const room = static_cast<T*>(thread_scratch(scratch + packing.bytes()));
     ConvNetGradientArgs<T> own = args;
     packing.pack(own, gains, room + scratch / sizeof(T));
     for (int64_t part = first; part < last; ++part) {

@@ -83,9 +83,9 @@ class Packing {
     size_ = (size_ + turned + 15) / 16 * 16;
   }
 
-  int64_t size() const { return size_; }
+  size_t bytes() const { return static_cast<size_t>(size_) * sizeof(T); }
 
-  // room: size() elements
+  // room: bytes() of them
   template <class Args>
   void pack(Args& args, const T* log_gain, T* room) const {
     args.gain = room;

@@ -202,7 +202,7 @@ void run(Level<T>& level) {
     network.batch = level.batch, network.height = level.height, network.width = level.width;
     level.packings.emplace_back(network, false, level.channels);
     scratch.kernel = std::max(scratch.kernel, plan_bands(network, apart ? 1 : threads));
-    scratch.packed = std::max(scratch.packed, level.packings.back().size() * sizeof(T));
+    scratch.packed = std::max(scratch.packed, level.packings.back().bytes());
   }
 
   if (!apart) {
