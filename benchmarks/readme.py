@@ -14,7 +14,7 @@ from .table import duration
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-MEASURED, OTHER_MACHINE = RESULTS / "measured.jsonl", RESULTS / "avx2.jsonl"
+MEASURED, OTHER_MACHINE = RESULTS / "measured.jsonl", RESULTS / "avx512.jsonl"
 
 # of the sequential inverse: label and case
 SIZES = [

@@ -33,20 +33,6 @@ void check_like(const Tensor& t, const Tensor& x, int64_t channels) {
   for (int64_t d = 0; d < x.dim(); ++d) check(t.size(d) == (d + 1 == x.dim() ? channels : x.size(d)), "tensors must have fitting sizes");
 }
 
-bool channels_first(const Tensor& x) {  // [batch, *sites, channels], a view of a contiguous [batch, channels, *sites]
-  const int64_t last = x.dim() - 1;
-  int64_t step = 1;
-  for (int64_t d = last - 1; d >= 0; --d) {
-    if (d == 0) {
-      if (x.size(last) > 1 && x.stride(last) != step) return false;
-      step *= x.size(last);
-    }
-    if (x.size(d) > 1 && x.stride(d) != step) return false;
-    step *= x.size(d);
-  }
-  return true;
-}
-
 struct Inputs {
   const Tensor& x;
   const std::optional<Tensor>&raw, &weight, &bias;
@@ -64,7 +50,7 @@ GlowStepArgs<T> describe(const Inputs& in, bool inverse) {
   for (int64_t d = 1; d < dims - 1; ++d) args.sites *= x.size(d);
   args.inverse = inverse;
   args.channels_first = !x.is_contiguous();
-  check(x.is_cpu() && (x.is_contiguous() || channels_first(x)), "x must be contiguous, channels first or last");
+  check(x.is_cpu() && (x.is_contiguous() || channels_lie_first(x)), "x must be contiguous, channels first or last");
   args.x = data_of<T>(x);
   if (in.raw) {
     check_like(*in.raw, x, args.channels);

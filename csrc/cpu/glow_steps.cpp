@@ -38,7 +38,8 @@ constexpr size_t kParameters = 7;  // of a network
 void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "flowkernels::glow_steps: ", what); }
 
 // What each step's gradients ask for, [steps, batch, height, width, ...]: the rows that its coupling is given, what its network makes of its
-// inputs, and the inputs. The first coupling of the inverse, that of the last step, is given x itself. The hidden layers are in the networks' arguments.
+// inputs, and the inputs. The first coupling of the inverse, that of the last step, is given x itself. The hidden layers are in the
+// networks' arguments.
 template <class T>
 struct Kept {
   T *rows, *raw, *inputs;  // null where nothing is kept
@@ -125,7 +126,8 @@ class Images {
 
   // the first half of x's channels
   void take_passing(const T* x) const {
-    const int64_t sites = level_.sites(), half = level_.half(), channel = level_.channels_first ? sites : 1, site = level_.channels_first ? 1 : level_.channels;
+    const int64_t sites = level_.sites(), half = level_.half();
+    const int64_t channel = level_.channels_first ? sites : 1, site = level_.channels_first ? 1 : level_.channels;
     for (int64_t b = 0; b < n_; ++b)
       for (int64_t s = 0; s < sites; ++s)
         for (int64_t c = 0; c < half; ++c) passing_[(b * sites + s) * half + c] = x[b * level_.image() + s * site + c * channel];
@@ -235,8 +237,7 @@ std::vector<Tensor> run_level(const Tensor& x, const Maybe& context, const Tenso
   level.batch = x.size(0), level.height = x.size(1), level.width = x.size(2), level.channels = x.size(3);
   level.inverse = inverse;
   level.channels_first = !x.is_contiguous();
-  check(!level.channels_first || (x.stride(2) == 1 && x.stride(1) == level.width && x.stride(3) == level.sites() && x.stride(0) == level.image()),
-        "x must be contiguous, channels first or last");
+  check(!level.channels_first || channels_lie_first(x), "x must be contiguous, channels first or last");
   level.x = data_of<T>(x);
   if (context) {
     check(context->dim() == 2, "context must be [batch, features]");

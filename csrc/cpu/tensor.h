@@ -42,6 +42,21 @@ inline int64_t sites_of(const torch::stable::Tensor& t) {
   return sites;
 }
 
+// Whether x, [batch, *sites, channels], is a view of a contiguous [batch, channels, *sites].
+inline bool channels_lie_first(const torch::stable::Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  int64_t step = 1;
+  for (int64_t d = last - 1; d >= 0; --d) {
+    if (d == 0) {
+      if (x.size(last) > 1 && x.stride(last) != step) return false;
+      step *= x.size(last);
+    }
+    if (x.size(d) > 1 && x.stride(d) != step) return false;
+    step *= x.size(d);
+  }
+  return true;
+}
+
 // Uninitialised; new_empty would look its operator up by name. torch.use_deterministic_algorithms does not reach this memory: a
 // build with FK_FILL_NAN fills it with NaN, so that an element that no kernel writes cannot pass a test.
 inline torch::stable::Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
