@@ -294,7 +294,7 @@ def freeze_weights(layers: Mapping[str, InvertibleConv1x1]) -> None:
         regular = (condition < 1 / torch.finfo(exact.dtype).eps).tolist()
         for i, (name, layer) in enumerate(members):
             if not regular[i]:
-                number = torch.linalg.cond(exact[i]).item()
+                number = torch.linalg.cond(exact[i]).item() if exact[i].any() else torch.inf  # of a matrix of zeros torch says nan
                 raise ValueError(f"{name} cannot be frozen: its weight is singular, with condition number {number:.1e}")
             logabsdet = logabsdets[i].to(torch.promote_types(weights.dtype, torch.float32))
             frozen.append((layer, Frozen(weights[i], logabsdet, inverses[i].to(weights.dtype), versions[i])))

@@ -354,3 +354,7 @@ def test_a_nearly_singular_weight_cannot_be_frozen():  # an exactly singular one
         layer.plain_weight.copy_(torch.diag(torch.tensor([1.0, 1.0, 1e-17], dtype=torch.float64)))
     with pytest.raises(ValueError, match="singular, with condition number 1.0e[+]17"):
         layer.freeze()
+    with torch.no_grad():
+        layer.plain_weight.zero_()
+    with pytest.raises(ValueError, match="singular, with condition number inf"):
+        layer.freeze()
