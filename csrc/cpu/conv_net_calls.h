@@ -85,7 +85,7 @@ class Packing {
 
   size_t bytes() const { return static_cast<size_t>(size_) * sizeof(T); }
 
-  // room: bytes() of them
+  // room: of bytes() bytes
   template <class Args>
   void pack(Args& args, const T* log_gain, T* room) const {
     args.gain = room;
