@@ -15,7 +15,7 @@ class LuFold {
  public:
   static int64_t scratch_size(int64_t n, bool backward) { return (backward ? 5 : 3) * rows(n) * width(n, backward) + 2 * n; }
 
-  // The matrices in scratch: u_ and a_, forward also l_, lie in rows of w_ elements; those of the gradient in rows of n
+  // The matrices in scratch: u_, a_ and, forward, b_ lie in rows of w_ elements, those of the gradient in rows of n.
   LuFold(const LuFoldArgs<T>& a, double* scratch, bool backward)
       : args(a), n(a.n), w_(width(n, backward)), u_(scratch), a_(u_ + rows(n) * w_), b_(a_ + rows(n) * w_), d_(b_ + rows(n) * w_), dls_(d_ + n),
         c_(dls_ + n), e_(c_ + n * n) {}
