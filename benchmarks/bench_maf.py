@@ -45,6 +45,7 @@ def _sampling(quick: bool, device: torch.device) -> Iterator[Case]:
         competitors = [_competitor(name, features, hidden, batch, device, _inverse) for name in (OURS, *libraries)]
         if device.type == "cuda":
             competitors.append(_competitor(OURS, features, hidden, batch, device, _inverse, graph=True))
+            competitors.append(_competitor(OURS, features, hidden, batch, device, _inverse, graph=True, loop_weights=torch.bfloat16))
         yield _case("sampling", features, hidden, batch, competitors, targets, device)
 
 
@@ -110,8 +111,10 @@ def _competitor(
     grad: bool = False,
     compile: bool = False,
     graph: bool = False,
+    loop_weights: torch.dtype = torch.float32,
 ) -> Competitor:
-    """graph: replay a CUDA graph, as a sampler that draws the same number again and again would: what is left is the GPU's own time."""
+    """graph: replay a CUDA graph, as a sampler that draws the same number again and again would: what is left is the GPU's own time.
+    loop_weights: how the loop that is captured holds its weights."""
 
     def build() -> Call:
         torch.manual_seed(0)
@@ -135,9 +138,13 @@ def _competitor(
             with flowkernels.backend("reference"):
                 return run(name, deepcopy(module).double(), x[rows].double())
 
-        return Call(_captured(partial(work, x)) if graph else partial(work, x), exact, rows, grad=grad, note=note)
+        with flowkernels.loop_weights(loop_weights):
+            call = _captured(partial(work, x)) if graph else partial(work, x)
+        return Call(call, exact, rows, grad=grad, note=note)
 
     label = f"{name}, compiled" if compile else f"{name}, CUDA graph" if graph else name
+    if loop_weights != torch.float32:
+        label += ", bfloat16 weights"
     return Competitor(label, build, ours=name == OURS and not graph, package=name)
 
 

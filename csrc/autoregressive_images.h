@@ -5,21 +5,34 @@
 #include <climits>
 
 #include "autoregressive_schedule.h"
+#include "cuda/bfloat16.h"
 
 namespace flowkernels {
 
 // The weights of the inputs [k0, k0 + inputs) and the units [j0, j0 + units), by warps: what lies side by side is read by the lanes of one
-template <class T>
-FK_INLINE void pack_weights(const LoopArgs<T>& args, const T* weight, int64_t ld, int k0, int inputs, int j0, int units, T* to, int to_ld, int thread,
-                            int threads) {
+template <class T, class Put>
+FK_INLINE void each_weight(const LoopArgs<T>& args, const T* weight, int64_t ld, int k0, int inputs, int j0, int units, int to_ld, int thread, int threads,
+                           const Put& put) {
   const int lane = thread % 32, warp = thread / 32, warps = threads / 32;
   if (args.mirrored) {  // `weight` is the last element
     for (int j = warp; j < to_ld; j += warps)
-      for (int k = lane; k < inputs; k += 32) to[k * to_ld + j] = j < units ? *(weight - (j0 + j) * ld - (k0 + k)) : T(0);
+      for (int k = lane; k < inputs; k += 32) put(k * to_ld + j, j < units ? *(weight - (j0 + j) * ld - (k0 + k)) : T(0));
   } else {
     for (int k = warp; k < inputs; k += warps)
-      for (int j = lane; j < to_ld; j += 32) to[k * to_ld + j] = j < units ? weight[(k0 + k) * ld + j0 + j] : T(0);
+      for (int j = lane; j < to_ld; j += 32) put(k * to_ld + j, j < units ? weight[(k0 + k) * ld + j0 + j] : T(0));
   }
+}
+
+// to: [inputs, to_ld], of T, or, of a block of bfloat16 weights, of Bfloat16
+template <class T>
+FK_INLINE void pack_weights(const LoopArgs<T>& args, bool is_block, const T* weight, int64_t ld, int k0, int inputs, int j0, int units, T* to, int to_ld,
+                            int thread, int threads) {
+  const auto each = [&](const auto& put) { each_weight(args, weight, ld, k0, inputs, j0, units, to_ld, thread, threads, put); };
+  if constexpr (sizeof(T) == 4) {
+    if (args.bfloat16_weights && is_block) return each([&](int i, T w) { reinterpret_cast<Bfloat16*>(to)[i] = rounded(w); });
+    if (args.bfloat16_weights) return each([&](int i, T w) { to[i] = widened(rounded(w)); });
+  }
+  each([&](int i, T w) { to[i] = w; });
 }
 
 // Units to a thread of a block, each with 4 rows: the fewest instructions one after another
@@ -92,7 +105,8 @@ FK_INLINE void pack_stage(const LoopArgs<T>& args, const Schedule& schedule, int
       const LoopLayer<T>& layer = args.layer(l);
       const PanelPart part = parts[l - 1];
       if (part.inputs > 0)
-        pack_weights(args, layer.weight, layer.ld, part.k0, part.inputs, part.j0, part.units, weights + part.weights, part.ld, thread, threads);
+        pack_weights(args, false, layer.weight, layer.ld, part.k0, part.inputs, part.j0, part.units, weights + part.weights, part.ld, thread,
+                     threads);
     }
   } else if (stage.kind != StageKind::end) {
     const LoopLayer<T>& layer = args.layer(stage.layer);
@@ -106,9 +120,9 @@ FK_INLINE void pack_stage(const LoopArgs<T>& args, const Schedule& schedule, int
     head.shape = shape_of(stage.units, stage.inputs, args.rows / 4, args.consumers, together, sizeof(T) == 4 ? 4 : 2);
     head.layer = stage.layer;
     head.j0 = stage.j0;
-    head.flags = (stage.finish ? kFinishes : 0) | (apart ? kIsApart : 0);
+    head.flags = (stage.finish ? kFinishes : 0) | (apart ? kIsApart : 0) | (args.bfloat16_weights ? kHasBfloat16 : 0);
     if (stage.inputs > 0)
-      pack_weights(args, context ? layer.context_weight : layer.weight, context ? layer.context_ld : layer.ld, stage.k0, stage.inputs, stage.j0,
+      pack_weights(args, true, context ? layer.context_weight : layer.weight, context ? layer.context_ld : layer.ld, stage.k0, stage.inputs, stage.j0,
                    stage.units, weights, block_ld(stage.units), thread, threads);
     if (!context && stage.inputs > 0) {
       int32_t* sees = reinterpret_cast<int32_t*>(to + sizeof(Head));

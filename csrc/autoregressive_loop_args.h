@@ -66,6 +66,7 @@ struct LoopArgs {
   bool apart;                       // the last layer's sums are in a workspace; those of a panel come near, to where they would begin
   bool inverse;
   bool in_registers;  // panels that fit are run with their sums in registers
+  bool bfloat16_weights;  // matrices are rounded: blocks hold them as Bfloat16, panels widened again
   const T *x, *context_rows;
   int64_t x_row, x_column, context_row, context_column, batch;
   const int64_t* order;  // feature generated k-th; null for 0, 1, 2, ...
@@ -94,6 +95,7 @@ struct LoopArgs {
   FK_INLINE int per_feature() const { return mirrored ? 2 : 1; }     // values 0
   FK_INLINE int sums_per_feature() const { return mirrored ? 1 : 2; }  // of the last layer
   FK_INLINE int width(int l) const { return l == 0 ? per_feature() * features : layer(l).outputs; }
+  FK_INLINE int block_item() const { return bfloat16_weights ? 2 : static_cast<int>(sizeof(T)); }  // bytes of a weight in a block
   // what of the state is in shared memory; the last layer's sums are last
   FK_INLINE int units_in_shared(bool are_apart) const { return are_apart ? units - layer(n_layers).outputs + kNearUnits : units; }
   FK_INLINE int units_in_shared() const { return units_in_shared(apart); }

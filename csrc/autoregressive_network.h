@@ -191,6 +191,7 @@ std::vector<LoopNetwork<T>> read_stack(const StackTensors& t, T* y, T* kept, T* 
                           static_cast<int>(numbers.form),
                           numbers.inverse != 0};
     LoopArgs<T>& args = maps.emplace_back(one).args;
+    args.bfloat16_weights = sizeof(T) == 4 && numbers.bfloat16_weights != 0;
     if (!t.affines.empty()) maps.back().set_affine(t.affines[i]);
     if (i > 0) {
       args.x = maps[i - 1].args.y;

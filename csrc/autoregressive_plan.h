@@ -17,12 +17,14 @@ struct LoopPlan {
 };
 
 // Bytes of a slot: of a panel's image and what its lanes may read beyond their units, or of a block's of so many weights
-FK_INLINE int64_t slot_bytes(int panel_steps, int n_layers, int64_t panel_capacity, int64_t capacity, int64_t item_bytes) {
-  const int64_t in_memory = (int64_t(panel_steps) * n_layers + 1) * int64_t(sizeof(PanelWork));
-  const int64_t in_registers = n_layers * int64_t(sizeof(PanelLayer) + kPanelUnits * sizeof(SeesAndReady)) + (panel_steps + 1) * int64_t(sizeof(PanelStep));
+template <class T>
+FK_INLINE int64_t slot_bytes(const LoopArgs<T>& args, int64_t capacity) {
+  const int n = args.n_layers, steps = args.panel_steps;
+  const int64_t in_memory = (int64_t(steps) * n + 1) * int64_t(sizeof(PanelWork));
+  const int64_t in_registers = n * int64_t(sizeof(PanelLayer) + kPanelUnits * sizeof(SeesAndReady)) + (steps + 1) * int64_t(sizeof(PanelStep));
   const int64_t lists = in_memory > in_registers ? in_memory : in_registers;
-  const int64_t panel = sizeof(Head) + lists + (panel_capacity + 3 * kPanelUnits) * item_bytes;
-  const int64_t block = sizeof(Head) + kBlockUnits * 4 + capacity * item_bytes;
+  const int64_t panel = sizeof(Head) + lists + (args.panel_capacity + int64_t(3 * kPanelUnits)) * int64_t(sizeof(T));
+  const int64_t block = sizeof(Head) + kBlockUnits * 4 + capacity * args.block_item();
   return ((panel > block ? panel : block) + 15) / 16 * 16;
 }
 
@@ -91,7 +93,7 @@ inline void set_launch(LoopArgs<T>& args, int rows, int consumers, int capacity,
   args.rows = rows;
   args.consumers = 32 * consumers;
   args.capacity = capacity;
-  args.slot_chunks = chunks_of(slot_bytes(args.panel_steps, args.n_layers, args.panel_capacity, capacity, sizeof(T)));
+  args.slot_chunks = chunks_of(slot_bytes(args, capacity));
   args.apart = apart;
   count_most(args);
 }
@@ -106,21 +108,19 @@ constexpr int64_t kStackArgsBytes = (sizeof(LoopArgs<T>) + 15) / 16 * 16;
 // the largest layer needs, or what the state leaves.
 template <class T>
 inline LoopPlan plan_loop(const LoopArgs<T>& args, const Device& device, bool may_be_apart) {
-  const int64_t item = sizeof(T);
   LoopPlan plan{};
-
   int64_t largest = args.panel_capacity;
   int widest = args.features;
   for (int l = 1; l <= args.n_layers; ++l) {
     const LoopLayer<T>& layer = args.layer(l);
     widest = larger(widest, layer.outputs);
-    const int64_t inputs = larger(layer.inputs, args.context_features), most = int64_t(32768) / item;
+    const int64_t inputs = larger(layer.inputs, args.context_features), most = int64_t(32768) / args.block_item();
     const int64_t all = inputs * block_ld(layer.outputs);
     if (all > largest) largest = all < most ? all : most;
   }
 
-  auto slots = [&](int64_t capacity) { return kSlots * slot_bytes(args.panel_steps, args.n_layers, args.panel_capacity, capacity, item); };
-  auto state = [&](int rows, bool apart) { return int64_t(args.units_in_shared(apart)) * unit_stride(rows) * item; };
+  auto slots = [&](int64_t capacity) { return kSlots * slot_bytes(args, capacity); };
+  auto state = [&](int rows, bool apart) { return int64_t(args.units_in_shared(apart)) * unit_stride(rows) * int64_t(sizeof(T)); };
   auto fits = [&](int rows, bool apart) { return slots(args.panel_capacity + 3) + state(rows, apart) <= device.shared_per_block; };
   plan.rows = 4;
   while (plan.rows < kMostRows<T> && (args.batch + plan.rows - 1) / plan.rows > device.multiprocessors) plan.rows *= 2;

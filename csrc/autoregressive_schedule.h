@@ -98,9 +98,9 @@ struct Sections {
 
   FK_INLINE int chunks(const Stage& stage) const {
     if (stage.kind == StageKind::end) return chunks_of(sizeof(Head));
-    const int64_t elements = stage.kind == StageKind::panel ? part(stage.k0 * args.n_layers + args.n_layers - 1).end
-                                                            : static_cast<int64_t>(stage.inputs) * block_ld(stage.units);
-    return chunks_of(weights_at(stage, args.n_layers) + elements * static_cast<int64_t>(sizeof(T)));
+    const int64_t bytes = stage.kind == StageKind::panel ? part(stage.k0 * args.n_layers + args.n_layers - 1).end * static_cast<int64_t>(sizeof(T))
+                                                         : static_cast<int64_t>(stage.inputs) * block_ld(stage.units) * args.block_item();
+    return chunks_of(weights_at(stage, args.n_layers) + bytes);
   }
 
   // the p-th work, counted through steps and layers, and the p-th part, through panels and layers
@@ -190,7 +190,8 @@ inline void count_most(LoopArgs<T>& args) {
     if (layer.context_weight) elements += int64_t(args.context_features) * (layer.outputs + 3 * blocks);
   }
   const int64_t works = (steps * args.n_layers + panels) * int64_t(sizeof(PanelWork)) + panels * args.n_layers * (kPanelUnits * 4 + 32);
-  const int64_t chunks = (elements * int64_t(sizeof(T)) + (args.inverse ? works : 0)) / 16 + stages * (kBlockUnits * 4 / 16 + 5);
+  const int64_t in_panels = panels * args.panel_capacity * (int64_t(sizeof(T)) - args.block_item());  // more than in a block
+  const int64_t chunks = (elements * args.block_item() + (args.inverse ? works + in_panels : 0)) / 16 + stages * (kBlockUnits * 4 / 16 + 5);
   args.is_too_large = stages > INT_MAX / 64 || chunks > INT_MAX;
   args.most_stages = static_cast<int>(args.is_too_large ? 0 : stages);
   args.most_chunks = static_cast<int>(args.is_too_large ? 0 : chunks);

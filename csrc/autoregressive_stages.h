@@ -31,7 +31,7 @@ struct alignas(16) Head {
   int flags;
   int weights;  // where they are in the image, in bytes
 };
-constexpr int kFinishes = 1, kHasStairs = 2, kIsApart = 4;  // flags; stairs: not every unit sees all of the inputs
+constexpr int kFinishes = 1, kHasStairs = 2, kIsApart = 4, kHasBfloat16 = 8;  // flags; stairs: not every unit sees all of the inputs
 
 // The weights of a layer that a panel needs, and where they are in its image
 struct alignas(16) PanelPart {

@@ -23,12 +23,15 @@ struct Rest {
 
 // One map's numbers in the list `stages` of Lists (flowkernels/ops/autoregressive/loop.py)
 struct MapNumbers {
-  static constexpr size_t kNumbers = 7;
-  int64_t layers, contexts, context_biases, wired, scale_kind, form, inverse;
+  static constexpr size_t kNumbers = 8;
+  int64_t layers, contexts, context_biases, wired, scale_kind, form;
+  int64_t bfloat16_weights;  // whether a GPU rounds the matrices; a CPU does not
+  int64_t inverse;
 
   MapNumbers(std::span<const int64_t> stages, size_t map) {
     const int64_t* n = &stages[kNumbers * map];
-    layers = n[0], contexts = n[1], context_biases = n[2] ? contexts : 0, wired = n[3], scale_kind = n[4], form = n[5], inverse = n[6];
+    layers = n[0], contexts = n[1], context_biases = n[2] ? contexts : 0, wired = n[3], scale_kind = n[4], form = n[5];
+    bfloat16_weights = n[6], inverse = n[7];
   }
 };
 

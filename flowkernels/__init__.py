@@ -17,7 +17,7 @@ _extension.load()
 _extension.check_instruction_set()
 
 from . import flows, layers, ops  # noqa: E402
-from ._backend import backend, look_at_gpus_later  # noqa: E402
+from ._backend import backend, look_at_gpus_later, loop_weights  # noqa: E402
 from .ops import ScaleMap  # noqa: E402
 
 look_at_gpus_later()
@@ -31,4 +31,4 @@ def __getattr__(name: str) -> ModuleType:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["ScaleMap", "__version__", "backend", "flows", "layers", "ops"]
+__all__ = ["ScaleMap", "__version__", "backend", "flows", "layers", "loop_weights", "ops"]

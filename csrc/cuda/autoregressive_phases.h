@@ -189,10 +189,10 @@ struct Tile {
 
   // ---- a block of weights, by all consumers
 
-  template <int UNITS>
+  template <int UNITS, class W>
   FK_INLINE void block(const Head& head, const unsigned char* image, int thread, int threads) const {
     const int32_t* all_see = reinterpret_cast<const int32_t*>(image + sizeof(Head));
-    const T* all_weights = reinterpret_cast<const T*>(image + head.weights);
+    const W* all_weights = reinterpret_cast<const W*>(image + head.weights);
     T* all_own = (APART && (head.flags & kIsApart) ? outputs : state) + place_of(head.own, 0);
     const int ld = block_ld(head.units);
     constexpr int groups = ROWS / 4;
@@ -204,24 +204,24 @@ struct Tile {
       for (int u = 0; u < UNITS; ++u) sees.at[u] = head.inputs;
       if (head.flags & kHasStairs) sees = *reinterpret_cast<const Pack<int32_t, UNITS>*>(all_see + u0);
       const int least = sees.at[0], most = sees.at[UNITS - 1];
-      const T* w = all_weights + u0;
+      const W* w = all_weights + u0;
       FK_KEEP_LOOP
       for (int k = 0, cut = kRun - head.phase; k < most; cut += kRun) {
         const int begin = k, end = smaller(most, cut), seen_by_all = smaller(least, end);
         Pack<T, 4> run[UNITS] = {};
         FK_UNROLL_4
         for (; k < seen_by_all; ++k, w += ld) {
-          const Pack<T, UNITS> weights = *reinterpret_cast<const Pack<T, UNITS>*>(w);
+          const Pack<W, UNITS> weights = *reinterpret_cast<const Pack<W, UNITS>*>(w);
           const Pack<T, 4> rows = rows_at(head.input + k, r0);
           for (int u = 0; u < UNITS; ++u)
-            for (int r = 0; r < 4; ++r) run[u].at[r] = scalar::fma(weights.at[u], rows.at[r], run[u].at[r]);
+            for (int r = 0; r < 4; ++r) run[u].at[r] = scalar::fma(widened(weights.at[u]), rows.at[r], run[u].at[r]);
         }
         FK_KEEP_LOOP
         for (; k < end; ++k, w += ld) {
           const Pack<T, 4> rows = rows_at(head.input + k, r0);
           for (int u = 0; u < UNITS; ++u) {
             if (k >= sees.at[u]) continue;
-            for (int r = 0; r < 4; ++r) run[u].at[r] = scalar::fma(w[u], rows.at[r], run[u].at[r]);
+            for (int r = 0; r < 4; ++r) run[u].at[r] = scalar::fma(widened(w[u]), rows.at[r], run[u].at[r]);
           }
         }
         for (int u = 0; u < UNITS; ++u) {
@@ -234,6 +234,13 @@ struct Tile {
       }
       if (head.flags & kFinishes) finish(head, head.j0 + u0, smaller(UNITS, head.units - u0), r0);
     }
+  }
+
+  template <class W>
+  FK_INLINE void block(const Head& head, const unsigned char* image, int thread, int threads) const {
+    if (head.shape == 1) return block<1, W>(head, image, thread, threads);
+    if (head.shape == 2 || sizeof(T) > 4) return block<2, W>(head, image, thread, threads);
+    if constexpr (sizeof(T) == 4) block<4, W>(head, image, thread, threads);
   }
 
   // what follows the sums of n units from j0 on in the rows [r0, r0 + 4)
@@ -269,9 +276,9 @@ struct Tile {
       }
       lanes.each([&](int lane) {
         const int thread = 32 * warp + lane, threads = 32 * warps;
-        if (head.shape == 1) return block<1>(head, image, thread, threads);
-        if (head.shape == 2 || sizeof(T) > 4) return block<2>(head, image, thread, threads);
-        if constexpr (sizeof(T) == 4) block<4>(head, image, thread, threads);
+        if constexpr (sizeof(T) == 4 && !MIRRORED)
+          if (head.flags & kHasBfloat16) return block<Bfloat16>(head, image, thread, threads);
+        block<T>(head, image, thread, threads);
       });
       if (head.next == 0) return;
       image = slot + head.next;

@@ -4,7 +4,8 @@
 //       whether panels do without registers
 //   flowkernels::_autoregressive_steps(<arguments of autoregressive>) -> Tensor       `ends`, [steps + 1, layers + 1]
 //   flowkernels::_autoregressive_plan(<arguments of autoregressive>, int[] device) -> int[]
-//     device: multiprocessors, shared memory of a block and of a multiprocessor, batch. The plan's members, panel_steps, units
+//     device: multiprocessors, shared memory of a block and of a multiprocessor, batch, whether weights are bfloat16. The plan's members,
+//     panel_steps, units
 //   flowkernels::_autoregressive_stack_twin(<arguments of autoregressive_stack>, int[] layout) -> (Tensor, Tensor, Tensor)
 //   flowkernels::_autoregressive_inverse_backward_twin(<arguments of autoregressive_inverse_backward>, int[] layout, int[] training) -> Tensor[]
 //     training: the layout of autoregressive_training_twin.cpp
@@ -186,6 +187,7 @@ template <class T>
 std::vector<int64_t> plan(const LoopTensors& tensors, const std::vector<int64_t>& device) {
   LoopNetwork<T> network(tensors);
   network.args.batch = device[3];
+  network.args.bfloat16_weights = device[4] != 0;
   const LoopPlan p = plan_loop(network.args, {static_cast<int>(device[0]), device[1], device[2]}, true);
   return {p.rows,         p.capacity,   p.consumers, p.producers, p.state_in_shared,
           p.shared_bytes, p.slot_bytes, p.blocks,    network.args.panel_steps, network.args.units, p.apart};

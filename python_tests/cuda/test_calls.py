@@ -13,6 +13,7 @@ from flowkernels import ScaleMap, _extension, _triton, backend
 from flowkernels.ops import Form, Part
 from python_tests.battery import Example, assert_same_bits
 from python_tests.ops.test_autoregressive import GATED, RESIDUAL, example
+from python_tests.ops.test_autoregressive_schedule import with_bfloat16_weights
 from python_tests.ops.test_autoregressive_solve import arguments as gradient_arguments
 from python_tests.ops.test_autoregressive_stack import TestAutoregressiveStack
 
@@ -61,7 +62,7 @@ def training_arguments(parts, **options) -> Callable:
     def arguments(batch: int) -> tuple:
         made = arguments_of(example(6, parts, order=[3, 1, 4, 0, 5, 2], **options)(batch, torch.float32))
         x, context, *lists, order, activations, wiring, kind, p0, p1, form, inverse = made
-        stages = [len(activations), len(lists[2]), int(bool(lists[3])), int(bool(wiring)), kind, form, int(inverse)]
+        stages = [len(activations), len(lists[2]), int(bool(lists[3])), int(bool(wiring)), kind, form, 0, int(inverse)]
         twice = [part * 2 for part in (*lists, [order], activations, wiring, stages, [p0, p1])]
         return randn(batch, 6, seed=6), randn(batch, seed=7), x, context, *twice
 
@@ -99,6 +100,10 @@ CALLS: dict[str, tuple[str | Callable, Callable[[int], tuple]]] = {
     "autoregressive_stack": (
         "autoregressive_stack",
         lambda batch: arguments_of(STACK(batch, torch.float32)),
+    ),
+    "autoregressive_stack, bfloat16 weights": (
+        "autoregressive_stack",
+        lambda batch: with_bfloat16_weights(arguments_of(STACK(batch, torch.float32))),
     ),
     "slogdet": ("slogdet", lambda batch: (randn(batch, 12, 12), False)),
     "slogdet_inverse": ("slogdet_inverse", lambda batch: (randn(batch, 37, 37), False)),

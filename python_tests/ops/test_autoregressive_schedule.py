@@ -5,12 +5,26 @@ allow, so that a phase in which threads depend on each other, or a slot that is 
 """
 
 import itertools
+from copy import deepcopy
 
 import pytest
 import torch
 
-from flowkernels.ops import Activation, Conditioner, MaskedLayer, check_conditioner
-from flowkernels.ops.autoregressive.loop import Lists
+from flowkernels import _backend, loop_weights
+from flowkernels.flows import MAF
+from flowkernels.ops import (
+    Activation,
+    Conditioner,
+    Form,
+    Map,
+    MaskedLayer,
+    autoregressive,
+    autoregressive_stack,
+    check_conditioner,
+)
+from flowkernels.ops.autoregressive import map as map_module
+from flowkernels.ops.autoregressive import stack as stack_module
+from flowkernels.ops.autoregressive.loop import NUMBERS, Lists
 from python_tests.battery import assert_same_bits, needs_tests_library
 from python_tests.ops import test_autoregressive, test_autoregressive_stack
 from python_tests.ops.test_autoregressive import FORMS, GATED, RESIDUAL, SCALES, WIRED, example, widened
@@ -268,6 +282,106 @@ def test_stacks(case, dtype):
         assert_same_bits(bare, (y, logabsdet, kept[:0]))
 
 
+def with_bfloat16_weights(arguments):
+    """Those of the op autoregressive_stack, with the matrices' rounding asked for."""
+    *most, stages, scales, keep = arguments
+    return *most, [1 if i % NUMBERS == NUMBERS - 2 else n for i, n in enumerate(stages)], scales, keep
+
+
+def with_rounded_matrices(arguments):
+    x, context, weights, biases, context_weights, *rest = arguments
+    rounded = lambda tensors: [t.bfloat16().to(t.dtype) if t.dim() == 2 else t for t in tensors]
+    return x, context, rounded(weights), biases, rounded(context_weights), *rest
+
+
+def stack_twin(arguments, layout):
+    with torch.no_grad():
+        return torch.ops.flowkernels._autoregressive_stack_twin(*arguments, list(layout))
+
+
+@pytest.mark.parametrize("panel", [0, 2])
+@pytest.mark.parametrize("case", test_autoregressive_stack.TestAutoregressiveStack.cases)
+def test_bfloat16_weights_are_rounded_matrices(case, panel):
+    make = test_autoregressive_stack.TestAutoregressiveStack.cases[case]
+    for batch, layout in itertools.product((1, 19), LAYOUTS):
+        layout = (*layout[:4], panel, layout[5], 500 if panel else 0, *layout[7:])
+        made = make(batch, torch.float32)
+        arguments = made.schema(made.rows, made.parameters)
+        got = stack_twin(with_bfloat16_weights(arguments), layout)
+        assert_same_bits(got, stack_twin(with_rounded_matrices(arguments), layout))
+        assert not torch.equal(got[0], stack_twin(arguments, layout)[0])  # or not rounding would do
+        made = make(batch, torch.float64)
+        arguments = made.schema(made.rows, made.parameters)
+        assert_same_bits(stack_twin(with_bfloat16_weights(arguments), layout), stack_twin(arguments, layout))
+
+
+@pytest.mark.parametrize(("features", "widths", "context"), [(20, (600,), 300), (40, (300, 520), 0), (70, (64, 64), 5)])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_bfloat16_weights_of_sizes_beyond_a_block(features, widths, context, inverse):
+    made = test_autoregressive_stack.stacked(example(features, widths, context=context, inverse=inverse))(2, torch.float32)
+    arguments = made.schema(made.rows, made.parameters)
+    for capacity, backwards in [(8192, 0), (1024, 1), (1028, 0)]:
+        layout = (4, capacity, 2, 1, 4, backwards, 500, 0, backwards)
+        assert_same_bits(stack_twin(with_bfloat16_weights(arguments), layout), stack_twin(with_rounded_matrices(arguments), layout))
+
+
+@pytest.mark.parametrize("low", [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+def test_every_number_is_rounded_as_torch_rounds_it(low):
+    """As shifts of maps whose feature 0 is 1 and whose others are 0: all of bfloat16's, and numbers between them."""
+    numbers = (torch.arange(-(1 << 15), 1 << 15) << 16 | low).int().view(torch.float32).view(256, 256)
+    x = torch.zeros(1, 257)
+    x[0, 0] = 1
+    visible = torch.tensor([0, 0] + [1] * 512, dtype=torch.int32)
+    for shifts in numbers:
+        matrix = torch.zeros(257, 514)
+        matrix[0, 2::2] = shifts
+        lists = Lists.of(
+            [Map(Conditioner([matrix], [torch.zeros(514)], [visible], [0], []), SCALES[0], Form.SCALE_SHIFT)], bfloat16_weights=True
+        )
+        y, *_ = stack_twin((x, None, *lists, False), LAYOUTS[0])
+        torch.testing.assert_close(y[0, 1:], shifts.bfloat16().float() + 0.0, rtol=0, atol=0, equal_nan=True)
+
+
+def test_loop_weights_ask_for_it(monkeypatch):
+    """From the choice to the op, with the twin in the place of a GPU."""
+    x, context, maps, _ = test_autoregressive_stack.three_inverses(5)
+    rounded = lambda tensors: [t.detach().bfloat16().float() if t.dim() == 2 else t for t in tensors]
+    networks = [m.conditioner for m in maps]
+    networks = [n._replace(weights=rounded(n.weights), context_weights=rounded(n.context_weights)) for n in networks]
+    calls = [
+        lambda maps: autoregressive_stack(x, maps, context),
+        lambda maps: autoregressive(x, maps[0].conditioner, context, inverse=True),
+        lambda maps: autoregressive(x.bfloat16(), maps[0].conditioner.to(torch.bfloat16), context.bfloat16(), inverse=True),
+    ]
+    used = []
+    for number, call in enumerate(calls):
+        with torch.no_grad():
+            exact = call(maps)
+            want = call([m._replace(conditioner=n) for m, n in zip(maps, networks, strict=True)])
+            with loop_weights(torch.bfloat16):
+                assert_same_bits(call(maps), exact)  # a CPU rounds nothing
+        with monkeypatch.context() as on_a_gpu:
+            for module in (stack_module, map_module):
+                on_a_gpu.setattr(module, "rounds_loop_weights", lambda _: _backend._choice.loop_weights is torch.bfloat16)
+                on_a_gpu.setattr(module, "stack_op", lambda *arguments: used.append(arguments) or stack_twin(arguments, LAYOUTS[0]))
+            with loop_weights(torch.bfloat16), torch.no_grad():
+                got = call(maps)
+            with loop_weights(torch.bfloat16):
+                with_gradient = call(maps)
+        assert len(used) == number + 1 and used[number][11][NUMBERS - 2]
+        tolerance = 1e-2 if got[0].dtype is torch.bfloat16 else 1e-4
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+        if number < 2:
+            assert not torch.allclose(got[0], exact[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(tuple(t.detach() for t in with_gradient), exact, rtol=tolerance, atol=tolerance)  # exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, "bfloat16", None])
+def test_loop_weights_of_another_dtype(dtype):
+    with pytest.raises(ValueError, match="loop_weights must be torch.float32 or torch.bfloat16; got"), loop_weights(dtype):
+        pass
+
+
 SM_80, SM_86, SM_90 = (108, 163 * 1024, 164 * 1024), (84, 99 * 1024, 100 * 1024), (132, 227 * 1024, 228 * 1024)
 
 
@@ -276,8 +390,9 @@ SM_80, SM_86, SM_90 = (108, 163 * 1024, 164 * 1024), (84, 99 * 1024, 100 * 1024)
 def test_launch(device, dtype):
     """Whatever the size, what a launch takes fits, and panels and sums do not depend on the batch."""
     item = dtype.itemsize
+    in_bfloat16s = (False, True) if dtype is torch.float32 else (False,)
     sizes = [(1, (3,)), (6, (50, 50)), (63, (512, 512)), (784, (1024, 1024)), (3072, (2048,)), (5000, ())]
-    for (features, widths), inverse in itertools.product(sizes, (False, True)):
+    for (features, widths), inverse, in_bfloat16 in itertools.product(sizes, (False, True), in_bfloat16s):
         z, weights, visible = torch.zeros(1, features, dtype=dtype), [], []
         for inputs, outputs in itertools.pairwise((features, *widths, 2 * features)):
             weights.append(torch.zeros(outputs, dtype=dtype).expand(inputs, outputs))
@@ -287,7 +402,7 @@ def test_launch(device, dtype):
         panels = set()
         for batch in (1, 100, 1000, 2000, 100_000, 10**9):
             rows, capacity, consumers, producers, in_shared, shared, slot, blocks, panel, units, apart = (
-                torch.ops.flowkernels._autoregressive_plan(*arguments, [*device, batch])
+                torch.ops.flowkernels._autoregressive_plan(*arguments, [*device, batch, in_bfloat16])
             )
             panels.add(panel)
             assert units == features + sum(v.numel() for v in visible)
@@ -296,7 +411,7 @@ def test_launch(device, dtype):
             most = 4 if dtype is torch.float64 else 32
             assert rows in {4, 8, 16, most} and rows <= most and 32 * (consumers + producers) <= 512 and (in_shared or rows == most)
             assert 3 * slot + (units_in_shared * (36 if rows == 32 else rows) * item if in_shared else 0) <= shared <= device[1]
-            assert capacity >= 1024 and capacity % 4 == 0 and slot % 16 == 0 and capacity * item <= 32 * 1024
+            assert capacity >= 1024 and capacity % 4 == 0 and slot % 16 == 0 and capacity * (2 if in_bfloat16 else item) <= 32 * 1024
             resident = (384 if dtype is torch.float64 else 512) // (32 * (consumers + producers)) if in_shared else 1
             assert 1 <= blocks <= -(-batch // rows) and blocks <= resident * device[0]
         assert len(panels) == 1 and panels <= {1, 2, 4, 8, 16, features}
@@ -329,9 +444,9 @@ class TestOnAGpu:
             with torch.no_grad():
                 got = torch.ops.flowkernels.autoregressive_stack(*self.moved(made))
                 arguments = made.schema(made.rows, made.parameters)
-                assert_same_bits(
-                    tuple(t.cpu() for t in got), torch.ops.flowkernels._autoregressive_stack_twin(*arguments, list(LAYOUTS[0]))
-                )
+                assert_same_bits(tuple(t.cpu() for t in got), stack_twin(arguments, LAYOUTS[0]))
+                got = torch.ops.flowkernels.autoregressive_stack(*with_bfloat16_weights(self.moved(made)))
+                assert_same_bits(tuple(t.cpu() for t in got), stack_twin(with_bfloat16_weights(arguments), LAYOUTS[0]))
 
     @pytest.mark.parametrize("inverse", [False, True])
     @pytest.mark.parametrize(
@@ -344,6 +459,22 @@ class TestOnAGpu:
         made = made._replace(parameters=[0.7 * p for p in made.parameters])  # with its own the inverse reaches 1e85, and no digit is right
         got, want = self.run(self.moved(made)), self.run(made.schema(made.rows, made.parameters))
         torch.testing.assert_close(tuple(t.cpu() for t in got), want, rtol=1e-4, atol=1e-4)
+
+    def test_gpu_loop_weights(self):
+        """Rounding by choice, and a network that is in bfloat16 by nature: as with rounded matrices, where no gradient is asked for."""
+        flow = MAF(20, transforms=3, hidden_features=(300, 300)).cuda().eval()
+        rounded = deepcopy(flow).bfloat16()
+        z = torch.randn(70, 20, device="cuda").bfloat16()
+        with loop_weights(torch.bfloat16):
+            with_gradient = flow.inverse(z.float())
+            with torch.no_grad():
+                got = flow.inverse(z.float())
+        with torch.no_grad():
+            exact, want, in_bfloat16 = flow.inverse(z.float()), deepcopy(rounded).float().inverse(z.float()), rounded.inverse(z)
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)  # biases are not rounded
+        torch.testing.assert_close(in_bfloat16[1], want[1], rtol=1e-1, atol=1e-1)  # what goes from map to map is
+        torch.testing.assert_close(tuple(t.detach() for t in with_gradient), exact, rtol=1e-4, atol=1e-4)
+        assert not torch.equal(got[0], exact[0])
 
     def test_gpu_tensors_on_two_devices(self):
         made = example(3, (4,))(2, torch.float32)

@@ -29,7 +29,7 @@ def map_of(made):
     x, context, *tensors, order, activations, wiring, kind, p0, p1, form, inverse = made.schema(made.rows, made.parameters)
     weights, biases, context_weights, context_biases, visible = tensors
     order = torch.arange(x.shape[1]) if order is None else order
-    stages = [len(activations), len(context_weights), int(bool(context_biases)), int(bool(wiring)), kind, form, int(inverse)]
+    stages = [len(activations), len(context_weights), int(bool(context_biases)), int(bool(wiring)), kind, form, 0, int(inverse)]
     return x, context, (weights, biases, context_weights, context_biases, visible, [order], activations, wiring, stages, [p0, p1])
 
 
@@ -149,7 +149,7 @@ def test_a_context_without_a_gradient():
 def test_a_layer_without_inputs_has_its_bias():
     visible = [torch.zeros(0, dtype=torch.int32), torch.zeros(6, dtype=torch.int32)]
     weights, biases = [torch.zeros(3, 0), torch.zeros(0, 6)], [torch.zeros(0), torch.arange(6.0) / 4]
-    lists = weights, biases, [], [], visible, [torch.arange(3)], [0, 0], [], [2, 0, 0, 0, int(SCALES[0].kind), 0, 0], [*SCALES[0].packed]
+    lists = weights, biases, [], [], visible, [torch.arange(3)], [0, 0], [], [2, 0, 0, 0, int(SCALES[0].kind), 0, 0, 0], [*SCALES[0].packed]
     assert_is_the_cpus(torch.randn(5, 3), None, lists)
 
 

@@ -24,7 +24,7 @@ library.define(
 )
 _autoregressive = torch.ops.flowkernels.autoregressive.default
 stack_op = torch.ops.flowkernels.autoregressive_stack.default
-NUMBERS = 7  # of `stages`, to a map; the last is whether it is an inverse
+NUMBERS = 8  # of `stages`, to a map; the last is whether it is an inverse
 
 
 def _composite(
@@ -85,7 +85,7 @@ class Map(NamedTuple):
 
 class Lists(NamedTuple):
     """The maps as the op takes them, list after list. `stages` has for each map: layers, context weights, whether they have biases,
-    whether the network is wired, scale map, form, inverse."""
+    whether the network is wired, scale map, form, whether a GPU rounds its matrices to bfloat16, inverse."""
 
     weights: list[Tensor]
     biases: list[Tensor]
@@ -100,7 +100,7 @@ class Lists(NamedTuple):
     scales: list[float]
 
     @classmethod
-    def of(cls, maps: Sequence[Map]) -> "Lists":
+    def of(cls, maps: Sequence[Map], *, bfloat16_weights: bool = False) -> "Lists":
         lists, none = cls([], [], [], [], [], [], [], [], [], [], []), maps[0].conditioner.weights[-1].new_empty(0)
         for (weights, biases, visible, activations, context_weights, order, wiring, context_biases), scale, form, inverse, affine in maps:
             lists.weights.extend(weights)
@@ -113,7 +113,8 @@ class Lists(NamedTuple):
             lists.activations.extend(activations)
             lists.wiring.extend(wiring)
             contexts = len(context_weights)
-            lists.stages.extend((len(weights), contexts, len(context_biases) > 0, len(wiring) > 0, int(scale.kind), int(form), inverse))
+            sizes = len(weights), contexts, len(context_biases) > 0, len(wiring) > 0
+            lists.stages.extend((*sizes, int(scale.kind), int(form), bfloat16_weights, inverse))
             lists.scales.extend(scale.packed)
         return lists
 
@@ -132,7 +133,7 @@ class Lists(NamedTuple):
 
         maps = []
         for order, affine in zip(self.orders, self.affines, strict=True):
-            layers, contexts, biased, wired, kind, form, inverse = take("stages", NUMBERS)
+            layers, contexts, biased, wired, kind, form, _, inverse = take("stages", NUMBERS)
             conditioner = Conditioner(
                 take("weights", layers),
                 take("biases", layers),

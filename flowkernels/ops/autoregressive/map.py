@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..._backend import wants_reference
+from ..._backend import rounds_loop_weights, wants_reference
 from ..._torch import any_autocast
 from .._autocast import cast
 from .._differentiation import needs_autograd, transformed
@@ -13,7 +13,7 @@ from ..masked_linear import masked_linear
 from ..scale_map import Form, PoweredMap, ScaleKind, ScaleMap, parse_form
 from .conditioner import Conditioner, context_features
 from .implicit import inverse_with_gradient
-from .loop import Lists, Map, autoregressive_op
+from .loop import Lists, Map, autoregressive_op, stack_op
 from .reference import autoregressive_reference, is_coupling
 from .training import loop_serves, serves, with_gradient
 
@@ -35,7 +35,7 @@ def autoregressive(
     has no output pass unchanged: a coupling whose network reads those is the same loop in one step.
 
     Half precision is computed in float32 and rounded once. Under autocast x and context take the dtype of the weights, so a float32
-    network stays in float32, in both directions.
+    network stays in float32, in both directions. A GPU's loop rounds weights only where `flowkernels.loop_weights` asks for it.
 
     Args:
         x: input of the map that is applied: data, or noise with `inverse`; [batch, features].
@@ -64,9 +64,10 @@ def autoregressive(
         raise ValueError(f"scale must be a ScaleMap, such as ScaleMap.sigmoid(bias=2.0); got {scale!r}")
     form = parse_form(form)
     last, dtype = conditioner.weights[-1], x.dtype
-    compute = _COMPUTE.get(dtype)
+    compute, is_bfloat16 = _COMPUTE.get(dtype), False
     if dtype != compute or last.dtype != compute or x.device != last.device:
         _check(x, conditioner, context, scale, form)
+        is_bfloat16 = x.is_cuda and all(w.dtype is torch.bfloat16 for w in (*conditioner.weights, *conditioner.context_weights))
         x, conditioner = x.to(compute), conditioner.to(compute)
         context = None if context is None else context.to(compute)
 
@@ -86,7 +87,11 @@ def autoregressive(
         y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse)
     else:
         subject = x, conditioner, context, scale, form
-        y, logabsdet = checked(_check, subject, autoregressive_op, x, context, conditioner, scale, form, inverse)
+        if is_bfloat16 or rounds_loop_weights(x):
+            lists = Lists.of([Map(conditioner, scale, form, inverse)], bfloat16_weights=True)
+            y, logabsdet, _ = checked(_check, subject, stack_op, x, context, *lists, False)
+        else:
+            y, logabsdet = checked(_check, subject, autoregressive_op, x, context, conditioner, scale, form, inverse)
     return (y if dtype == compute else y.to(dtype)), logabsdet
 
 

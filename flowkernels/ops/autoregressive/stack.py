@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _extension
-from ..._backend import wants_reference
+from ..._backend import rounds_loop_weights, wants_reference
 from ..._torch import any_autocast
 from .._differentiation import needs_autograd, transformed
 from ..scale_map import PoweredMap
@@ -45,6 +45,8 @@ def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None 
     if _serves(x, maps) and not any_autocast() and not wants_reference("autoregressive_stack", x.device):
         lists = Lists.of(maps)
         if not _needs_autograd(x, context, maps, lists):
+            if rounds_loop_weights(x):
+                lists = Lists.of(maps, bfloat16_weights=True)
             y, logabsdet, _ = checked(_check, (x, maps, context), stack_op, x, context, *lists, False)
             return y, logabsdet
         if serves(maps, x):
