@@ -183,17 +183,18 @@ template <class T>
 void training_backward(const TrainingArgs<T>& args, bool need_dx, int64_t r0, int64_t r1, T* scratch) {
   const int64_t D = args.features;
   const OutputColumns columns = args.output_columns;
-  T *g = scratch, *by_bound = scratch + padded_features<T>(D);
+  T* by_bound = scratch;
+  // all rows before any is used: vectors that are loaded where single elements have just been stored wait for all stores before them
+  for (int64_t r = r0; r < r1; ++r) to_order(args, args.dy + r * args.dy_row, args.dy_column, args.deltas + r * args.deltas_ld);
   for (int64_t r = r0; r < r1; ++r) {
     const T* values = args.values + r * args.values_ld;
+    for (int64_t i = 0; i < args.values_ld; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(ahead(values, 16 * args.values_ld + i), 0, 2);
     T *deltas = args.deltas + r * args.deltas_ld, *outputs = deltas + args.outputs;
     for (int64_t i = D; args.wired && i < args.outputs; ++i) deltas[i] = T(0);
-    to_order(args, args.dy + r * args.dy_row, args.dy_column, g);
     const Vec<T> c = broadcast<T>(args.dlogabsdet[r * args.dlogabsdet_step]);
-    for (int64_t p = 0; p < columns.passing; ++p) deltas[p] = g[p];
     for (int64_t p = columns.passing; p < D; p += lanes<T>) {
       const int64_t left = D - p;
-      const Vec<T> x = load_some(values + p, left), dy = load_some(g + p, left);
+      const Vec<T> x = load_some(values + p, left), dy = load_some(deltas + p, left);
       const ShiftAndRaw<T> made = load_outputs(values + args.made + columns.of(p), columns, left);
       if (args.by_bound >= 0) store(by_bound + p, gradient_by_bound(args, x, made.shift, made.raw, dy, c));
       const FormGradient<Vec<T>> gradient = form_gradient(args.form, args.scale, x, made.shift, made.raw, dy, c);

@@ -4,7 +4,7 @@
 //   forward  y[b][j]  = bias[j] + sum over k < visible[j] of x[b][k] * weight[k][j]    broadcast x,  lanes j
 //   dx       dx[b][k] = sum over j >= first[k] of dy[b][j] * weight[k][j]              broadcast dy, lanes k
 //   dweight  dweight[k][j] = sum over b of x[b][k] * dy[b][j], k < visible[j]          broadcast x,  lanes j
-// The operand in the lanes is packed into panels of three vectors, because rows of a power of two apart would share a few sets of
+// The operand in the lanes is packed into panels of up to three vectors, because rows of a power of two apart would share a few sets of
 // the cache. Sums have the order of staircase_kernel.h: chains of kChunk terms at absolute positions, added up in ascending order.
 // Each vector of a panel has only the terms that any of its outputs has; for the other outputs the panel holds zeros. Times an
 // infinity those would be NaN, so a tile in which NaN turns up is computed again term by term.
@@ -14,6 +14,13 @@ namespace FK_TARGET {
 
 template <class T>
 constexpr int64_t kPanel = kRowVectors * lanes<T>;
+
+// Columns of the next panel where so many are left: three vectors, but two and two rather than three and one, whose few chains of
+// multiply-adds would wait for each other
+template <class T>
+FK_INLINE int64_t panel_columns(int64_t left) {
+  return left > kPanel<T> && left <= kPanel<T> + lanes<T> ? 2 * lanes<T> : smaller(left, kPanel<T>);
+}
 
 template <class T>
 struct Panel {
@@ -130,16 +137,18 @@ FK_CALL void store_any(const MaskedLinearArgs<T>& args, Store store, const Vec<T
   }
 }
 
-// A whole tile, from registers: nothing here takes the address of `sum`, or it would be kept in memory
-template <int U, Store STORE, class T>
-FK_INLINE void store_tile(const MaskedLinearArgs<T>& args, const Vec<T> (&sum)[U][kRowVectors], int64_t r, int64_t j, bool first) {
+// A tile of V vectors, the last of which may have fewer columns, from registers: nothing here takes the address of `sum`, or it would be kept
+// in memory
+template <int U, int V, Store STORE, class T>
+FK_INLINE void store_tile(const MaskedLinearArgs<T>& args, const Vec<T> (&sum)[U][kRowVectors], int64_t r, int64_t j, int64_t n, bool first) {
   const Begun<T> begun(args, r, j, first);
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u)
 #pragma GCC unroll 3
-    for (int v = 0; v < kRowVectors; ++v) {
-      const Vec<T> all = load(begun.data + u * begun.ld + v * lanes<T>) + sum[u][v];
-      store(args.out + (r + u) * args.out_ld + j + v * lanes<T>, finished<STORE>(args.finish, all, r + u, j + v * lanes<T>, lanes<T>));
+    for (int v = 0; v < V; ++v) {
+      const int64_t i = v * lanes<T>, some = v + 1 < V ? lanes<T> : n - i;
+      const Vec<T> all = load_some(begun.data + u * begun.ld + i, some) + sum[u][v];
+      store_some(args.out + (r + u) * args.out_ld + j + i, finished<STORE>(args.finish, all, r + u, j + i, some), some);
     }
 }
 
@@ -203,9 +212,13 @@ FK_INLINE void panel_tile(const MaskedLinearArgs<T>& args, const T* x, int64_t l
   const Vec<T> bad = nan[0] + nan[1] + nan[2];
   const IVec<T> is_bad = bad != bad;
   if (__builtin_expect(any(is_bad), 0)) return careful_tile<U, kFrom>(args, x, ld, p, r, j, first, store);
-  if (p.n == kPanel<T> && store == Store::plain) return store_tile<U, Store::plain>(args, sum, r, j, first);
-  if (p.n == kPanel<T> && store == Store::relu) return store_tile<U, Store::relu>(args, sum, r, j, first);
-  if (p.n == kPanel<T> && store == Store::relu_derivative) return store_tile<U, Store::relu_derivative>(args, sum, r, j, first);
+  const auto stored = [&](auto vectors) FK_BODY {
+    constexpr int V = decltype(vectors)::value;
+    if (store == Store::plain) return store_tile<U, V, Store::plain>(args, sum, r, j, p.n, first);
+    if (store == Store::relu) return store_tile<U, V, Store::relu>(args, sum, r, j, p.n, first);
+    store_tile<U, V, Store::relu_derivative>(args, sum, r, j, p.n, first);
+  };
+  if (store != Store::any) return p.n > 2 * lanes<T> ? stored(Count<3>{}) : p.n > lanes<T> ? stored(Count<2>{}) : stored(Count<1>{});
   Vec<T> kept[U][kRowVectors];
   for (int u = 0; u < U; ++u)
     for (int v = 0; v < kRowVectors; ++v) kept[u][v] = sum[u][v];
@@ -235,8 +248,9 @@ constexpr int64_t kFar = 2048;  // so many terms of the rows of a task go throug
 template <class T>
 void masked_linear_forward(const MaskedLinearArgs<T>& args, int64_t r0, int64_t r1, int64_t j0, int64_t j1, T* scratch) {
   for (int64_t begin = 0; begin == 0 || begin < args.inputs; begin += kFar) {
-    for (int64_t j = j0; j < j1; j += kPanel<T>) {
-      const int64_t n = smaller(kPanel<T>, j1 - j), end = args.visible[j + n - 1], far = smaller(begin + kFar, end);
+    for (int64_t j = j0, n; j < j1; j += n) {
+      n = panel_columns<T>(j1 - j);
+      const int64_t end = args.visible[j + n - 1], far = smaller(begin + kFar, end);
       for (int64_t k0 = begin; k0 == 0 || k0 < far; k0 += kChunk) {
         const int64_t k1 = smaller(k0 + kChunk, end);
         const Panel<T> panel{scratch, k0, k1, n, args.visible + j};
@@ -250,8 +264,9 @@ void masked_linear_forward(const MaskedLinearArgs<T>& args, int64_t r0, int64_t 
 template <class T>
 void masked_linear_dx(const MaskedLinearArgs<T>& args, int64_t r0, int64_t r1, int64_t k0, int64_t k1, T* scratch) {
   for (int64_t start = 0; start == 0 || start < args.outputs; start += kFar) {
-    for (int64_t k = k0; k < k1; k += kPanel<T>) {
-      const int64_t n = smaller(kPanel<T>, k1 - k), begin = args.first[k];
+    for (int64_t k = k0, n; k < k1; k += n) {
+      n = panel_columns<T>(k1 - k);
+      const int64_t begin = args.first[k];
       for (int64_t c = start; c == start || c < smaller(start + kFar, args.outputs); c += kChunk) {
         const int64_t end = smaller(c + kChunk, args.outputs);
         const bool last = end == args.outputs;
@@ -285,25 +300,32 @@ constexpr int64_t kPanels = 4;  // panels of dy that are packed together: rows s
 template <class T>
 constexpr int64_t kPackedPanel = kChunk * kPanel<T> + 5 * 64 / int64_t(sizeof(T));
 
-// n <= kPanel elements of a row, zeros behind them
+// n <= kPanel elements of a row, zeros behind them in their last vector
 template <class T>
 FK_INLINE void copy_row(const T* from, int64_t n, T* to) {
-  for (int v = 0; v < kRowVectors; ++v) {
-    const int64_t left = n - v * lanes<T>;
-    store(to + v * lanes<T>, left >= lanes<T> ? load(from + v * lanes<T>) : left > 0 ? load_partial(from + v * lanes<T>, left) : zero<T>());
-  }
+  for (int64_t i = 0; i < n; i += lanes<T>) store(to + i, load_some(from + i, n - i));
 }
 
-// [panel][kChunk rows][kPanel] of dy, zeros beyond the last column
+// Up to kPanels panels of columns
+struct Panels {
+  int64_t begin[kPanels + 1];  // of each, and where the last ends
+  int count = 0;
+
+  // from column j on
+  template <class T>
+  FK_INLINE Panels(int64_t j, int64_t columns, const T*) {
+    for (begin[0] = j; count < kPanels && j < columns; begin[++count] = j) j += panel_columns<T>(columns - j);
+  }
+};
+
+// [panel][kChunk rows][kPanel] of dy
 template <class T>
-void pack_panels(const T* dy, int64_t ld, int64_t rows, int64_t columns, T* to) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; c += kPanel<T>) {
-      T* at = to + c / kPanel<T> * kPackedPanel<T> + r * kPanel<T>;
-      if (c + kPanel<T> <= columns)
-        copy_row(dy + r * ld + c, kPanel<T>, at);
-      else
-        copy_row(dy + r * ld + c, columns - c, at);
+void pack_panels(const T* dy, int64_t ld, int64_t rows, const Panels& panels, T* to) {
+  for (int64_t r = 0; r < rows; ++r, dy += ld, to += kPanel<T>)
+    for (int i = 0; i < panels.count; ++i) {
+      const int64_t j = panels.begin[i], n = panels.begin[i + 1] - j;
+      T* at = to + i * kPackedPanel<T>;
+      n == kPanel<T> ? copy_row(dy + j, kPanel<T>, at) : copy_row(dy + j, n, at);
     }
 }
 
@@ -371,13 +393,12 @@ FK_CALL void dweight_tile(const T* x, const T* dy, int64_t rows, const MaskedLin
 // Rows [k0, k1) of dweight
 template <class T>
 void masked_linear_dweight(const MaskedLinearArgs<T>& args, int64_t k0, int64_t k1, T* scratch) {
-  constexpr int64_t kBlockColumns = kPanels * kPanel<T>;
-  T *panels = scratch, *broadcasts = scratch + kPanels * kPackedPanel<T>;
+  T *packed = scratch, *broadcasts = scratch + kPanels * kPackedPanel<T>;
   // the first panel of which a column sees input k; none before it is written by tiles
   int64_t begin = 0;
   const auto begin_at = [&](int64_t k) {
-    while (begin < args.outputs && args.visible[smaller(begin + kPanel<T>, args.outputs) - 1] <= k) begin += kPanel<T>;
-    return smaller(begin, args.outputs);
+    for (int64_t n; begin < args.outputs && args.visible[begin + (n = panel_columns<T>(args.outputs - begin)) - 1] <= k;) begin += n;
+    return begin;
   };
   const int64_t j_begin = begin_at(k0);
   const bool writes = !args.finish.accumulate;
@@ -390,15 +411,15 @@ void masked_linear_dweight(const MaskedLinearArgs<T>& args, int64_t k0, int64_t 
     const int64_t rows = smaller(kChunk, args.batch - b);
     const bool first = b == 0 && writes;
     pack_broadcasts(args.x + b * args.x_ld + k0, args.x_ld, rows, k1 - k0, broadcasts);
-    for (int64_t j0 = j_begin; j0 < args.outputs; j0 += kBlockColumns) {
-      const int64_t j1 = smaller(j0 + kBlockColumns, args.outputs);
-      pack_panels(args.dy + b * args.dy_ld + j0, args.dy_ld, rows, j1 - j0, panels);
-      for (int64_t j = j0; j < j1; j += kPanel<T>) {
-        const int64_t n = smaller(kPanel<T>, j1 - j), end = smaller(k1, args.visible[j + n - 1]);
-        const T* panel = panels + (j - j0) / kPanel<T> * kPackedPanel<T>;
+    for (int64_t j0 = j_begin; j0 < args.outputs;) {
+      const Panels panels(j0, args.outputs, packed);
+      pack_panels(args.dy + b * args.dy_ld, args.dy_ld, rows, panels, packed);
+      for (int i = 0; i < panels.count; ++i) {
+        const int64_t j = panels.begin[i], n = panels.begin[i + 1] - j, end = smaller(k1, args.visible[j + n - 1]);
         for (int64_t k = k0; k < end; k += kUnits)
-          dweight_tile<kUnits>(broadcasts + (k - k0) / kUnits * kGroup<T>, panel, rows, args, k, j, n, first);
+          dweight_tile<kUnits>(broadcasts + (k - k0) / kUnits * kGroup<T>, packed + i * kPackedPanel<T>, rows, args, k, j, n, first);
       }
+      j0 = panels.begin[panels.count];
     }
   }
 }

@@ -104,8 +104,32 @@ constexpr bool kSlowPartialStores = true;
 
 FK_INLINE Vec<float> load_partial(const float* p, int n) { return _mm256_maskload_ps(p, (__m256i)(iota<float>() < n)); }
 FK_INLINE Vec<double> load_partial(const double* p, int n) { return _mm256_maskload_pd(p, (__m256i)(iota<double>() < n)); }
-FK_INLINE void store_partial(float* p, Vec<float> v, int n) { _mm256_maskstore_ps(p, (__m256i)(iota<float>() < n), v); }
-FK_INLINE void store_partial(double* p, Vec<double> v, int n) { _mm256_maskstore_pd(p, (__m256i)(iota<double>() < n), v); }
+// A masked store takes a Zen 4 without AVX-512 twelve cycles, these a third and less.
+FK_INLINE void store_partial(float* p, Vec<float> v, int n) {
+  if (n == lanes<float>) return store(p, v);
+  __m128 left = _mm256_castps256_ps128(v);
+  if (n & 4) {
+    _mm_storeu_ps(p, left);
+    left = _mm256_extractf128_ps(v, 1);
+    p += 4;
+  }
+  if (n & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), left);
+    left = _mm_movehl_ps(left, left);
+    p += 2;
+  }
+  if (n & 1) _mm_store_ss(p, left);
+}
+FK_INLINE void store_partial(double* p, Vec<double> v, int n) {
+  if (n == lanes<double>) return store(p, v);
+  __m128d left = _mm256_castpd256_pd128(v);
+  if (n & 2) {
+    _mm_storeu_pd(p, left);
+    left = _mm256_extractf128_pd(v, 1);
+    p += 2;
+  }
+  if (n & 1) _mm_store_sd(p, left);
+}
 
 FK_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
 FK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
