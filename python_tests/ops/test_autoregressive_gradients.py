@@ -6,7 +6,7 @@ import torch
 from flowkernels import ScaleMap, _extension, backend
 from flowkernels.ops import Activation, Conditioner, Form, Map, MaskedLayer, autoregressive
 from flowkernels.ops.autoregressive.loop import Lists
-from python_tests.battery import assert_gradients_do_not_depend_on_threads
+from python_tests.battery import assert_gradients_do_not_depend_on_threads, assert_same_bits
 from python_tests.ops.test_autoregressive import FORMS, GATED, RESIDUAL, SCALES, WIRED, Part, example
 
 
@@ -41,6 +41,22 @@ def test_gradients_do_not_depend_on_threads(batch, network, inverse):
     """Sums over rows go span by span, and a span has a chunk of rows for each thread."""
     parts, context = NETWORKS[network]
     assert_gradients_do_not_depend_on_threads(example(7, parts, context=context, inverse=inverse)(batch, torch.float32))
+
+
+@pytest.mark.parametrize(("network", "activation"), [*((name, "relu") for name in NETWORKS), ("plain", "silu"), ("wide, context", "silu")])
+@pytest.mark.skipif(not _extension.status().cpu_library, reason="the reference's products are BLAS's")
+def test_values_and_gradients_of_few_rows_have_the_bits_of_many(network, activation):
+    parts, context = NETWORKS[network]
+    rows, parameters, op, *_ = example(7, parts, context=context, activation=activation)(30, torch.float32)
+
+    def run(few):
+        leaves = [t[:few].clone().requires_grad_() for t in rows]
+        y, logabsdet = op(leaves, [p.requires_grad_() for p in parameters])
+        return y, logabsdet, *torch.autograd.grad(y.square().sum() + logabsdet.sum(), leaves)
+
+    many = run(30)
+    for few in range(1, 9):
+        assert_same_bits(run(few), [t[:few] for t in many])
 
 
 @pytest.mark.parametrize("inverse", [False, True])

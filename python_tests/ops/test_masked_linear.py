@@ -4,7 +4,7 @@ import torch
 from flowkernels import backend
 from flowkernels._extension import has_kernel
 from flowkernels.ops import masked_linear
-from python_tests.battery import Example, OpBattery, assert_as_exact_as_eager
+from python_tests.battery import Example, OpBattery, assert_as_exact_as_eager, assert_same_bits
 
 
 def loop(x, weight, bias, visible):
@@ -173,3 +173,22 @@ def test_error_in_float32_is_that_of_eager_float32():
     ours = example(300, torch.arange(1, 301).tolist())(2000, torch.float32)
     mask = torch.ones(300, 300).triu()
     assert_as_exact_as_eager(ours._replace(oracle=lambda rows, p: (torch.addmm(p[1], rows[0], p[0] * mask),)))
+
+
+@pytest.mark.skipif(not has_kernel("masked_linear", "CPU"), reason="a BLAS product has other bits for other batches")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (3, 9), (20, 17), (300, 61), (50, 1700), (1030, 40)])
+def test_few_rows_have_the_bits_of_many(inputs, outputs, dtype):
+    """Few go through weights as they lie, many through packed panels."""
+    g = torch.Generator().manual_seed(5)
+    x, weight = (torch.randn(shape, generator=g, dtype=dtype) for shape in ((40, inputs), (inputs, outputs)))
+    bias = torch.randn(outputs, generator=g, dtype=dtype)
+    x[1, inputs // 2] = torch.inf
+    x[2, -1] = torch.nan
+    ramp = torch.linspace(0, inputs, outputs).int()
+    for visible in (ramp, ramp // 2, torch.randint(0, inputs + 1, (outputs,), generator=g).sort().values.int(), torch.zeros_like(ramp)):
+        for given in (bias, None):
+            many = masked_linear(x, weight, given, visible)
+            for rows in range(1, 9):
+                assert_same_bits(masked_linear(x[:rows], weight, given, visible), many[:rows])
+                assert_same_bits(masked_linear(x[5 : 5 + rows, :], weight.mT.contiguous().mT, given, visible), many[5 : 5 + rows])
