@@ -178,6 +178,8 @@ FK_INLINE Vec<T> gradient_by_bound(const TrainingArgs<T>& args, Vec<T> x, Vec<T>
   return fma(g * by_sigma, map.sigma(raw), c) * exponent;
 }
 
+constexpr int64_t kRowsAhead = 16;  // a row's values have left the caches since the forward pass: they are asked for so many rows before
+
 // The deltas of rows [r0, r1), and dx. need_dx: whether anybody asks for the gradient by x
 template <class T>
 void training_backward(const TrainingArgs<T>& args, bool need_dx, int64_t r0, int64_t r1, T* scratch) {
@@ -188,7 +190,7 @@ void training_backward(const TrainingArgs<T>& args, bool need_dx, int64_t r0, in
   for (int64_t r = r0; r < r1; ++r) to_order(args, args.dy + r * args.dy_row, args.dy_column, args.deltas + r * args.deltas_ld);
   for (int64_t r = r0; r < r1; ++r) {
     const T* values = args.values + r * args.values_ld;
-    for (int64_t i = 0; i < args.values_ld; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(ahead(values, 16 * args.values_ld + i), 0, 2);
+    for (int64_t i = 0; i < args.values_ld; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(ahead(values, kRowsAhead * args.values_ld + i), 0, 2);
     T *deltas = args.deltas + r * args.deltas_ld, *outputs = deltas + args.outputs;
     for (int64_t i = D; args.wired && i < args.outputs; ++i) deltas[i] = T(0);
     const Vec<T> c = broadcast<T>(args.dlogabsdet[r * args.dlogabsdet_step]);
