@@ -415,17 +415,18 @@ FK_INLINE void copy_row(const T* from, int64_t n, T* to) {
   for (int64_t i = 0; i < n; i += lanes<T>) store(to + i, load_some(from + i, n - i));
 }
 
-// Up to kPanels panels of columns
 struct Panels {
-  int64_t begin[kPanels + 1];  // of each, and where the last ends
-  int count = 0;
-
-  // from column j on
-  template <class T>
-  FK_INLINE Panels(int64_t j, int64_t columns, const T*) {
-    for (begin[0] = j; count < kPanels && j < columns; begin[++count] = j) j += panel_columns<T>(columns - j);
-  }
+  int count;
+  int64_t begin[kPanels + 1];  // the first column of each, and where the last ends
 };
+
+// Up to kPanels panels of columns from j on
+template <class T>
+FK_INLINE Panels panels_from(int64_t j, int64_t columns) {
+  Panels panels{0, {j}};
+  for (; panels.count < kPanels && j < columns; panels.begin[++panels.count] = j) j += panel_columns<T>(columns - j);
+  return panels;
+}
 
 // [panel][kChunk rows][kPanel] of dy
 template <class T>
@@ -521,7 +522,7 @@ void masked_linear_dweight(const MaskedLinearArgs<T>& args, int64_t k0, int64_t 
     const bool first = b == 0 && writes;
     pack_broadcasts(args.x + b * args.x_ld + k0, args.x_ld, rows, k1 - k0, broadcasts);
     for (int64_t j0 = j_begin; j0 < args.outputs;) {
-      const Panels panels(j0, args.outputs, packed);
+      const Panels panels = panels_from<T>(j0, args.outputs);
       pack_panels(args.dy + b * args.dy_ld, args.dy_ld, rows, panels, packed);
       for (int i = 0; i < panels.count; ++i) {
         const int64_t j = panels.begin[i], n = panels.begin[i + 1] - j, end = smaller(k1, args.visible[j + n - 1]);
