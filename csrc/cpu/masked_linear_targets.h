@@ -1,4 +1,7 @@
 #include "cpu/columns.h"
 #include "cpu/staircase_kernel.h"
+#include "cpu/masked_linear_tile_kernel.h"
+#include "cpu/masked_linear_few_kernel.h"
+#include "cpu/masked_linear_dweight_kernel.h"
 #include "cpu/masked_linear_kernel.h"
 #include "cpu/masked_linear_tasks.h"
