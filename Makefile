@@ -90,7 +90,8 @@ $(STAMPS)/clang: $(STAMPS)/installed
 
 # In a copy of the tree, so that neither build disturbs the other. Memory that kernels leave unwritten is NaN there (FK_FILL_NAN). What
 # Python does around the ops (compile, opcheck, functorch) meets no other memory, and takes long under the sanitizers. With
-# SANITIZE_DEFINES="-DFK_FILL_NAN -DFK_NARROW_VECTORS", on vectors as short as NEON's, which this machine may not have.
+# SANITIZE_DEFINES="-DFK_FILL_NAN -DFK_NARROW_VECTORS", on vectors as short as NEON's, with -DFK_WIDE_VECTORS as long as AVX-512's, which this
+# machine may not have; the latter takes ten minutes to build.
 SANITIZERS := -fsanitize=address,undefined
 SANITIZE_DEFINES ?= -DFK_FILL_NAN
 SANITIZE_ARGS ?= -k "not compil and not opcheck and not functorch and not autocast"

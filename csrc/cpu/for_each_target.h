@@ -4,8 +4,8 @@
 //   #include "cpu/for_each_target.h"            // outside any namespace, after every other include
 //   ... FK_DISPATCH(run<float>(x, y)) ...       // calls avx512::run<float>(x, y) or avx2::run<float>(x, y) or neon::...
 //
-// With -DFK_NARROW_VECTORS, a build for tests, avx2 is given vectors of 16 bytes and the tiles of 32 registers, as NEON has: what a kernel
-// takes for granted of their size shows on x86 too.
+// In two builds for tests avx2 is given what other instruction sets have, so that what a kernel takes for granted of it shows on any x86:
+// with -DFK_NARROW_VECTORS vectors of 16 bytes, as NEON's, with -DFK_WIDE_VECTORS of 64, as AVX-512's; the tiles of 32 registers with either.
 //
 // A kernel header must not instantiate function templates of the standard library: the linker would merge them with everybody
 // else's copies, and the one it keeps may need an instruction set that the machine lacks.
@@ -24,7 +24,7 @@
 #if defined(__GNUC__) && defined(__x86_64__)
 #include <immintrin.h>
 #define FK_X86 1
-#if !defined(FK_NARROW_VECTORS)
+#if !defined(FK_NARROW_VECTORS) && !defined(FK_WIDE_VECTORS)
 #define FK_HAS_AVX512 1
 #endif
 #elif defined(__GNUC__) && defined(__aarch64__)
@@ -139,6 +139,10 @@ inline Target best_target() {
 #define FK_TARGET_NARROW 1
 #define FK_VECTOR_BYTES 16
 #define FK_REGISTERS 32
+#elif defined(FK_WIDE_VECTORS)
+#define FK_TARGET_WIDE 1
+#define FK_VECTOR_BYTES 64
+#define FK_REGISTERS 32
 #else
 #define FK_TARGET_AVX2 1
 #define FK_VECTOR_BYTES 32
@@ -168,6 +172,7 @@ inline Target best_target() {
 #undef FK_TARGET
 #undef FK_TARGET_AVX2
 #undef FK_TARGET_NARROW
+#undef FK_TARGET_WIDE
 #undef FK_VECTOR_BYTES
 #undef FK_REGISTERS
 

@@ -94,7 +94,7 @@ FK_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-#if defined(FK_TARGET_AVX512)
+#if defined(FK_TARGET_AVX512) || defined(FK_TARGET_WIDE)
 constexpr bool kSlowPartialStores = false;
 #else
 constexpr bool kSlowPartialStores = true;
@@ -161,7 +161,7 @@ FK_INLINE Vec<double> at_most(Vec<double> a, Vec<double> limit) { return _mm512_
 FK_INLINE Vec<float> at_least(Vec<float> a, Vec<float> limit) { return _mm512_maskz_max_ps((__mmask16)-1, limit, a); }
 FK_INLINE Vec<double> at_least(Vec<double> a, Vec<double> limit) { return _mm512_maskz_max_pd((__mmask8)-1, limit, a); }
 
-#else  // NEON, or narrow vectors on x86
+#else  // NEON, or vectors of its or of AVX-512's length on any x86
 
 template <class T>
 FK_INLINE Vec<T> load_partial(const T* p, int n) {
@@ -185,6 +185,31 @@ FK_INLINE Vec<float> sqrt(Vec<float> a) { return vsqrtq_f32(a); }
 FK_INLINE Vec<double> sqrt(Vec<double> a) { return vsqrtq_f64(a); }
 FK_INLINE Vec<float> floor(Vec<float> a) { return vrndmq_f32(a); }
 FK_INLINE Vec<double> floor(Vec<double> a) { return vrndmq_f64(a); }
+#elif defined(FK_TARGET_WIDE)
+template <class V>
+struct TwoHalves {
+  typedef scalar_t<V> type __attribute__((vector_size(FK_VECTOR_BYTES / 2)));
+  type part[2];
+};
+template <class V>
+FK_INLINE TwoHalves<V> two_halves(V v) {
+  return __builtin_bit_cast(TwoHalves<V>, v);
+}
+template <class F, class V, class... Vs>
+FK_INLINE V by_halves(F f, V a, Vs... more) {
+  const auto first = f(two_halves(a).part[0], two_halves(more).part[0]...), second = f(two_halves(a).part[1], two_halves(more).part[1]...);
+  return __builtin_bit_cast(V, TwoHalves<V>{{first, second}});
+}
+FK_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return by_halves([](__m256 x, __m256 y, __m256 z) FK_BODY { return _mm256_fmadd_ps(x, y, z); }, a, b, c);
+}
+FK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return by_halves([](__m256d x, __m256d y, __m256d z) FK_BODY { return _mm256_fmadd_pd(x, y, z); }, a, b, c);
+}
+FK_INLINE Vec<float> sqrt(Vec<float> a) { return by_halves([](__m256 x) FK_BODY { return _mm256_sqrt_ps(x); }, a); }
+FK_INLINE Vec<double> sqrt(Vec<double> a) { return by_halves([](__m256d x) FK_BODY { return _mm256_sqrt_pd(x); }, a); }
+FK_INLINE Vec<float> floor(Vec<float> a) { return by_halves([](__m256 x) FK_BODY { return _mm256_floor_ps(x); }, a); }
+FK_INLINE Vec<double> floor(Vec<double> a) { return by_halves([](__m256d x) FK_BODY { return _mm256_floor_pd(x); }, a); }
 #else
 FK_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm_fmadd_ps(a, b, c); }
 FK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm_fmadd_pd(a, b, c); }
@@ -260,6 +285,14 @@ FK_INLINE void transpose(Vec<double> (&rows)[2]) {
 #if defined(FK_TARGET_AVX512)
 FK_INLINE bool any(IVec<float> mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
 FK_INLINE bool any(IVec<double> mask) { return _mm512_movepi64_mask((__m512i)mask) != 0; }
+#elif defined(FK_TARGET_WIDE)
+template <class M>
+FK_INLINE bool any(M mask) {
+  int64_t words[FK_VECTOR_BYTES / 8], found = 0;
+  __builtin_memcpy(words, &mask, sizeof mask);
+  for (int64_t word : words) found |= word;
+  return found != 0;
+}
 #else
 FK_INLINE bool any(IVec<float> mask) { return _mm_movemask_ps((__m128)mask) != 0; }
 FK_INLINE bool any(IVec<double> mask) { return _mm_movemask_pd((__m128d)mask) != 0; }
