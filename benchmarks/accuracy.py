@@ -39,7 +39,7 @@ def check(call: Call) -> Accuracy | None:
         rows = got if call.rows is None else got[call.rows]
         if rows.shape != wanted.shape:
             raise ValueError(f"exact must have shape {list(rows.shape)}, like the checked rows; got {list(wanted.shape)}")
-        finite &= bool(torch.isfinite(got).all())
+        finite &= bool(torch.isfinite(got).all() and torch.isfinite(wanted).all())
         error = (rows.to(wanted) - wanted).abs()
         scale = float(wanted.square().mean().sqrt()) or 1.0
         rms = max(rms, float(error.square().mean().sqrt()) / scale)

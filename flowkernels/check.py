@@ -4,7 +4,7 @@ For hardware that the tests have not seen: it takes less than a minute, and need
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -63,7 +63,8 @@ def results(device: str | torch.device) -> Iterator[Result]:
                 for task in TASKS:
                     error = _error_of(exact, flow, task, batch, seed=1)
                     if LARGEST_ERROR[torch.float32] < error < _OF_A_FLIP and dtype == torch.float32:  # with other rows, then
-                        error = min(error, *(_error_of(exact, flow, task, batch, seed) for seed in (2, 3, 4)))
+                        others = [_error_of(exact, flow, task, batch, seed) for seed in (2, 3, 4)]
+                        error = -worst(-e for e in (error, *others))
                     yield Result(name, task, batch, dtype, error)
 
 
@@ -111,4 +112,9 @@ def _run(flow: Flow, task: str, rows: Tensor, context: Tensor | None) -> list[Te
 def _error(got: list[Tensor], wanted: list[Tensor]) -> float:
     largest = [w.abs().max().item() for w in wanted]
     floor = 1e-2 * max(largest)  # gradients that are zero but for rounding
-    return max((g.cpu().double() - w).abs().max().item() / max(own, floor) for g, w, own in zip(got, wanted, largest, strict=True))
+    return worst([(g.cpu().double() - w).abs().max().item() / max(own, floor) for g, w, own in zip(got, wanted, largest, strict=True)])
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest of them, and NaN where one is."""
+    return torch.tensor([*errors], dtype=torch.float64).max().item()

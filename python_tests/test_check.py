@@ -61,5 +61,26 @@ def test_a_wrong_kernel_is_named(few, monkeypatch, capsys):
     assert "batch 1," not in message and "float64" not in message and "density" not in message
 
 
-def test_a_value_that_is_no_number_is_wrong():
-    assert not check.Result("MAF", "density", 1, torch.float32, float("nan")).right
+@pytest.mark.parametrize("spoilt", ["z", "logabsdet"])
+def test_a_value_that_is_no_number_is_wrong(few, monkeypatch, capsys, spoilt):
+    right = check._run
+
+    def wrong(flow, task, rows, context):
+        results = right(flow, task, rows, context)
+        if rows.dtype == torch.float32 and task == "density":
+            results[spoilt == "logabsdet"].view(-1)[-1] = float("nan")
+        return results
+
+    monkeypatch.setattr(check, "_run", wrong)
+    assert main(["check", "--device", "cpu"]) == 2
+    printed = capsys.readouterr()
+    assert "MAF, density, batch 5, torch.float32 on cpu: nan" in printed.err and "sampling" not in printed.err
+    assert printed.out.count(" nan ") == 2
+
+
+def test_rows_that_are_asked_instead_must_give_numbers(monkeypatch):
+    errors = iter([0.01, 1e-5, float("nan"), 1e-5])
+    monkeypatch.setattr(check, "FLOWS", {"MAF": check.FLOWS["MAF"]})
+    monkeypatch.setattr(check, "BATCHES", (1,))
+    monkeypatch.setattr(check, "_error_of", lambda *_, seed=0: next(errors, 1e-12))
+    assert not next(iter(check.results("cpu"))).right

@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
             width = max(map(len, check.FLOWS))
             print("  ".join([" " * width, *check.TASKS]))
             for flow in check.FLOWS:
-                errors = (max(r.error for r in found if (r.flow, r.task, r.dtype) == (flow, task, dtype)) for task in check.TASKS)
+                errors = [check.worst(r.error for r in found if (r.flow, r.task, r.dtype) == (flow, task, dtype)) for task in check.TASKS]
                 cells = (f"{error:>{len(task)}.1e}" for task, error in zip(check.TASKS, errors, strict=True))
                 print("  ".join([f"{flow:{width}}", *cells]))
         wrong += [f"{r.flow}, {r.task}, batch {r.batch}, {r.dtype} on {device}: {r.error:.1e}" for r in found if not r.right]

@@ -40,7 +40,7 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.csv"
 
     def open(self, config: dict[str, Any]) -> bool:
-        """Begin a run in this folder, or find it begun.
+        """Begin a run in this folder, or find it begun; while it is `in_use`, or another process may do the same.
 
         Returns:
             Whether there is a checkpoint to go on from.
@@ -49,9 +49,8 @@ class RunFolder:
             RunError: the folder holds something else, or a checkpoint of a run with other settings (they are named).
             OSError: the folder cannot be made or written.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"run folder {self.path} must be a folder; it is a file")
-        if self.path.exists() and any(not is_temporary(path) for path in self.path.iterdir()):
+        self._make()
+        if any(not is_temporary(path) for path in self.path.iterdir()):
             if not self.config_path.exists():
                 raise RunError(f"run folder {self.path} must be new, empty or a run's; it holds other files and no config.json")
             different = _differences(self.read_config(), config)
@@ -60,12 +59,16 @@ class RunFolder:
             if self.checkpoint_path.exists():
                 raise RunError(f"run folder {self.path} was begun with other settings: {'; '.join(different)}. Use those, or another --out")
             # a run that ended before its first checkpoint, as with too large a learning rate: nothing is lost
+        atomic_write(self.config_path, (json.dumps(config, indent=2) + "\n").encode())
+        return False
+
+    def _make(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"run folder {self.path} must be a folder; it is a file")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(error.errno, f"cannot make run folder {self.path}: {error.strerror}") from error
-        atomic_write(self.config_path, (json.dumps(config, indent=2) + "\n").encode())
-        return False
 
     def read_config(self) -> dict[str, Any]:
         """config.json, checked as far as a reader needs.
@@ -151,8 +154,10 @@ class RunFolder:
         """While training runs: nobody else may train here, where the system has locks.
 
         Raises:
-            RunError: somebody else does.
+            RunError: somebody else does, or the folder is a file.
+            OSError: it cannot be made.
         """
+        self._make()
         try:
             import fcntl
         except ImportError:
@@ -166,9 +171,10 @@ class RunFolder:
                 raise RunError(f"run folder {self.path} is in use: another process trains in it") from None
             except OSError:
                 pass  # a file system without locks
-            for path in self.path.iterdir():  # of a process that was killed while it wrote
-                if is_temporary(path):
-                    path.unlink(missing_ok=True)
+            for written in (self.config_path, self.checkpoint_path, self.metrics_path):  # what a process left that was killed while it wrote
+                for path in self.path.glob(f".{written.name}.*"):
+                    if is_temporary(path):
+                        path.unlink(missing_ok=True)
             yield
         finally:
             os.close(descriptor)

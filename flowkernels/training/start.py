@@ -1,7 +1,10 @@
 """From data and settings to a trained run folder: what `train` and `demo` both do."""
 
+import contextlib
 import hashlib
+import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -89,7 +92,7 @@ def make_config(
             "alpha": usual[1] if alpha is None else alpha,
         }
     with_context_map = context is not None and standardize and not digits
-    return {
+    config = {
         "format": FORMAT,
         "flow": {
             "name": flow,
@@ -102,6 +105,7 @@ def make_config(
         "context_map": {"kind": "standardize", "constant_columns": True} if with_context_map else None,
         "data": {"source": split.train.name, "fingerprint": _fingerprint(split), "unconditional": unconditional},
     }
+    return json.loads(json.dumps(config))  # as the next start will read it
 
 
 def _fingerprint(split: Split) -> str:
@@ -134,11 +138,17 @@ def train_run(path: str | Path, config: dict[str, Any], split: Split, *, device:
     model.check(split.validation)
     model.flow.to(device)
     folder, progress = RunFolder(path), progress or Progress()
-    begun = folder.open(config)
-    torch.manual_seed(settings.seed)
-    trainer = Trainer(model, split, settings)
-    with folder.in_use():
-        return _train(folder, trainer, begun, progress)
+    with folder.in_use(), _seeded(settings.seed, torch.device(device)):
+        begun = folder.open(config)
+        return _train(folder, Trainer(model, split, settings), begun, progress)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's generators begin with a seed, and go on afterwards where the caller had them."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _train(folder: RunFolder, trainer: Trainer, begun: bool, progress: Progress) -> Trainer:

@@ -236,6 +236,37 @@ def test_a_folder_in_use_is_refused(run, data):
     train_run(run, config(data), data)
 
 
+def test_a_folder_in_use_keeps_its_settings(tmp_path, data):
+    """Also before its first checkpoint, when others could begin there anew."""
+    folder = RunFolder(tmp_path / "run")
+    with folder.in_use():
+        folder.open(config(data))
+        with pytest.raises(RunError, match="is in use"):
+            train_run(folder.path, config(data, {**SETTINGS, "hidden": [9]}), data)
+        assert folder.read_config() == config(data)
+
+
+def test_a_start_spares_what_others_are_writing(run, data):
+    """`sample` and `density` write into the folder of the run too."""
+    writing = run / ".samples.npy.0123456789abcdef.tmp"
+    writing.touch()
+    train_run(run, config(data), data)
+    assert writing.exists()
+
+
+def test_settings_may_be_tuples(tmp_path, data):
+    for _ in range(2):
+        train_run(tmp_path / "run", config(data, {**SETTINGS, "hidden": (8,)}), data)
+
+
+def test_training_leaves_the_callers_generator_alone(tmp_path, data):
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    train_run(tmp_path / "run", config(data), data)
+    assert torch.equal(torch.rand(3), wanted)
+
+
 def test_what_a_killed_writer_left_is_no_obstacle(tmp_path, data):
     folder = tmp_path / "run"
     folder.mkdir()
