@@ -202,9 +202,17 @@ def plan() -> tuple[list, dict, dict]:
         def run(self):
             super().run()
             if self.inplace:
+                remove_others(ROOT / "flowkernels", record)
                 write_record(ROOT / "flowkernels", record)
 
     return extensions, {"build_ext": BuildLibraries}, record
+
+
+def remove_others(folder: Path, record: dict) -> None:
+    """Libraries of an earlier build that this one left out, and would be loaded all the same."""
+    for name in ("cpu", "cuda"):
+        if record.get(name) is not None:
+            (folder / f"_C_{name}.so").unlink(missing_ok=True)
 
 
 def write_record(folder: Path, record: dict) -> None:
@@ -218,16 +226,17 @@ def main() -> None:
 
     class Build(build):
         def run(self):
-            shutil.rmtree(self.build_lib, ignore_errors=True)  # an earlier build may have left files that are not of this one
+            shutil.rmtree(
+                Path(self.build_lib, "flowkernels"), ignore_errors=True
+            )  # an earlier build may have left files that are not of this one
             super().run()
 
     class BuildPython(build_py):
         def run(self):
             super().run()
             folder = ROOT / "flowkernels" if self.editable_mode else Path(self.build_lib, "flowkernels")
-            if self.editable_mode and not extensions:
-                for library in folder.glob("_C_*.so"):
-                    library.unlink()
+            if self.editable_mode:
+                remove_others(folder, record)
             write_record(folder, record)
 
     class Wheel(bdist_wheel):

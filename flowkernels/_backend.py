@@ -23,9 +23,12 @@ def _known(name: str, source: str) -> str:
     return name
 
 
+_FROM_ENVIRONMENT = _known(os.environ.get("FLOWKERNELS_BACKEND", "auto"), "FLOWKERNELS_BACKEND")
+
+
 class _Choice(threading.local):
     def __init__(self) -> None:
-        self.name = _known(os.environ.get("FLOWKERNELS_BACKEND", "auto"), "FLOWKERNELS_BACKEND")
+        self.name = _FROM_ENVIRONMENT
         self.loop_weights = torch.float32
 
 

@@ -5,7 +5,7 @@ slower, and right.
 """
 
 from collections.abc import Callable
-from functools import reduce
+from functools import lru_cache, reduce, wraps
 from typing import Any
 
 import torch
@@ -39,6 +39,17 @@ when_cuda_starts: Callable[[Callable[[], None]], None] = _find("cuda._lazy_call"
 def forward_mode() -> bool:
     """Whether tensors may carry tangents, by torch.autograd.forward_ad or by torch.func's jvp and jacfwd."""
     return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def kept(make: Callable) -> Callable:
+    """The function, whose tensors are kept from call to call: but for those that a mode makes in their place, such as fake ones."""
+    keep = lru_cache(make)
+
+    @wraps(make)
+    def call(*args):
+        return make(*args) if torch.compiler.is_compiling() or dispatch_mode() is not None else keep(*args)
+
+    return call
 
 
 def has_kernel(op: str, device: str) -> bool:

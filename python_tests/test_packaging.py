@@ -17,6 +17,7 @@ import torch
 import flowkernels
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("benchmarks", "csrc", "examples", "flowkernels", "python_tests")
 SWITCHES = ("FLOWKERNELS_SKIP_EXT", "FLOWKERNELS_SKIP_CUDA", "FORCE_CUDA", "CXX")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of the source tree to build in."""
-    ignore = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "results", "runs")
+    ignore = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "runs")
     return shutil.copytree(ROOT, tmp_path / "tree", ignore=ignore)
 
 
@@ -65,8 +66,11 @@ def test_source_distribution_is_complete_and_needs_no_torch(tree):
     (archive,) = (tree / "dist").iterdir()
     with tarfile.open(archive) as tar:
         held = {name.partition("/")[2] for name in tar.getnames()}
-    wanted = {str(path.relative_to(ROOT)) for folder in ("csrc", "flowkernels") for path in (ROOT / folder).rglob("*.*")}
-    wanted = {name for name in wanted if name.endswith((".py", ".typed", ".cpp", ".h", ".cu", ".cuh"))}
+    wanted = {str(path.relative_to(ROOT)) for folder in SOURCES for path in (ROOT / folder).rglob("*.*")}
+    wanted = {
+        name for name in wanted if name.endswith((".py", ".typed", ".cpp", ".h", ".cu", ".cuh", ".sh", ".md", ".json", ".jsonl", ".png"))
+    }
+    wanted -= {"flowkernels/_build.json"}
     assert wanted | {"setup.py", "pyproject.toml", "LICENSE", "Makefile"} <= held
     assert not [name for name in held if name.endswith((".so", ".pyc", "_build.json"))]
 
@@ -136,6 +140,20 @@ def test_pure_python_wheel(tree, tmp_path):
     assert "FLOWKERNELS_SKIP_EXT" in (tree / "unpacked" / "flowkernels" / "_build.json").read_text()
     assert not list((tree / "unpacked").rglob("*.so"))
     assert smoke(wheel, tmp_path)[1] == "None"
+
+
+def test_a_build_leaves_no_library_that_it_left_out(script, tmp_path):
+    for name in ("cpu", "cuda"):
+        (tmp_path / f"_C_{name}.so").touch()
+    script.remove_others(tmp_path, {"cpu": None, "cuda": "FLOWKERNELS_SKIP_CUDA was set"})
+    assert [path.name for path in tmp_path.iterdir()] == ["_C_cpu.so"]
+
+
+def test_a_build_folder_keeps_what_is_others(tree):
+    (tree / "lib").mkdir()
+    (tree / "lib" / "notes").touch()
+    assert setup(tree, "-q", "build", "--build-lib", "lib", FLOWKERNELS_SKIP_EXT="1").returncode == 0
+    assert {path.name for path in (tree / "lib").iterdir()} == {"notes", "flowkernels"}
 
 
 def test_no_torch(tree):

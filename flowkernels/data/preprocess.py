@@ -118,7 +118,7 @@ class GreyLevels(Preprocess):
         self._affine.fit(self._logit(u)[0])
 
     def check(self, x: Tensor, name: str) -> None:
-        bad = (x < 0) | (x > self.levels - 1)
+        bad = (x < 0) | ((x if x.is_floating_point() else x.long()) > self.levels - 1)
         if x.is_floating_point():
             bad |= x != x.round()
         if bad.any():

@@ -117,11 +117,13 @@ def _read_csv(path: Path, what: str) -> np.ndarray:
     rows: list[list[float]] = []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
+            names_may_come = True
             for fields in (reader := csv.reader(file)):
                 if not fields or (len(fields) == 1 and not fields[0].strip()):
                     continue
                 numbers = [_number(field) for field in fields]
-                if not rows and all(number is None for number in numbers) and reader.line_num == 1:
+                names_may_come, first = False, names_may_come
+                if first and all(number is None for number in numbers):
                     continue  # a line of names
                 if None in numbers:
                     column = numbers.index(None)

@@ -95,10 +95,17 @@ class _Steps(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mixings, couplings = _list(self.mixings), _list(self.couplings)
+        if torch.is_grad_enabled() and _begins(mixings, couplings):
+            with torch.no_grad():  # initialises; what autograd keeps of the first batch is then what it keeps of any
+                self._in_turn(x, context, None)
         folded = _fold(mixings)
         if folded is not None and _joins(x, mixings, couplings):
             return _joined(x, context, mixings, couplings, folded, inverse=False)
+        return self._in_turn(x, context, folded)
+
+    def _in_turn(self, x: Tensor, context: Tensor | None, folded: Folded | None) -> tuple[Tensor, Tensor]:
         logabsdets = []
+        mixings, couplings = _list(self.mixings), _list(self.couplings)
         for i, (mixing, coupling) in enumerate(zip(mixings, couplings, strict=True)):
             x, a = mixing(x) if folded is None else mixing(x, folded=folded, at=i)
             x, b = coupling(x, context)
@@ -130,6 +137,16 @@ def _fold(mixings: Sequence[nn.Module], *, inverse: bool = False) -> Folded | No
     if has_global_hooks() or not all([type(m) is ActNormConv1x1 and m.folds() and m._modules["actnorm"].ready for m in mixings]):
         return None
     return fold(mixings, inverse=inverse)
+
+
+def _begins(mixings: Sequence[nn.Module], couplings: Sequence[nn.Module]) -> bool:
+    """Whether this is the first batch in training, of parts that are Glow's own: nobody is there to see them called twice."""
+    first = mixings[0]
+    if type(first) is not ActNormConv1x1 or not first.folds() or first._modules["actnorm"].ready or has_global_hooks():
+        return False
+    own = all([is_plain(m, ActNormConv1x1) and m.training and m.folds() and not m._modules["actnorm"].ready for m in mixings])
+    plain = all([is_plain(c, AffineCoupling) or is_plain(c, AdditiveCoupling) for c in couplings])
+    return own and plain and all([plain_parameters(c._modules["conditioner"]) is not None for c in couplings])
 
 
 def _joins(x: Tensor, mixings: Sequence[nn.Module], couplings: Sequence[nn.Module]) -> bool:
@@ -205,6 +222,7 @@ class _Prior(nn.Module):
         return z * log_scale.exp() + mean, -logabsdet
 
     def _moments(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        check_dtype(self.bias, x=x, context=context)
         both = self.bias[None] if self.weight is None else F.linear(context, self.weight, self.bias)
         mean, log_scale = both[:, :, None, None].chunk(2, 1)
         logabsdet = -x.shape[2:].numel() * log_scale.to(torch.promote_types(x.dtype, torch.float32)).sum((1, 2, 3))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import _extension
 from .._backend import prefers_compiled
-from .._torch import any_autocast, has_global_hooks
+from .._torch import any_autocast, has_global_hooks, kept
 from ..ops import Activation, Conditioner, Form, Map, Part, ScaleMap
 from ..ops._differentiation import transformed
 from ..ops.scale_map import PoweredMap
@@ -80,14 +80,14 @@ def most_rows(weights: Sequence[Tensor]) -> int | None:
     return _FEW_ROWS if sum([w.numel() for w in weights]) > _LARGE else None
 
 
-@lru_cache
+@kept
 def _whole(inputs: int, outputs: int) -> Tensor:
     """The staircase of a layer without a mask."""
     with torch.inference_mode(False):
         return torch.full((outputs,), inputs, dtype=torch.int32, device="cpu")
 
 
-@lru_cache
+@kept
 def _order(part: Part, features: int) -> Tensor:
     """The features that pass, then those that are transformed."""
     with torch.inference_mode(False):

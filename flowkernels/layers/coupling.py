@@ -1,10 +1,9 @@
 """Coupling layers: one part of x is transformed by what a network makes of the rest."""
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor, nn
 
+from .._torch import kept
 from ..ops import Form, Map, Part, ScaleMap, autoregressive_stack, coupling, parse_part
 from ..ops.scale_map import ScaleKind, parse_form
 from ._coupling_map import UNIT, coupling_map
@@ -12,7 +11,7 @@ from ._coupling_map import UNIT, coupling_map
 _SOFTCLIP, _TANH = ScaleMap.softclip(), ScaleMap.exp_tanh(1.0)
 
 
-@lru_cache
+@kept
 def _mask(part: Part, height: int, width: int, device: torch.device) -> Tensor:
     """Where a checkerboard transforms, [height, width]: what the conditioner must not see. Eight small ops, so they run once."""
     with torch.inference_mode(False):

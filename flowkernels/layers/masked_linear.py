@@ -93,13 +93,13 @@ class Unitwise(Structured):
 
     def _load_from_state_dict(self, *arguments) -> None:
         super()._load_from_state_dict(*arguments)
-        self._make_anew()
+        self._make_anew(loaded=True)
 
-    def _make_anew(self) -> None:
-        """No state dict holds these buffers, so they survive the meta device, to_empty and averages."""
+    def _make_anew(self, *, loaded: bool = False) -> None:
+        """No state dict holds these buffers, so they survive to_empty and averages; what is loaded may bring data to the meta device."""
         for name in self._non_persistent_buffers_set:
             buffer = self._buffers[name]
-            device = "cpu" if buffer.is_meta else buffer.device
+            device = "cpu" if loaded and buffer.is_meta else buffer.device
             units = torch.arange(1, len(buffer) + 1, device=device)
             self._buffers[name] = units.to(buffer.dtype)
 

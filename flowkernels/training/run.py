@@ -171,7 +171,11 @@ class RunFolder:
                 raise RunError(f"run folder {self.path} is in use: another process trains in it") from None
             except OSError:
                 pass  # a file system without locks
-            for written in (self.config_path, self.checkpoint_path, self.metrics_path):  # what a process left that was killed while it wrote
+            for written in (
+                self.config_path,
+                self.checkpoint_path,
+                self.metrics_path,
+            ):  # what a process left that was killed while it wrote
                 for path in self.path.glob(f".{written.name}.*"):
                     if is_temporary(path):
                         path.unlink(missing_ok=True)

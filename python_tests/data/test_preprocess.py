@@ -89,6 +89,10 @@ def test_what_is_no_grey_level_is_refused(value):
         GreyLevels(17, 0.01).check(x, "data file")
 
 
+def test_bytes_fit_more_levels_than_they_count():
+    GreyLevels(300, 0.05).check(torch.tensor([[5, 200]], dtype=torch.uint8), "data file")
+
+
 def test_bytes_above_the_stated_levels_are_refused():
     with pytest.raises(ValueError, match="whole grey levels 0..15; row 0, column 1, counted from 0, is 16"):
         GreyLevels(16, 0.05).check(torch.tensor([[15, 16]], dtype=torch.uint8), "data file")

@@ -63,7 +63,15 @@ def test_npz_brings_its_context(tmp_path):
     assert torch.equal(table.context, torch.from_numpy(X[:, :1]))
 
 
-@pytest.mark.parametrize("text", ["1,2.5\n3,-4\n5,6.25\n", "a,b\n1,2.5\n3,-4\n5,6.25", "\ufeffa,b\r\n1,2.5\r\n\r\n3,-4\r\n 5 ,6.25e0\r\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1,2.5\n3,-4\n5,6.25\n",
+        "a,b\n1,2.5\n3,-4\n5,6.25",
+        "\ufeffa,b\r\n1,2.5\r\n\r\n3,-4\r\n 5 ,6.25e0\r\n",
+        '\n"a\n of it",b\n1,2.5\n3,-4\n5,6.25\n',
+    ],
+)
 def test_csv_with_and_without_names(tmp_path, text):
     assert torch.equal(load_table(csv(tmp_path, text)).x, torch.from_numpy(X))
 

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from flowkernels.flows import IAF, MAF, NICE, Flow, Glow, RealNVP
 from flowkernels.layers import InvertibleConv1x1, MaskedAutoregressive, Permute
@@ -39,6 +40,30 @@ def test_built_on_the_meta_device(make, assign):
         want = real.eval()(x, *context)
         torch.testing.assert_close(flow.eval()(x, *context), want, rtol=0, atol=0)
         torch.testing.assert_close(flow.inverse(want[0], *context), real.inverse(want[0], *context), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_shapes_are_found_on_the_meta_device(make, grad):
+    with torch.device("meta"):
+        flow, x = make().eval(), torch.randn(5, *make().shape)
+    context = (torch.empty(5, flow.context_features, device="meta"),) if flow.context_features else ()
+    with torch.set_grad_enabled(grad):
+        z, logabsdet = flow(x, *context)
+        assert z.is_meta and z.shape == (5, flow.features) and logabsdet.shape == (5,)
+        assert flow.inverse(z, *context)[0].shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: NICE(7, hidden_features=(13,)), lambda: RealNVP((1, 4, 12), levels=1, blocks=1, hidden_channels=4)]
+)
+def test_what_has_no_data_is_not_kept(make):
+    flow = make().eval()  # of sizes that no other test has
+    x = torch.randn(5, *flow.shape)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        assert type(flow(x)[0]) is FakeTensor
+    with torch.no_grad():
+        assert type(flow(x)[0]) is torch.Tensor
 
 
 @pytest.mark.parametrize("name", ["NICE", "MAF", "Glow"])

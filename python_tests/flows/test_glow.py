@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from flowkernels.flows import Glow
 from flowkernels.layers import ActNorm, InvertibleConv1x1, invertible_conv1x1
@@ -269,6 +271,26 @@ def test_compiles_without_graph_breaks():
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_first_batch_may_be_checkpointed(name):
+    torch.manual_seed(0)
+    flow = Glow(SHAPE, **CASES[name])
+    x, context = torch.randn(8, *SHAPE), torch.randn(8, flow.context_features) if flow.context_features else None
+    plain = copy.deepcopy(flow)
+    for other, call in ((plain, plain.log_prob), (flow, partial(checkpoint, flow.log_prob, use_reentrant=False))):
+        call(x, context).mean().backward()
+        assert all(m.initialised for m in other.modules() if isinstance(m, ActNorm))
+    for (name, p), q in zip(flow.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0, msg=name)
+
+
+def test_a_dtype_is_refused_in_either_direction():
+    flow = initialised(**SMALL)
+    for call in (lambda: flow(torch.randn(2, *SHAPE).bfloat16()), lambda: flow.inverse(torch.randn(2, flow.features).bfloat16())):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"must be torch\.float32, like the parameters"):
+            call()
 
 
 def test_sampling_before_the_first_batch_is_refused():

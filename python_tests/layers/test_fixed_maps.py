@@ -6,7 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from flowkernels.layers import Chain, Dequantize, DiagonalScale, FactorOut, FlowBatchNorm, Logit, Permute, Reshape, Squeeze
+from flowkernels import backend
+from flowkernels.layers import (
+    ActNorm,
+    Chain,
+    Dequantize,
+    DiagonalScale,
+    FactorOut,
+    FlowBatchNorm,
+    Inverse,
+    Logit,
+    Permute,
+    Reshape,
+    Squeeze,
+)
 from flowkernels.ops.channel_affine.normalize import normalize_channels
 
 
@@ -14,6 +27,24 @@ def jacobian_logabsdet(function, row):
     """log|det| of a map of one row, whatever its shape."""
     jacobian = torch.autograd.functional.jacobian(lambda v: function(v.view(row.shape)[None])[0].flatten(), row.flatten())
     return torch.linalg.slogdet(jacobian).logabsdet
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_whoever_gets_a_logabsdet_may_add_to_it(name, grad):
+    layers = [
+        DiagonalScale(6),
+        FlowBatchNorm(6).eval(),
+        Inverse(DiagonalScale(6)),
+        Chain([DiagonalScale(6)]),
+        ActNorm(6),
+        Permute([*range(6)], 6),
+    ]
+    with backend(name), torch.set_grad_enabled(grad):
+        for layer in layers:
+            logabsdet = layer(torch.randn(3, 6))[1]
+            logabsdet[0] += 1
+            assert logabsdet[0] != logabsdet[1], layer
 
 
 def test_squeeze_is_channel_major():

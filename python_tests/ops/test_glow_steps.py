@@ -1,5 +1,7 @@
 """All steps of a level of Glow in one call against its parts in turn, written out."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -270,6 +272,7 @@ def _with(values, i, value):
         (lambda x, n, w, b: (x, _with(n, 1, _with(n[1], 0, n[1][0][:, :2])), w, b), r"weight_in must be \[8, 3, 3, 3\]"),
         (lambda x, n, w, b: (x, _with(n, 0, _with(n[0], 6, n[0][6][:4])), w, b), r"log_gain must be \[6\]"),
         (lambda x, n, w, b: (x[0], n, w, b), "x must be"),
+        (lambda x, n, w, b: (x, _with(n, 1, n[1][:6]), w, b), "must be the seven tensors of a conditioner; got 6"),
     ],
 )
 def test_bad_input(change, message):
@@ -277,6 +280,20 @@ def test_bad_input(change, message):
     networks, weights, biases = parted([t for s in level(6, 8, 2, 0) for t in s])
     with pytest.raises(ValueError, match=message):
         glow_steps(*change(x, networks, weights, biases))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_failure_of_the_kernel_is_not_passed_over(monkeypatch, grad):
+    def broken(*_):
+        raise RuntimeError("the kernel failed")
+
+    module = sys.modules["flowkernels.ops.glow_step"]
+    monkeypatch.setattr(module, "_glow_steps", broken)
+    monkeypatch.setattr(module, "_glow_steps_training", broken)
+    x, _ = images(3, 4, 4, 6)
+    networks, weights, biases = parted([t for s in level(6, 8, 2, 0) for t in s])
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="the kernel failed"):
+        glow_steps(x.requires_grad_(), networks, weights, biases)
 
 
 @pytest.mark.parametrize(

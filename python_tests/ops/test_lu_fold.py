@@ -130,6 +130,8 @@ def test_the_inverse_of_float32_factors_is_rounded_once():
     ("change", "message"),
     [
         (lambda f, d, s, r, e: ([], d, s, r, e), "factors must hold at least one layer; got none"),
+        (lambda f, d, s, r, e: ([f[0][0, 0]], d, s, r, e), r"factors must be floating-point, \[n, n\]; got torch.float64, \[\]"),
+        (lambda f, d, s, r, e: ([t.long() for t in f], d, s, r, e), r"factors must be floating-point, .* got torch.int64, \[5, 5\]"),
         (lambda f, d, s, r, e: (f, d[1:], s, r, e), "log_diagonal must hold a tensor for each of 3 layers; got 2"),
         (lambda f, d, s, r, e: (f, d, s, r, e[1:]), "log_scale must hold a tensor for each of 3 layers; got 2"),
         (

@@ -73,7 +73,7 @@ _register_vmap("channel_affine_backward")
 
 def _forward(x: Tensor, shift: Tensor | None, log_scale: Tensor, bias: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
     if wants_reference("channel_affine", x.device):
-        return channel_affine_reference(x, shift, log_scale, bias, inverse)
+        return _composite(x, shift, log_scale, bias, inverse)
     return _channel_affine(x, shift, log_scale, bias, inverse)
 
 

@@ -291,6 +291,8 @@ def glow_steps(
     if not weights or len(networks) != len(weights) or len(biases) != len(weights):
         got = ", ".join(str(len(each)) for each in (networks, weights, biases))
         raise ValueError(f"networks, weights and biases must have one entry for each step, and at least one; got {got}")
+    if counts := [len(network) for network in networks if len(network) != 7]:
+        raise ValueError(f"each of networks must be the seven tensors of a conditioner; got {counts[0]}")
     parameters = [t for network in networks for t in network]
     tensors = x, context, *parameters, *weights, *biases
     with_gradient = needs_autograd(tensors)
@@ -302,13 +304,28 @@ def glow_steps(
                 return _glow_steps(x, context, parameters, weights, biases, inverse)
             others = (t if t is None else t.contiguous() for t in tensors[1:])
             return apply_function(_GlowSteps, inverse, len(weights), x, *others)
-        except RuntimeError:  # the parts say what does not fit
-            if torch.compiler.is_compiling():
-                raise
+        except RuntimeError:
+            if not torch.compiler.is_compiling():
+                with torch.no_grad():  # the parts say what does not fit
+                    _in_turn(x, networks, weights, biases, context, inverse, rows=0)
+            raise
+    return _in_turn(x, networks, weights, biases, context, inverse)
+
+
+def _in_turn(
+    x: Tensor,
+    networks: Sequence[Sequence[Tensor]],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    context: Tensor | None,
+    inverse: bool,
+    rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The steps by `conv_net` and `glow_step`, of the first rows or of all."""
     if context is not None and (context.dim() != 2 or len(context) != len(x) or context.dtype != x.dtype):
         raise ValueError(f"context must be [{len(x)}, features], {x.dtype}, to fit x; got {list(context.shape)}, {context.dtype}")
-    nets = [partial(_network, context, network) for network in networks]
-    return steps_in_turn(glow_step, x, nets, weights, biases, inverse=inverse)
+    nets = [partial(_network, None if context is None else context[:rows], network) for network in networks]
+    return steps_in_turn(glow_step, x[:rows], nets, weights, biases, inverse=inverse)
 
 
 def _serves(x: Tensor, networks: Sequence[Sequence[Tensor]], with_gradient: bool) -> bool:

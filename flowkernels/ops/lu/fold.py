@@ -128,6 +128,8 @@ def lu_fold(
 def _check(factors, log_diagonal, sign, row, log_scale) -> None:
     if not factors:
         raise ValueError("factors must hold at least one layer; got none")
+    if factors[0].dim() != 2 or not factors[0].is_floating_point():
+        raise ValueError(f"factors must be floating-point, [n, n]; got {factors[0].dtype}, {list(factors[0].shape)}")
     n, floating = factors[0].shape[0], factors[0].dtype
     for name, tensors, shape, dtype in (
         ("factors", factors, (n, n), floating),
