@@ -83,13 +83,13 @@ class TrainingStack {
   std::vector<LoopNetwork<T>> networks_;
 };
 
-// Room for the gradients of these tensors, which are appended to what an op returns
-inline Tensors gradients_of(const Tensors& tensors, Tensors& out, const auto& launch) {
+// Room for the gradients of these tensors, which are appended to what an op returns; empty where nobody asks for them
+inline Tensors gradients_of(const Tensors& tensors, Tensors& out, const auto& launch, bool needed = true) {
   Tensors gradients;
   for (const torch::stable::Tensor& tensor : tensors) {
     std::vector<int64_t> sizes(tensor.dim());
     for (int64_t i = 0; i < tensor.dim(); ++i) sizes[i] = tensor.size(i);
-    gradients.push_back(launch.empty(sizes));
+    gradients.push_back(launch.empty(needed ? sizes : std::vector<int64_t>{0}));
   }
   out.insert(out.end(), gradients.begin(), gradients.end());
   return gradients;
@@ -108,10 +108,10 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, Tensors> training_forwa
   return {y, logabsdet, kept};
 }
 
-// dx and dcontext (empty where nobody asks for them), then the gradients of all weights, biases, context weights and context biases. t.x: dy
+// dx and dcontext, then the gradients of all weights, biases, context weights and context biases; empty where nobody asks for them. t.x: dy
 template <class T, class Launch>
 Tensors training_backward(const StackTensors& t, const torch::stable::Tensor& dlogabsdet, const Tensors& kept, const std::vector<int64_t>& learned,
-                          bool need_dx, bool need_dcontext, int64_t together, Launch& launch) {
+                          bool need_dx, bool need_dcontext, bool need_parameters, int64_t together, Launch& launch) {
   const int64_t batch = t.x.size(0), features = t.x.size(1), contexts = t.context ? t.context->size(1) : 0;
   check_cotangent(dlogabsdet, t.x);
   check_training(kept.size() == t.orders.size(), "every map needs its entries in each list");
@@ -122,12 +122,12 @@ Tensors training_backward(const StackTensors& t, const torch::stable::Tensor& dl
   need_dcontext = need_dcontext && t.context;
   torch::stable::Tensor dcontext = launch.empty({need_dcontext ? batch : 0, contexts});
   Tensors out{need_dx ? dx : launch.empty({0, features}), dcontext};
-  const Tensors weights = gradients_of(t.weights, out, launch), biases = gradients_of(t.biases, out, launch);
-  const Tensors context_weights = gradients_of(t.context_weights, out, launch), context_biases = gradients_of(t.context_biases, out, launch);
+  const auto room = [&](const Tensors& tensors) { return gradients_of(tensors, out, launch, need_parameters); };
+  const Tensors weights = room(t.weights), biases = room(t.biases), context_weights = room(t.context_weights), context_biases = room(t.context_biases);
   Rest<torch::stable::Tensor> of_weights{weights}, of_biases{biases}, of_context_weights{context_weights}, of_context_biases{context_biases};
   const auto list = [](auto part) { return Tensors(part.begin(), part.end()); };
   std::vector<ParameterTensors> parameters;
-  for (size_t i = 0; i < t.orders.size(); ++i) {
+  for (size_t i = 0; need_parameters && i < t.orders.size(); ++i) {
     const MapNumbers numbers(t.stages, i);
     parameters.push_back({list(of_weights.next(numbers.layers)), list(of_biases.next(numbers.layers)), list(of_context_weights.next(numbers.contexts)),
                           list(of_context_biases.next(numbers.context_biases))});

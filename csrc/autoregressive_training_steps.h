@@ -246,7 +246,7 @@ struct Cotangents {
   int64_t dlogabsdet_step;
 };
 
-// dx, where it is asked for or `dx` is room to work in; dcontext, or null; and the gradients of the parameters of each map. together: bytes
+// dx, where it is asked for or `dx` is room to work in; dcontext, or null; and the gradients of the parameters of each map, or none. together: bytes
 // of deltas that maps may hold whose parameters' gradients are found by one launch
 template <class T, class Launch>
 void train_backward(const std::vector<TrainingMap<T>>& maps, Cotangents<T> of, Matrix<T> context, bool need_dx, T* dx, T* dcontext,
@@ -274,7 +274,7 @@ void train_backward(const std::vector<TrainingMap<T>>& maps, Cotangents<T> of, M
       descent.find_context(dcontext, adds_dcontext);
       adds_dcontext = true;
     }
-    descent.find_parameters(parameters[i], queue);
+    if (!parameters.empty()) descent.find_parameters(parameters[i], queue);
     step.above = step.deltas, step.above_ld = step.deltas_ld, step.above_order = args.order;
     step.dy = {dx, any.features, 1};
     bytes += args.batch * map.columns.deltas * static_cast<int64_t>(sizeof(T));

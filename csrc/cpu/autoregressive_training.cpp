@@ -31,7 +31,7 @@ namespace {
 // Forward maps of a stack, the last one first, each getting its dy from the one before it in the list. A thread takes its rows through all
 // of them, and then its share of all their parameters.
 template <class T>
-void run_backward(std::span<GradientCall<T>> calls) {
+void run_backward(std::span<GradientCall<T>> calls, bool need_parameters) {
   const int64_t batch = calls[0].batch, threads = calls[0].threads, features = calls[0].net.features;
   for_each_span(batch, calls[0].span, [&](int64_t first, int64_t rows) {
     std::vector<TrainingArgs<T>> args;
@@ -51,6 +51,7 @@ void run_backward(std::span<GradientCall<T>> calls) {
         FK_DISPATCH(training_backward<T>(args[i], calls[i].need_dx, r0, r1, scratch));
       }
     });
+    if (!need_parameters) return;
     for (size_t i = 0; i < calls.size(); ++i) calls[i].parameters.set_rows(args[i], calls[i].contexts.from(first));
     for_each_task(threads, threads, [&](int64_t share) {
       for (size_t i = 0; i < calls.size(); ++i) calls[i].parameters.add_share(share, args[i]);
@@ -103,6 +104,7 @@ Tensors inverse_backward(const Tensor& dx, const Tensor& dlogabsdet, const Tenso
       T* panel = training_scratch<T>(args.features);
       for (const MaskedLinearArgs<T>& term : descent.contexts) FK_DISPATCH(masked_linear_dx<T>(term, r0, r1, int64_t(0), term.inputs, panel));
     });
+    if (!parts.by_parameters) return;
     call.parameters.set_rows(args, call.contexts.from(first));
     for_each_task(call.threads, call.threads, [&](int64_t share) { call.parameters.add_share(share, args); });
     call.parameters.finish_rows(args);
@@ -180,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensors> autoregressive_training(Tensor x, std::optio
 }
 
 // What the gradient of a stack returns: dx (empty where nobody asks for it), dcontext (empty without context), then the gradients of all
-// weights, biases, context weights and context biases, and of the bounds of the scale maps that learn theirs. of_maps: the same of each map
+// weights, biases, context weights and context biases (empty too where nobody does), and of the bounds of the scale maps that learn theirs. of_maps: the same of each map
 Tensors joined(const std::vector<Tensors>& of_maps, const Maps& maps, const Tensor& dx, const std::optional<Tensor>& dcontext) {
   Tensors out{dx, dcontext ? *dcontext : empty(dx, {0, 0})};
   std::vector<size_t> taken(of_maps.size(), 2);
@@ -201,7 +203,8 @@ Tensors joined(const std::vector<Tensors>& of_maps, const Maps& maps, const Tens
 }
 
 template <class T>
-Tensors backward(Tensor dy, const Tensor& dlogabsdet, const Tensors& kept, const std::optional<Tensor>& context, const Maps& maps, bool need_dx) {
+Tensors backward(Tensor dy, const Tensor& dlogabsdet, const Tensors& kept, const std::optional<Tensor>& context, const Maps& maps, bool need_dx,
+                 bool need_parameters) {
   constexpr int64_t kTogether = 4 << 20;  // bytes of deltas and remade values that maps run together may hold
   const int64_t batch = dy.size(0);
   std::optional<Tensor> dcontext;
@@ -238,7 +241,7 @@ Tensors backward(Tensor dy, const Tensor& dlogabsdet, const Tensors& kept, const
       dy = call.dx;
       if (own) dcontext = call.dcontext;
     }
-    run_backward<T>(calls);
+    run_backward<T>(calls, need_parameters);
     for (size_t k = 0; k < n; ++k) found[first + n - 1 - k] = calls[k].outputs();
   }
   return joined(found, maps, dy, dcontext);
@@ -247,7 +250,7 @@ Tensors backward(Tensor dy, const Tensor& dlogabsdet, const Tensors& kept, const
 Tensors autoregressive_backward(Tensor dy, Tensor dlogabsdet, Tensors kept, std::optional<Tensor> context, Tensors weights, Tensors biases,
                                 Tensors context_weights, Tensors context_biases, Tensors visible, Tensors orders,
                                 std::vector<int64_t> activations, std::vector<int64_t> wiring, std::vector<int64_t> stages,
-                                std::vector<double> scales, std::vector<int64_t> learned, bool need_dx) {
+                                std::vector<double> scales, std::vector<int64_t> learned, bool need_dx, bool need_parameters) {
   check_dtype(dy);
   check_training(dy.dim() == 2, "dy must be a matrix like y");
   Maps maps({weights, biases, context_weights, context_biases, visible, activations, wiring}, orders, stages, scales);
@@ -256,8 +259,9 @@ Tensors autoregressive_backward(Tensor dy, Tensor dlogabsdet, Tensors kept, std:
   for (size_t i = 0; i < n; ++i) {
     check_training(kept[i].scalar_type() == dy.scalar_type() && kept[i].is_cpu(), "dy must be of the dtype of y");
     maps.parts[i].by_bound = learned[i] != 0;
+    maps.parts[i].by_parameters = need_parameters;
   }
-  return (dy.scalar_type() == ScalarType::Float ? backward<float> : backward<double>)(dy, dlogabsdet, kept, context, maps, need_dx);
+  return (dy.scalar_type() == ScalarType::Float ? backward<float> : backward<double>)(dy, dlogabsdet, kept, context, maps, need_dx, need_parameters);
 }
 
 Tensors autoregressive_inverse_backward(Tensor dx, Tensor dlogabsdet, Tensor x, std::optional<Tensor> context, Tensors weights, Tensors biases,

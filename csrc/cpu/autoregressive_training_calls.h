@@ -31,7 +31,8 @@ struct Parts {
   const Tensor* order;
   ScaleMapParams scale;
   Form form;
-  bool by_bound = false;  // whether the gradient by the scale map's bound is asked for
+  bool by_bound = false;      // whether the gradient by the scale map's bound is asked for
+  bool by_parameters = true;  // and those by all that is the network's
 };
 
 template <class T>
@@ -273,7 +274,7 @@ struct GradientCall {
         dcontext(adds_dcontext ? *dcontext_ : empty(like, {context ? batch : 0, net.contexts})),
         deltas(empty(like, {span, delta_columns(net, parts)})),
         remade(empty(like, {span, net.remade_columns})),
-        parameters(net, like, threads, parts.by_bound),
+        parameters(net, like, threads, parts.by_bound, parts.by_parameters),
         args(training_args(net, batch, parts.scale, parts.form)) {
     net.find_first();
     args.deltas_ld = delta_columns(net, parts);
@@ -293,7 +294,7 @@ struct GradientCall {
   T* dcontext_from(int64_t row) { return contexts.data ? static_cast<T*>(dcontext.mutable_data_ptr()) + row * net.contexts : nullptr; }
 
   // dx (empty where nobody asks for it), dcontext (empty without context), then the gradients of weights, biases, context weights
-  // and context biases, and last that of the bound where it is asked for
+  // and context biases (empty too where nobody does), and last that of the bound where it is asked for
   Tensors outputs() const {
     Tensors out{dx, dcontext};
     parameters.append_to(out);

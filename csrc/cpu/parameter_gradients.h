@@ -23,7 +23,8 @@ class ParameterGradients {
   using Tensors = std::vector<Tensor>;
 
  public:
-  ParameterGradients(const TrainingNetwork<T>& net, const Tensor& like, int64_t threads, bool of_bound) : net_(net) {
+  // needed: otherwise every gradient is an empty tensor, and there is nothing to do
+  ParameterGradients(const TrainingNetwork<T>& net, const Tensor& like, int64_t threads, bool of_bound, bool needed) : net_(net), needed_(needed) {
     const size_t n = net.layers.size();
     for (Tensors* list : {&weights_, &biases_}) list->reserve(n);
     for (Tensors* list : {&context_weights_, &context_biases_}) list->reserve(net.takes_context ? n : 0);
@@ -94,6 +95,7 @@ class ParameterGradients {
   };
 
   const TrainingNetwork<T>& net_;
+  const bool needed_;
   Tensors weights_, biases_, context_weights_, context_biases_;
   Tensors bound_;  // one, or none
   std::vector<Product> products_;
@@ -104,6 +106,7 @@ class ParameterGradients {
   bool begun_ = false;
 
   Tensor add_product(MaskedLinearArgs<T> args, size_t layer, bool of_context, const Tensor& like) {
+    if (!needed_) return empty(like, {0});
     Tensor dweight = empty(like, {args.inputs, args.outputs});
     args.out = static_cast<T*>(dweight.mutable_data_ptr());
     args.out_ld = args.outputs;
@@ -112,6 +115,7 @@ class ParameterGradients {
   }
 
   Tensor add_sum(int64_t deltas, int64_t columns, int64_t values, const Tensor& like) {
+    if (!needed_) return empty(like, {0});
     Tensor sum = empty(like, {columns});
     if (columns > 0) sums_.push_back({deltas, values, columns, static_cast<T*>(sum.mutable_data_ptr())});
     return sum;

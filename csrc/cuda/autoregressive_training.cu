@@ -33,13 +33,14 @@ std::tuple<Tensor, Tensor, Tensors> autoregressive_training(Tensor x, std::optio
 Tensors autoregressive_backward(Tensor dy, Tensor dlogabsdet, Tensors kept, std::optional<Tensor> context, Tensors weights, Tensors biases,
                                 Tensors context_weights, Tensors context_biases, Tensors visible, Tensors orders,
                                 std::vector<int64_t> activations, std::vector<int64_t> wiring, std::vector<int64_t> stages,
-                                std::vector<double> scales, std::vector<int64_t> learned, bool need_dx, bool need_dcontext) {
+                                std::vector<double> scales, std::vector<int64_t> learned, bool need_dx, bool need_dcontext,
+                                bool need_parameters) {
   check_training_dtype(dy);
   const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
   const StackTensors tensors{dy, context, weights, biases, context_weights, context_biases, visible, orders, {}, activations, wiring, stages, scales};
   const auto run = [&]<class T>(T) {
     CudaLaunch<T> launch(tensors.x);
-    return training_backward<T>(tensors, dlogabsdet, kept, learned, need_dx, need_dcontext, kTogether, launch);
+    return training_backward<T>(tensors, dlogabsdet, kept, learned, need_dx, need_dcontext, need_parameters, kTogether, launch);
   };
   return dy.scalar_type() == ScalarType::Float ? run(float()) : run(double());
 }

@@ -1,7 +1,7 @@
 // A twin of the CUDA training step (cuda/autoregressive_training.cu) on the CPU, by which the tests reach its launches, its indices and its
 // arithmetic:
 //   flowkernels::_autoregressive_training_twin(<arguments of autoregressive_training>, int[] layout) -> (Tensor, Tensor, Tensor[])
-//   flowkernels::_autoregressive_backward_twin(<arguments of autoregressive_backward>, int[] layout) -> Tensor[]
+//   flowkernels::_autoregressive_backward_twin(<arguments of _autoregressive_backward>, int[] layout) -> Tensor[]
 //     layout: multiprocessors, by which tiles and shares of the batch are chosen; whether threads run backwards, their copies landing at once; bytes
 //       of deltas that maps may hold together
 
@@ -35,13 +35,13 @@ std::tuple<Tensor, Tensor, Tensors> training_twin(Tensor x, std::optional<Tensor
 Tensors backward_twin(Tensor dy, Tensor dlogabsdet, Tensors kept, std::optional<Tensor> context, Tensors weights, Tensors biases,
                       Tensors context_weights, Tensors context_biases, Tensors visible, Tensors orders, std::vector<int64_t> activations,
                       std::vector<int64_t> wiring, std::vector<int64_t> stages, std::vector<double> scales, std::vector<int64_t> learned, bool need_dx,
-                      bool need_dcontext, std::vector<int64_t> layout) {
+                      bool need_dcontext, bool need_parameters, std::vector<int64_t> layout) {
   check_training_dtype(dy);
   const StackTensors tensors{dy, context, weights, biases, context_weights, context_biases, visible, orders, {}, activations, wiring, stages, scales};
   const auto run = [&]<class T>(T) {
     const TrainingLayout of(layout);
     TwinLaunch<T> launch(tensors.x, of);
-    return training_backward<T>(tensors, dlogabsdet, kept, learned, need_dx, need_dcontext, of.together, launch);
+    return training_backward<T>(tensors, dlogabsdet, kept, learned, need_dx, need_dcontext, need_parameters, of.together, launch);
   };
   return dy.scalar_type() == ScalarType::Float ? run(float()) : run(double());
 }
@@ -55,7 +55,8 @@ Tensors backward_twin(Tensor dy, Tensor dlogabsdet, Tensors kept, std::optional<
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels, m) {
   m.def("_autoregressive_training_twin(Tensor x, " FK_STACK ", int[] layout) -> (Tensor, Tensor, Tensor[])");
-  m.def("_autoregressive_backward_twin(Tensor dy, Tensor dlogabsdet, Tensor[] kept, " FK_STACK ", int[] learned, bool need_dx, bool need_dcontext, int[] layout) -> Tensor[]");
+  m.def("_autoregressive_backward_twin(Tensor dy, Tensor dlogabsdet, Tensor[] kept, " FK_STACK ", int[] learned, bool need_dx, bool need_dcontext, "
+        "bool need_parameters, int[] layout) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {

@@ -52,7 +52,7 @@ def training(library: bool) -> Callable:
         y, logabsdet, kept = getattr(ops, f"{first}autoregressive_training")(*arguments)
         maps = len(arguments[7])
         more = (True,) if first else ()
-        gradients = getattr(ops, f"{first}autoregressive_backward")(dy, dlogabsdet, kept, *arguments[1:], [0] * maps, True, *more)
+        gradients = getattr(ops, f"{first}autoregressive_backward")(dy, dlogabsdet, kept, *arguments[1:], [0] * maps, True, *more, True)
         return y, logabsdet, *gradients
 
     return step

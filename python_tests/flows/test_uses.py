@@ -22,6 +22,7 @@ from flowkernels.layers import (
     Reshape,
     Squeeze,
 )
+from python_tests.battery import assert_same_bits
 
 
 def test_a_functional_call_says_nothing_of_the_module_itself():
@@ -207,6 +208,43 @@ def test_contexts_of_distributions_are_tensors(context):
     for call in (flow.distribution, lambda c: flow.sample(4, c), lambda c: flow.rsample_and_log_prob(4, c)):
         with pytest.raises(TypeError, match=r"context must be a torch.Tensor; got"):
             call(context)
+
+
+FROZEN = {
+    "NICE": lambda: NICE(6, couplings=2, hidden_features=(12,)),
+    "RealNVP": lambda: RealNVP(6, transforms=2, hidden_features=(12,), context_features=2),
+    "Glow": lambda: Glow((2, 4, 4), levels=1, steps=2, hidden_channels=8),
+    "MAF": lambda: MAF(6, hidden_features=(12, 12), context_features=2),
+    "residual": lambda: MAF(6, hidden_features=(12, 12), residual=True),
+    "IAF": lambda: IAF(6, hidden_features=(12,), context_features=2),
+}
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("make", FROZEN.values(), ids=FROZEN)
+def test_gradients_by_inputs_through_a_frozen_flow(make, inverse):
+    """As scores and samplers ask for them: the same bits, and nothing for the parameters."""
+    torch.manual_seed(0)
+    flow = make()
+    context = torch.randn(5, flow.context_features, requires_grad=True) if flow.context_features else None
+    flow.train()(torch.randn(5, *flow.shape), context)  # initialises actnorms
+    flow.eval()
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    x = torch.randn(5, *((flow.features,) if inverse else flow.shape), requires_grad=True)
+    inputs = [t for t in (x, context) if t is not None]
+
+    def gradients(by):
+        y, logabsdet = (flow.inverse if inverse else flow)(x, context)
+        return torch.autograd.grad(y.square().sum() + logabsdet.sum(), by)
+
+    one = next(flow.parameters())
+    *by_inputs, by_one = gradients([*inputs, one])
+    flow.requires_grad_(False)
+    assert_same_bits(gradients(inputs), tuple(by_inputs))
+    one.requires_grad_()
+    assert_same_bits(gradients([one]), (by_one,))
 
 
 def test_flows_of_sequences_and_volumes():

@@ -37,8 +37,8 @@ def assert_are_the_kernels(maps, x, context):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
         g = torch.Generator().manual_seed(0)
         dy, dlogabsdet = (torch.randn(t.shape, dtype=t.dtype, generator=g) for t in got)
-        for need_dx in (True, False):
-            rest = context, *lists, [0] * len(maps), need_dx
+        for needs in itertools.product((True, False), repeat=2):  # dx, parameters
+            rest = context, *lists, [0] * len(maps), *needs
             gradients = torch.ops.flowkernels.autoregressive_backward(dy, dlogabsdet, kept, *rest)
             torch.testing.assert_close(backward_by_products(dy, dlogabsdet, own_kept, *rest), gradients, rtol=1e-10, atol=1e-10)
 

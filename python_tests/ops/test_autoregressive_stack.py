@@ -152,7 +152,7 @@ def test_gradient_by_one_inverse_after_another_is_that_of_the_op(batch):
         kept = [*between.unbind(), y]
         *tensors, _, activations, wiring, stages, scales = lists
         cotangents, numbers = (torch.randn_like(y), torch.randn_like(y[:, 0])), (activations, wiring, stages, scales)
-        arguments = *cotangents, kept, context, *tensors, *numbers, [0, 0, 0], True
+        arguments = *cotangents, kept, context, *tensors, *numbers, [0, 0, 0], True, True
         torch.testing.assert_close(
             _inverses_one_by_one(*arguments), torch.ops.flowkernels.autoregressive_backward(*arguments), rtol=1e-11, atol=1e-11
         )
@@ -184,8 +184,8 @@ def test_backward_op_is_what_it_says():
     *tensors, _, activations, wiring, stages, scales = Lists.of(maps)
     lists = [[t.detach() for t in some] for some in tensors]
     dy, kept = torch.randn(5, 5, dtype=torch.float64), [torch.randn(5, 5, dtype=torch.float64) for _ in maps]
-    for need_dx in (False, True):
-        arguments = dy, dy[:, 0], kept, context.detach(), *lists, activations, wiring, stages, scales, [0, 0, 0], need_dx
+    for needs in itertools.product((False, True), repeat=2):
+        arguments = dy, dy[:, 0], kept, context.detach(), *lists, activations, wiring, stages, scales, [0, 0, 0], *needs
         torch.library.opcheck(torch.ops.flowkernels.autoregressive_backward.default, arguments, test_utils="test_faketensor")
 
 

@@ -42,7 +42,7 @@ def cotangents(x):
     return [torch.randn(shape, generator=g, dtype=torch.float64).to(x.dtype) for shape in (x.shape, x.shape[:1])]
 
 
-def step(x, context, lists, need_dx=True, twin=None, need_dcontext=True):
+def step(x, context, lists, need_dx=True, twin=None, need_dcontext=True, need_parameters=True):
     """Outputs and gradients, by the CPU's kernels or by the twin in a layout."""
     ops = torch.ops.flowkernels
     arguments = context, *lists
@@ -50,9 +50,9 @@ def step(x, context, lists, need_dx=True, twin=None, need_dcontext=True):
     with torch.no_grad():
         if twin is None:
             y, logabsdet, kept = ops.autoregressive_training(x, *arguments)
-            return y, logabsdet, *ops.autoregressive_backward(*cotangents(x), kept, *rest)
+            return y, logabsdet, *ops.autoregressive_backward(*cotangents(x), kept, *rest, need_parameters)
         y, logabsdet, kept = ops._autoregressive_training_twin(x, *arguments, list(twin))
-        return y, logabsdet, *ops._autoregressive_backward_twin(*cotangents(x), kept, *rest, need_dcontext, list(twin))
+        return y, logabsdet, *ops._autoregressive_backward_twin(*cotangents(x), kept, *rest, need_dcontext, need_parameters, list(twin))
 
 
 def doubled(value):
@@ -133,7 +133,7 @@ def test_tiles_threads_and_the_batch_change_no_bit_of_a_row(parts):
         assert_same_bits((y, logabsdet), tuple(t[begin:end] for t in whole[:2]))
         part = [t[begin:end] for t in cotangents(x)]
         dx = torch.ops.flowkernels._autoregressive_backward_twin(
-            *part, kept, rows(begin, end)[1], *stacked(2, lists), [0, 0], True, True, list(LAYOUTS[1])
+            *part, kept, rows(begin, end)[1], *stacked(2, lists), [0, 0], True, True, True, list(LAYOUTS[1])
         )[0]
         assert_same_bits((dx,), (whole[2][begin:end],))
 
@@ -144,6 +144,17 @@ def test_a_context_without_a_gradient():
         whole, without = (step(x, context, parts, twin=LAYOUTS[0], need_dcontext=needed) for needed in (True, False))
         assert without[3].shape == (0, 2)
         assert_same_bits(without[:3] + without[4:], whole[:3] + whole[4:])
+
+
+@pytest.mark.parametrize("twin", [None, LAYOUTS[0]], ids=["cpu", "twin"])
+@pytest.mark.parametrize("parts", [(9, 7), (9, 90), RESIDUAL, GATED])
+def test_parameters_without_a_gradient(parts, twin):
+    """More rows than one span has: nothing of them is left for the next."""
+    x, context, lists = map_of(example(6, parts, context=2)(1100, torch.float32))
+    for lists in (lists, stacked(2, lists)):
+        whole, without = (step(x, context, lists, twin=twin, need_parameters=needed) for needed in (True, False))
+        assert len(whole) == len(without) and all(t.shape == (0,) for t in without[4:])
+        assert_same_bits(without[:4], whole[:4])
 
 
 def test_a_layer_without_inputs_has_its_bias():
@@ -202,13 +213,13 @@ def test_refusals():
         training(x.half(), context, *lists, list(LAYOUTS[0]))
     kept = training(x, context, *lists, list(LAYOUTS[0]))[2]
     dy, dlogabsdet = cotangents(x)
-    rest = context, *lists, [0], True, True, list(LAYOUTS[0])
+    rest = context, *lists, [0], True, True, True, list(LAYOUTS[0])
     with pytest.raises(RuntimeError, match="values are not those of the forward pass"):
         backward(dy, dlogabsdet, [kept[0][:2]], *rest)
     with pytest.raises(RuntimeError, match="one entry per row"):
         backward(dy, dlogabsdet[:2], kept, *rest)
     with pytest.raises(RuntimeError, match="learned"):
-        backward(dy, dlogabsdet, kept, context, *lists, [1], True, True, list(LAYOUTS[0]))
+        backward(dy, dlogabsdet, kept, context, *lists, [1], True, True, True, list(LAYOUTS[0]))
     inverse = (*lists[:8], [*lists[8][:-1], 1], lists[9])
     with pytest.raises(RuntimeError, match="forward ones"):
         training(x, context, *inverse, list(LAYOUTS[0]))
@@ -219,7 +230,7 @@ def by_twin(monkeypatch):
     """Flows that train as on a GPU."""
     ops = torch.ops.flowkernels
     monkeypatch.setattr(training, "_training", lambda *a: ops._autoregressive_training_twin(*a, list(LAYOUTS[0])))
-    monkeypatch.setattr(training, "_backward", lambda *a: ops._autoregressive_backward_twin(*a, True, list(LAYOUTS[0])))
+    monkeypatch.setattr(training, "_backward", lambda *a: ops._autoregressive_backward_twin(*a[:-1], True, a[-1], list(LAYOUTS[0])))
 
 
 @pytest.mark.parametrize(("residual", "contexts", "with_x"), [(False, 0, False), (False, 3, True), (True, 3, True), (True, 0, False)])
@@ -318,13 +329,13 @@ def test_what_a_compiler_is_told_has_the_kernels_shapes(parts):
     x, context, lists = map_of(example(6, parts, context=2, activation="silu")(5, torch.float32))
     arguments, ops = (context, *stacked(2, lists)), torch.ops.flowkernels
     *outputs, kept = ops._autoregressive_training_twin(x, *arguments, list(LAYOUTS[0]))
-    for need_dx, need_dcontext in itertools.product((True, False), repeat=2):
-        rest = *arguments, [0, 0], need_dx, need_dcontext
+    for needs in itertools.product((True, False), repeat=3):  # dx, dcontext, parameters
+        rest = *arguments, [0, 0], *needs
         gradients = ops._autoregressive_backward_twin(*cotangents(x), kept, *rest, list(LAYOUTS[0]))
         with FakeTensorMode() as mode:
             fake = lambda value: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
             fakes = [[fake(v) for v in value] if isinstance(value, list) else fake(value) for value in rest]
-            *fake_outputs, fake_kept = ops._autoregressive_training(fake(x), *fakes[:-3])
+            *fake_outputs, fake_kept = ops._autoregressive_training(fake(x), *fakes[:-4])
             fake_gradients = ops._autoregressive_backward(*map(fake, cotangents(x)), fake_kept, *fakes)
         shapes = lambda *tensors: [t.shape for t in tensors]
         assert shapes(*fake_outputs, *fake_kept, *fake_gradients) == shapes(*outputs, *kept, *gradients)

@@ -71,8 +71,8 @@ def training_by_products(x: Tensor, context: Tensor | None, *lists) -> tuple[Ten
 @autocast_off
 def backward_by_products(dy: Tensor, dlogabsdet: Tensor, kept: list[Tensor], context: Tensor | None, *lists_and_rest) -> list[Tensor]:
     """flowkernels::autoregressive_backward of what `training_by_products` kept: dx, dcontext, then the gradients of weights, biases and
-    context weights."""
-    *lists, _, need_dx = lists_and_rest
+    context weights, empty where nobody asks for them."""
+    *lists, _, need_dx, need_parameters = lists_and_rest
     maps, kept = Lists.without_affines(*lists).maps(), list(kept)
     dcontext: Tensor | None = None
     dweights: list[Tensor] = []
@@ -93,10 +93,10 @@ def backward_by_products(dy: Tensor, dlogabsdet: Tensor, kept: list[Tensor], con
         inputs = [value for *_, value in layers[1:]] + [x]
         for i, (activation, before, _), h in zip(reversed(range(len(n.weights))), layers, inputs, strict=True):
             delta = _BACK[activation](delta, before)
-            dweights.append(_dweight(h, delta, n.visible[i]))
-            dbiases.append(delta.sum(0))
+            dweights.append(_dweight(h, delta, n.visible[i]) if need_parameters else delta.new_empty(0))
+            dbiases.append(delta.sum(0) if need_parameters else delta.new_empty(0))
             if n.context_weights:
-                dcontext_weights.append(context.T @ delta)
+                dcontext_weights.append(context.T @ delta if need_parameters else delta.new_empty(0))
                 term = delta @ n.context_weights[i].T
                 dcontext = term if dcontext is None else dcontext.add_(term)
             if i > 0 or need_own:

@@ -43,7 +43,7 @@ for _name, _more in (("", ""), ("_", ", bool need_dcontext")):
     library.define(f"{_name}autoregressive_training(Tensor x, Tensor? context, {_STACK}) -> (Tensor, Tensor, Tensor[])")
     library.define(
         f"{_name}autoregressive_backward(Tensor dy, Tensor dlogabsdet, Tensor[] kept, Tensor? context, {_STACK}, int[] learned, "
-        f"bool need_dx{_more}) -> Tensor[]"
+        f"bool need_dx{_more}, bool need_parameters) -> Tensor[]"
     )
 library.define(
     f"autoregressive_inverse_backward(Tensor dx, Tensor dlogabsdet, Tensor x, Tensor? context, {_LISTS}, Tensor? order, int[] activations, "
@@ -103,19 +103,21 @@ def _is_link(number: int, layer: MaskedLayer) -> bool:
 
 @register_fake("_autoregressive_backward")
 def _(*arguments) -> list[Tensor]:
-    dx, dcontext, *gradients = _like_backward(*arguments[:-1])
-    return [dx, dcontext if arguments[-1] else dcontext.new_empty((0, *dcontext.shape[1:])), *gradients]
+    *others, need_dcontext, need_parameters = arguments
+    dx, dcontext, *gradients = _like_backward(*others, need_parameters)
+    return [dx, dcontext if need_dcontext else dcontext.new_empty((0, *dcontext.shape[1:])), *gradients]
 
 
 @register_fake("autoregressive_backward")
 def _like_backward(
     dy, dlogabsdet, kept, context, weights, biases, context_weights, context_biases, visible, orders, *numbers
 ) -> list[Tensor]:
-    *_, stages, _, learned, need_dx = numbers
+    *_, stages, _, learned, need_dx, need_parameters = numbers
     inverse = stages[len(stages) // len(orders) - 1]  # whether the first map is; the last of its numbers
     dx = dy.new_empty(dy.shape if need_dx or inverse else (0, dy.shape[1]))
-    bounds = (dy.new_empty(1) for _ in range(sum(learned)))
-    return [dx, *_gradients_like(dy, context, weights, biases, context_weights, context_biases), *bounds]
+    dcontext, *parameters = _gradients_like(dy, context, weights, biases, context_weights, context_biases)
+    parameters = parameters if need_parameters else [dy.new_empty(0) for _ in parameters]
+    return [dx, dcontext, *parameters, *(dy.new_empty(1) for _ in range(sum(learned)))]
 
 
 @register_fake("autoregressive_inverse_backward")
@@ -130,7 +132,7 @@ def _gradients_like(like: Tensor, context: Tensor | None, *parameters: Sequence[
 
 def _inverses_one_by_one(dy, dlogabsdet, kept, context, *lists_and_rest) -> list[Tensor]:
     """autoregressive_backward where a kernel takes the inverse of one map."""
-    *lists, _, _ = lists_and_rest
+    *lists, _, _, _ = lists_and_rest
     found, dcontext = [], None
     for x, (network, scale, form, *_) in zip(reversed(kept), reversed(Lists.without_affines(*lists).maps()), strict=True):
         own = context if network.context_weights else None
@@ -144,7 +146,7 @@ def _inverses_one_by_one(dy, dlogabsdet, kept, context, *lists_and_rest) -> list
 
 
 def _backward_on_cuda(dy, dlogabsdet, kept, context, *lists_and_rest) -> list[Tensor]:
-    *_, stages, _, _, _ = lists_and_rest
+    *_, stages, _, _, _, _ = lists_and_rest
     backward = _inverses_one_by_one if stages[NUMBERS - 1] else backward_by_products  # whether the first map is an inverse
     return backward(dy, dlogabsdet, kept, context, *lists_and_rest)
 
@@ -294,15 +296,21 @@ class _Maps(torch.autograd.Function):
             scales = [PoweredMap(base, next(a)) if powered else base for base, powered in zip(bases, learned, strict=True)]
             maps = [m._replace(scale=scale) for m, scale in zip(lists.maps(), scales, strict=True)]
             return _differentiable_gradient(ctx, x, context, maps, (*_parameters(lists), *numbers), dy, dlogabsdet)
-        need_dx = ctx.needs_input_grad[0]
+        need_dx, need_dcontext, _, _, *of_parameters = ctx.needs_input_grad
+        need_parameters = any(of_parameters)
         networks = *parameters, visible, orders, activations, wiring, stages, packed
-        backward, more = (_backward_on_gpu, (ctx.needs_input_grad[1],)) if ctx.by_library else (_backward, ())
-        dx, dcontext, *parameters = each_cotangent(backward, dy, dlogabsdet, kept, context, *networks, learned, need_dx, *more)
-        if numbers:  # of which the op's are the gradients by bound * a
+        backward, more = (_backward_on_gpu, (need_dcontext,)) if ctx.by_library else (_backward, ())
+        learned = learned if need_parameters else [0] * len(learned)
+        dx, dcontext, *parameters = each_cotangent(
+            backward, dy, dlogabsdet, kept, context, *networks, learned, need_dx, *more, need_parameters
+        )
+        if not need_parameters:
+            parameters = [None] * len(of_parameters)
+        elif numbers:  # of which the op's are the gradients by bound * a
             bounds = [base.packed[0] for base, powered in zip(bases, learned, strict=True) if powered]
             for i, (bound, a) in enumerate(zip(bounds, numbers, strict=True), start=len(parameters) - len(numbers)):
                 parameters[i] = (parameters[i] * bound).view_as(a)
-        dcontext = dcontext if context is not None and ctx.needs_input_grad[1] else None
+        dcontext = dcontext if context is not None and need_dcontext else None
         return dx if need_dx else None, dcontext, None, None, *parameters
 
 
