@@ -59,7 +59,9 @@ def with_grad(tensors: Sequence[Tensor]) -> list[Tensor]:
 def assert_same_bits(got: Outputs, want: Outputs) -> None:
     for g, w in zip(got, want, strict=True):
         assert g.dtype == w.dtype and g.shape == w.shape
-        assert torch.equal(g.nan_to_num(nan=12345.0), w.nan_to_num(nan=12345.0)), (g - w).abs().max()
+        g, w = g.nan_to_num(nan=12345.0), w.nan_to_num(nan=12345.0)
+        assert torch.equal(g, w), (g - w).abs().max()
+        assert torch.equal(g.signbit(), w.signbit()), "of zeros"
 
 
 def assert_gradients_do_not_depend_on_threads(example: Example) -> None:

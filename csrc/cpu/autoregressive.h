@@ -69,7 +69,7 @@ struct AutoregressiveArgs {
   int form;
   bool inverse;
   bool gated;           // whether any layer is
-  const int64_t* ends;  // ends[s * (n_layers + 1) + l]: units of layer l known after step s; layer 0 is the features
+  const int64_t* ends;  // ends[s * (n_layers + 1) + l]: units of layer l known after step s; of layer 0, features known before it
   int64_t n_steps;
   T* y;  // [rows, features], contiguous
   T* logabsdet;

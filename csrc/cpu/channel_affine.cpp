@@ -237,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
 
 std::tuple<Tensor, Tensor> channel_affine(const Tensor& x, std::optional<Tensor> shift, const Tensor& log_scale, std::optional<Tensor> bias,
                                           bool inverse) {
-  check(x.dim() >= 2 && x.dim() <= kMaxDims, "x must have at least a batch and channels");
+  check(x.dim() >= 2 && x.dim() <= kMaxDims && x.size(1) >= 1, "x must have at least a batch and channels");
   switch (x.scalar_type()) {
     case ScalarType::Float: return forward<float>(x, shift, log_scale, bias, inverse);
     case ScalarType::Double: return forward<double>(x, shift, log_scale, bias, inverse);
@@ -250,7 +250,7 @@ std::tuple<Tensor, Tensor> channel_affine(const Tensor& x, std::optional<Tensor>
 std::tuple<Tensor, Tensor, Tensor, Tensor> channel_affine_backward(const Tensor& dy, const Tensor& dlogabsdet, const Tensor& kept,
                                                                    std::optional<Tensor> shift, const Tensor& log_scale,
                                                                    std::optional<Tensor> bias, bool inverse, bool from_output) {
-  check(dy.dim() >= 2 && dy.dim() <= kMaxDims, "dy must have at least a batch and channels");
+  check(dy.dim() >= 2 && dy.dim() <= kMaxDims && dy.size(1) >= 1, "dy must have at least a batch and channels");
   switch (dy.scalar_type()) {
     case ScalarType::Float: return backward<float>(dy, dlogabsdet, kept, shift, log_scale, bias, inverse, from_output);
     case ScalarType::Double: return backward<double>(dy, dlogabsdet, kept, shift, log_scale, bias, inverse, from_output);

@@ -87,13 +87,12 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const
   Tensor dlog_gain = empty(x, {out.outputs});
 
   const auto at = args.places();
-  // where there are no pixels, one part without tasks
   // rows of dy and both hidden layers, with their gradients, and the factors of dy, x and one hidden layer, twice as many each
   const int64_t channels = 3 * out.outputs + 2 * in.inputs + 2 * (in.outputs + mid.outputs + std::max(in.outputs, mid.outputs));
   args.rows = dx.numel() == 0 ? 1 : rows_of(args, channels, kLeastTasks);
   const int64_t tasks = dx.numel() == 0 ? 0 : args.tasks();
   const int64_t most = std::clamp(kBytes / (at.end * static_cast<int64_t>(sizeof(T))), kLeastParts, kMostParts);
-  const int64_t parts = std::clamp<int64_t>(tasks, 1, most);
+  const int64_t parts = std::clamp<int64_t>(tasks, 1, most);  // one without tasks where there are no pixels
   const std::unique_ptr<T[]> sums(new T[parts * at.end + 64]);  // 64: turned in whole vectors
   args.sums = sums.get();
   const Packing<T> packing(args, true, out.outputs);

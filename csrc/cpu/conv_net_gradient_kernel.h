@@ -209,9 +209,13 @@ void turn_last_weight(T* from, int64_t outputs, int64_t units, T* to) {
 template <class T>
 void log_gain_gradient(const T* dweight, const T* weight, const T* dbias, const T* bias, int64_t outputs, int64_t terms, T* to) {
   for (int64_t o = 0; o < outputs; ++o) {
-    Vec<T> sum = zero<T>();
-    for (int64_t k = 0; k < terms; k += lanes<T>) sum = fma(load_some(dweight + o * terms + k, terms - k), load_some(weight + o * terms + k, terms - k), sum);
-    to[o] = T(3) * fma(dbias[o], bias[o], horizontal_sum(sum));
+    constexpr int count = 16 / lanes<T>;  // sums in the order of sum_16
+    Vec<T> sums[count] = {};
+    for (int64_t k = 0, i = 0; k < terms; k += lanes<T>, i = (i + 1) % count)
+      sums[i] = fma(load_some(dweight + o * terms + k, terms - k), load_some(weight + o * terms + k, terms - k), sums[i]);
+    for (int half = count / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    to[o] = T(3) * fma(dbias[o], bias[o], horizontal_sum(sums[0]));
   }
 }
 

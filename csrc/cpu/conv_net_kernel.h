@@ -73,8 +73,8 @@ void find_terms(const Convolution<T>& c, int64_t* place) {
     for (int64_t tap = 0; tap < taps; ++tap) *place++ = tap * c.inputs + k;
 }
 
-// The four factors of a row of three taps, `distance` apart, for V vectors of outputs
-template <int V, class T>
+// The four factors of a row of three taps, `distance` apart
+template <class T>
 FK_INLINE void pack_taps(const Vec<T> (&g)[3], T* to, int64_t distance) {
   const Vec<T> ends = (g[0] + g[2]) * T(0.5), middle = g[1] * T(0.5);
   store(to, g[0]);
@@ -98,7 +98,7 @@ void pack_convolution(const Convolution<T>& c, const int64_t* place, T* scratch)
       for (int64_t i = 0; i < c.inputs * width; i += lanes<T>) {
         const T* from = scratch + row * kTaps * c.inputs * width + i;
         const Vec<T> g[] = {load(from), load(from + c.inputs * width), load(from + 2 * c.inputs * width)};
-        pack_taps<V>(g, packed + row * c.inputs * width + i, kTaps * c.inputs * width);
+        pack_taps(g, packed + row * c.inputs * width + i, kTaps * c.inputs * width);
       }
   });
 }
@@ -122,7 +122,7 @@ void pack_reverse_convolution(const Convolution<T>& c, T* scratch) {
         for (int64_t row = 0; row < kTaps; ++row) {
           const T* last = from + (taps - 1 - row * kTaps) * width;
           const Vec<T> g[] = {load(last), load(last - width), load(last - 2 * width)};
-          pack_taps<V>(g, to + row * c.inputs * V * lanes<T>, kTaps * c.inputs * V * lanes<T>);
+          pack_taps(g, to + row * c.inputs * V * lanes<T>, kTaps * c.inputs * V * lanes<T>);
         }
       }
     });

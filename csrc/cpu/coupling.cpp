@@ -56,6 +56,7 @@ Elementwise<E> describe(const Tensor& x, int64_t part_code) {
   args.transformed = part == Part::odd ? args.channels / 2 : args.channels - args.channels / 2;
   if (args.along == Along::checkerboard) args.transformed = args.channels;
   check(x.dim() <= kMaxDims, "x has too many dimensions");
+  check(x.numel() > 0 || args.batch == 0, "x must have at least one site");
   check(args.along == Along::checkerboard ? x.dim() == 4 : args.transformed >= 1, "x cannot be split so");  // a channel alone is transformed
   return args;
 }

@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
   args.dpassing = dpassing ? data_of<T>(*dpassing) : nullptr;
   args.dx = static_cast<T*>(dx.mutable_data_ptr());
   args.draw = static_cast<T*>(draw.mutable_data_ptr());
-  const int64_t parts = args.batch == 0 ? 0 : args.parts(), size = channels * channels;
+  const int64_t parts = args.parts(), size = channels * channels;
   const std::unique_ptr<T[]> sums(new T[parts * (size + channels) + 1]);
   args.part_dweight = sums.get();
   args.part_dbias = sums.get() + parts * size;

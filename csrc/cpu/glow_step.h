@@ -23,7 +23,7 @@ struct GlowStepArgs {
   int64_t tiles() const { return batch * tiles_of_sample(); }
   // about 128 sites or more, and at most 256 parts
   int64_t tiles_of_part() const {
-    const int64_t rows = sites < kRows ? sites : kRows, least = (128 + rows - 1) / rows, most_parts = 256;
+    const int64_t rows = sites < 1 ? 1 : sites < kRows ? sites : kRows, least = (128 + rows - 1) / rows, most_parts = 256;
     const int64_t needed = (tiles() + most_parts - 1) / most_parts;
     return needed > least ? needed : least;
   }

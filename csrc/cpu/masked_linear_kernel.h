@@ -1,6 +1,6 @@
 // The three products of a masked linear map. Included once per instruction set (for_each_target.h), after their parts.
 //
-// All three are the multiply_add of staircase_kernel.h; they differ in what is broadcast and what lies in the lanes:
+// All three are the `multiply` of staircase_kernel.h; they differ in what is broadcast and what lies in the lanes:
 //   forward  y[b][j]  = bias[j] + sum over k < visible[j] of x[b][k] * weight[k][j]    broadcast x,  lanes j
 //   dx       dx[b][k] = sum over j >= first[k] of dy[b][j] * weight[k][j]              broadcast dy, lanes k
 //   dweight  dweight[k][j] = sum over b of x[b][k] * dy[b][j], k < visible[j]          broadcast x,  lanes j

@@ -1,5 +1,4 @@
-// The products of a masked linear map and the sizes of their tasks, for masked_linear.cpp. Included once per instruction set.
-
+// The sizes of the tasks of a masked linear map's products. Included once per instruction set.
 
 namespace flowkernels {
 namespace FK_TARGET {

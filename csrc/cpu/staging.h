@@ -209,7 +209,7 @@ template <int N, class T>
 FK_INLINE void sum_rows_of(const T* p, int64_t rows, T* to) {
   for (int64_t r = 0; r < rows; ++r, p += N) {
     T a[N];
-    for (int i = 0; i < N; ++i) a[i] = p[i];
+    for (int i = 0; i < N; ++i) a[i] = T(0) + p[i];  // as sum_16 begins: what sums to -0 there is 0
     for (int half = 4; half > 0; half /= 2) {
       for (int i = 0; i < half; ++i) {
         if (i + half < N) a[i] += a[i + half];

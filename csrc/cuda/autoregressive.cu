@@ -49,8 +49,9 @@ std::tuple<Tensor, Tensor> autoregressive(Tensor x, std::optional<Tensor> contex
 struct PackedArgs {
   static constexpr int kMost = 16;
   int first[kMost + 1];  // byte at which each begins
-  alignas(16) unsigned char bytes[3840];
+  alignas(16) unsigned char bytes[3904];
 };
+static_assert(sizeof(LoopArgs<float>) <= sizeof PackedArgs::bytes && sizeof(LoopArgs<double>) <= sizeof PackedArgs::bytes, "one map always fits");
 static_assert(sizeof(PackedArgs) + 16 <= 4096, "what a kernel may be given");
 
 template <class T>

@@ -6,7 +6,7 @@ from numbers import Integral
 from typing import Self
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Generator, Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from ..layers import Chain
@@ -87,21 +87,22 @@ class Flow(Chain):
         """p(x | context) as a torch distribution. context: [*batch, context features], or None."""
         return FlowDistribution(self, context)
 
-    def sample(self, n: int, context: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-        """n samples for each context, without gradient: [n, *context batch, *shape]. temperature scales the base noise."""
-        return self.distribution(context).sample(_count(n), temperature)
+    def sample(self, n: int, context: Tensor | None = None, temperature: float = 1.0, *, generator: Generator | None = None) -> Tensor:
+        """n samples for each context, without gradient: [n, *context batch, *shape]. temperature scales the base noise, which comes from
+        the generator, or from torch's own."""
+        return self.distribution(context).sample(_count(n), temperature, generator=generator)
 
-    def rsample(self, n: int, context: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    def rsample(self, n: int, context: Tensor | None = None, temperature: float = 1.0, *, generator: Generator | None = None) -> Tensor:
         """As `sample`, and gradients reach the parameters and the context (reparametrised)."""
-        return self.distribution(context).rsample(_count(n), temperature)
+        return self.distribution(context).rsample(_count(n), temperature, generator=generator)
 
-    def sample_and_log_prob(self, n: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def sample_and_log_prob(self, n: int, context: Tensor | None = None, *, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """n samples for each context and their log-densities, in one pass, without gradient."""
-        return self.distribution(context).sample_and_log_prob(_count(n))
+        return self.distribution(context).sample_and_log_prob(_count(n), generator=generator)
 
-    def rsample_and_log_prob(self, n: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def rsample_and_log_prob(self, n: int, context: Tensor | None = None, *, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """n samples for each context and their log-densities, in one pass: [n, *context batch, *shape], [n, *context batch]."""
-        return self.distribution(context).rsample_and_log_prob(_count(n))
+        return self.distribution(context).rsample_and_log_prob(_count(n), generator=generator)
 
     def freeze(self) -> Self:
         """Evaluation mode for serving: what costs to prepare is prepared once and kept until `train()`, loading, moving or writing
@@ -200,32 +201,32 @@ class FlowDistribution(Distribution):
         rows = value.expand(*shape, *value.shape[-event:]).reshape(shape.numel(), *value.shape[-event:])
         return self.flow.log_prob(rows, self._rows(shape)).view(shape)
 
-    def sample(self, sample_shape: Size | tuple = (), temperature: float = 1.0) -> Tensor:
+    def sample(self, sample_shape: Size | tuple = (), temperature: float = 1.0, *, generator: Generator | None = None) -> Tensor:
         """Samples without gradient: [*sample_shape, *context batch, *event shape]. temperature scales the base noise."""
         if not torch.is_grad_enabled():  # a microsecond of a small flow's sixty
-            return self.rsample(sample_shape, temperature)
+            return self.rsample(sample_shape, temperature, generator=generator)
         with torch.no_grad():
-            return self.rsample(sample_shape, temperature)
+            return self.rsample(sample_shape, temperature, generator=generator)
 
-    def rsample(self, sample_shape: Size | tuple = (), temperature: float = 1.0) -> Tensor:
+    def rsample(self, sample_shape: Size | tuple = (), temperature: float = 1.0, *, generator: Generator | None = None) -> Tensor:
         """As `sample`, and gradients reach the parameters and the context."""
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be at least 0; got {temperature}")
         batch = self._sample_batch(sample_shape)
-        z = self._noise(batch.numel())
+        z = self._noise(batch.numel(), generator)
         x, _ = self._from_noise(z * temperature if temperature != 1.0 else z, batch)
         shape = batch + self.event_shape
         return x if x.shape == shape else x.view(shape)
 
-    def sample_and_log_prob(self, sample_shape: Size | tuple = ()) -> tuple[Tensor, Tensor]:
+    def sample_and_log_prob(self, sample_shape: Size | tuple = (), *, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """Samples and their log-densities in one pass, without gradient."""
         with torch.no_grad():
-            return self.rsample_and_log_prob(sample_shape)
+            return self.rsample_and_log_prob(sample_shape, generator=generator)
 
-    def rsample_and_log_prob(self, sample_shape: Size | tuple = ()) -> tuple[Tensor, Tensor]:
+    def rsample_and_log_prob(self, sample_shape: Size | tuple = (), *, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """Samples, [*sample_shape, *context batch, *event shape], and their log-densities, in one pass."""
         batch = self._sample_batch(sample_shape)
-        z = self._noise(batch.numel())
+        z = self._noise(batch.numel(), generator)
         x, logabsdet = self._from_noise(z, batch)
         return x.view(batch + self.event_shape), (self.flow._base_log_prob(z) - logabsdet).view(batch)
 
@@ -244,10 +245,11 @@ class FlowDistribution(Distribution):
     def _sample_batch(self, sample_shape: Size | tuple) -> Size:
         return Size(sample_shape) + self.batch_shape
 
-    def _noise(self, n: int) -> Tensor:
+    def _noise(self, n: int, generator: Generator | None) -> Tensor:
         like = self.context if self.context is not None else _first_parameter(self.flow)
         like = torch.empty(0) if like is None else like
-        return self.flow.base.sample(n, self.flow.features, like=like)
+        drawn_by = {} if generator is None else {"generator": generator}  # a user's base need not take one
+        return self.flow.base.sample(n, self.flow.features, like=like, **drawn_by)
 
 
 def _check_context(context: Tensor, parameter: Tensor | None) -> None:

@@ -121,10 +121,18 @@ class Program:
                     continue
             if kept is not None and not layers:  # here, or in another thread
                 return None
-            for call in calls:
-                x, logabsdet = call(x, context)
+            for layer, call in zip(layers, calls, strict=True):
+                x, logabsdet = checked(layer, *call(x, context))
                 total = logabsdet if total is None else total + logabsdet
         return x, total
+
+
+def checked(layer: nn.Module, x: Tensor, logabsdet: Tensor) -> Result:
+    """What a layer returned, where it is a result and its log|det|s: others would be broadcast."""
+    if not isinstance(logabsdet, Tensor) or logabsdet.shape != x.shape[:1]:
+        got = list(logabsdet.shape) if isinstance(logabsdet, Tensor) else type(logabsdet).__name__
+        raise ValueError(f"{type(layer).__name__} must return log|det| of each row beside its output, [{x.shape[0]}]; got {got}")
+    return x, logabsdet
 
 
 class Programs:

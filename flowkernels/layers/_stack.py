@@ -1,7 +1,7 @@
 """Runs of autoregressive layers and of couplings of vectors, with the permutations and normalisations between them, as one call of
 `ops.autoregressive_stack`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -11,7 +11,7 @@ from .._torch import has_global_hooks
 from ..ops import Map, autoregressive_stack
 from ._coupling_map import most_rows
 from ._plain import is_plain
-from ._programs import Step
+from ._programs import Step, checked
 from .batch_norm import FlowBatchNorm, evaluation_affines
 from .coupling import AdditiveCoupling, AffineCoupling
 from .inverse import Inverse
@@ -36,10 +36,12 @@ def run(
     group: list[_Part] = []  # layers that run together: the first and the last are maps
     gap: list[_Part] = []  # what has come since, if it may stand between two maps
 
-    def apply(call: Callable[..., tuple[Tensor, Tensor]], *args) -> None:
+    def add(y: Tensor, logabsdet: Tensor) -> None:
         nonlocal x, total
-        x, logabsdet = call(x, context, *args)
-        total = logabsdet if total is None else total + logabsdet
+        x, total = y, logabsdet if total is None else total + logabsdet
+
+    def call(layer: nn.Module) -> None:
+        add(*checked(layer, *(layer.inverse if inverse else layer)(x, context)))
 
     def apply_all() -> None:
         if steps is not None:
@@ -47,9 +49,9 @@ def run(
                 steps.append(_step(group, inverse))
             steps.extend(map(_alone, [layer for layer, _ in gap]))
         if group:
-            apply(_run_stack, group, inverse)
+            add(*_run_stack(x, context, group, inverse))
         for layer, _ in gap:
-            apply(layer.inverse if inverse else layer)
+            call(layer)
 
     for layer in layers:
         own = _as_map(layer, x, inverse) if together else None  # no map changes what it needs to know of x
@@ -63,7 +65,7 @@ def run(
             group, gap = [], []
             if steps is not None:
                 steps.append(_alone(layer))
-            apply(layer.inverse if inverse else layer)
+            call(layer)
     apply_all()
     return x, total
 

@@ -14,7 +14,7 @@ class Chain(KeepsPrograms):
     Autoregressive layers that follow one another, with permutations and with batch norms in evaluation between them, run as one call
     of `ops.autoregressive_stack`, and so do, on a CPU, couplings of vectors whose conditioner is an `MLP`; layers of a subclass and
     layers with hooks are called one by one. Without gradient, on a CPU, what was found of the layers is kept from call to call, unless
-    there are permutations or batch norms between autoregressive ones.
+    there are permutations between autoregressive ones.
 
     Args:
         layers: modules with `forward(x, context)` and `inverse(z, context)`, each returning (output, logabsdet [batch]).

@@ -58,7 +58,16 @@ class _Coupling(nn.Module):
             untouched = torch.where(_mask(part, *shape[2:], x.device), 0, x)
         else:
             untouched = part.untouched(x)
+        if torch.compiler.is_compiling() or untouched.is_inference():  # nobody counts what is written into such a tensor
+            untouched, written = untouched.clone(), None
+        else:
+            written = untouched._version
         out = self.conditioner(untouched) if context is None else self.conditioner(untouched, context)
+        if written is not None and untouched._version != written:
+            raise ValueError(
+                "conditioner must not write into its input, which is the untouched part of x and part of the result; "
+                "an op in place does, such as nn.ReLU(inplace=True) as its first layer"
+            )
         expected = (shape[0], len(self._outputs) * part.count(shape[1]), *shape[2:])
         if not isinstance(out, Tensor):
             raise ValueError(

@@ -69,7 +69,7 @@ class InvertibleConv1x1(Structured):
         self._frozen: Frozen | None = None
         rotation = _random_rotation(channels)
         if parametrization == "plain":
-            self.plain_weight = nn.Parameter(rotation.to(torch.get_default_dtype()))
+            self.plain_weight = nn.Parameter(rotation.to(torch.get_default_dtype()).contiguous())
             return
         permutation, lower, upper = torch.linalg.lu(rotation)
         diagonal = upper.diagonal()

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from flowkernels import ops
 from flowkernels.flows import IAF, MAF, NICE, Flow, Glow, RealNVP, StandardLogistic, StandardNormal
@@ -17,6 +18,7 @@ from flowkernels.layers import (
     FactorOut,
     FlowBatchNorm,
     InvertibleConv1x1,
+    MaskedAutoregressive,
     MaskedLinear,
     Permute,
     Reshape,
@@ -208,6 +210,59 @@ def test_contexts_of_distributions_are_tensors(context):
     for call in (flow.distribution, lambda c: flow.sample(4, c), lambda c: flow.rsample_and_log_prob(4, c)):
         with pytest.raises(TypeError, match=r"context must be a torch.Tensor; got"):
             call(context)
+
+
+class WithoutSum(nn.Module):
+    """Forgets that log|det| is one number for each row."""
+
+    def __init__(self, *, keepdim=False):
+        super().__init__()
+        self.keepdim = keepdim
+
+    def forward(self, x, context=None):
+        logs = torch.zeros_like(x)
+        return x, logs.sum(1, keepdim=True) if self.keepdim else logs
+
+    inverse = forward
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(("keepdim", "got"), [(False, "4, 4"), (True, "4, 1")])
+def test_a_log_determinant_for_each_feature_is_refused(keepdim, got, grad):
+    flow = Flow([MaskedAutoregressive(4, (8,)), WithoutSum(keepdim=keepdim)], 4)
+    with torch.set_grad_enabled(grad):
+        for call in [flow.log_prob, flow.inverse] * 4:  # by what is kept of the layers too
+            with pytest.raises(ValueError, match=rf"WithoutSum must return log\|det\| of each row beside its output, \[4\]; got \[{got}\]"):
+                call(torch.randn(4, 4))
+
+
+def test_samples_by_a_generator():
+    flow = MAF(3, hidden_features=(8,), context_features=1)
+    context = torch.zeros(2, 1)
+    draw = lambda method, seed, **more: getattr(flow, method)(5, context, generator=torch.Generator().manual_seed(seed), **more)
+    for method in ("sample", "rsample", "sample_and_log_prob", "rsample_and_log_prob"):
+        state = torch.random.get_rng_state()
+        one, again, other = (draw(method, seed) for seed in (1, 1, 2))
+        assert torch.equal(torch.random.get_rng_state(), state)
+        one, again, other = (t[0] if isinstance(t, tuple) else t for t in (one, again, other))
+        assert torch.equal(one, again) and not torch.equal(one, other)
+    assert draw("sample", 1, temperature=0.0).unique(dim=0).shape[0] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_float64_is_refused_under_autocast_too(dtype, device):
+    """Which leaves it as it is."""
+    x = torch.randn(5, 6, dtype=torch.float64, device=device)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32)
+    with autocast, pytest.raises(ValueError, match="must be torch.float32"):
+        RealNVP(6).to(device)(x)
+
+
+def test_parameters_are_contiguous():
+    flows = [make() for make in FROZEN.values()] + [Glow((3, 4, 4), levels=1, steps=1, hidden_channels=4, parametrization="plain")]
+    for flow in flows:
+        assert all(p.is_contiguous() for p in flow.parameters())
 
 
 FROZEN = {

@@ -137,6 +137,25 @@ def test_glows_split_is_a_coupling_before_factor_out():
     torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("part", ["first_half", "second_half", "even", "odd"])
+@pytest.mark.parametrize("make", [AffineCoupling, AdditiveCoupling])
+def test_a_conditioner_that_writes_into_x_is_refused(make, part):
+    """It would change the part of x that passes, and with it the map."""
+    layer = make(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 6 if make is AffineCoupling else 3)), part=part)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="conditioner must not write into its input.*inplace=True"):
+            layer(torch.randn(5, 6))
+    compiled = torch.compile(layer, backend="eager")
+    for call, mode in ((layer, torch.inference_mode), (compiled, torch.no_grad)):  # where nobody counts, it is given a copy
+        with mode():
+            x = torch.randn(5, 6)
+            before = x.clone()
+            z, _ = call(x)
+            assert torch.equal(x, before)
+            with torch.inference_mode():
+                torch.testing.assert_close(layer.inverse(z.clone())[0], before)
+
+
 def test_under_autocast_a_conditioner_may_return_half_precision():
     torch.manual_seed(0)
     layer = AffineCoupling(nn.Linear(3, 6))

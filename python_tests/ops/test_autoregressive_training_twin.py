@@ -151,8 +151,8 @@ def test_a_context_without_a_gradient():
 def test_parameters_without_a_gradient(parts, twin):
     """More rows than one span has: nothing of them is left for the next."""
     x, context, lists = map_of(example(6, parts, context=2)(1100, torch.float32))
-    for lists in (lists, stacked(2, lists)):
-        whole, without = (step(x, context, lists, twin=twin, need_parameters=needed) for needed in (True, False))
+    for maps in (lists, stacked(2, lists)):
+        whole, without = (step(x, context, maps, twin=twin, need_parameters=needed) for needed in (True, False))
         assert len(whole) == len(without) and all(t.shape == (0,) for t in without[4:])
         assert_same_bits(without[:4], whole[:4])
 

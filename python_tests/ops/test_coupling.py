@@ -269,6 +269,13 @@ def test_round_trip(part):
         torch.testing.assert_close(back, -logabsdet)
 
 
+def test_a_row_alone_has_the_sign_of_its_zero():
+    x, zero = torch.randn(3, 2), torch.zeros(3, 1)
+    for n in (1, 3):
+        logabsdet = coupling(x[:n], zero[:n], zero[:n], scale=ScaleMap.exp(), inverse=True)[1]
+        assert_same_bits((logabsdet,), (torch.zeros(n),))
+
+
 def test_inputs_are_left_alone():
     for make in TestCoupling.cases.values():
         rows, parameters, op, *_ = make(3, torch.float32)

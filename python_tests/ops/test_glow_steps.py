@@ -282,6 +282,14 @@ def test_bad_input(change, message):
         glow_steps(*change(x, networks, weights, biases))
 
 
+def test_images_without_pixels():
+    x = torch.zeros(2, 0, 3, 6, requires_grad=True)
+    tensors = [t.requires_grad_() for s in level(6, 8, 2, 0) for t in s]
+    y, logabsdet = glow_steps(x, *parted(tensors))
+    assert y.shape == x.shape and torch.equal(logabsdet, torch.zeros(2))
+    assert not any(g.any() for g in torch.autograd.grad(y.sum() + logabsdet.sum(), tensors, allow_unused=True, materialize_grads=True))
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_failure_of_the_kernel_is_not_passed_over(monkeypatch, grad):
     def broken(*_):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..._backend import as_called, chosen, register_triton, wants_reference
 from ..._library import library, register_fake
-from .._differentiation import apply_function, forward_mode, needs_autograd, vmap_one_by_one
+from .._differentiation import apply_function, needs_autograd, transformed, vmap_one_by_one
 from .._layout import empty_in_layout_of, in_layout_of
 from .reference import channel_affine_backward_reference, channel_affine_reference
 
@@ -86,8 +86,6 @@ def channel_affine_backward(dy: Tensor, *others) -> tuple[Tensor, Tensor, Tensor
 
 
 class _ChannelAffine(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x, shift, log_scale, bias, inverse: bool, keeps_output: bool) -> tuple[Tensor, Tensor]:
         return _forward(x, shift, log_scale, bias, inverse)
@@ -150,7 +148,7 @@ def channel_affine(
         shift = _fitted("shift", shift, x, compute)
     if bias is not None and (bias.shape != expected or bias.dtype != compute or bias.device != device):
         bias = _fitted("bias", bias, x, compute)
-    if forward_mode():
+    if transformed():  # there a function of our own takes milliseconds a call
         return _composite(x, shift, log_scale, bias, inverse)
     if needs_autograd((x, shift, log_scale, bias)):
         return apply_function(_ChannelAffine, x, shift, log_scale, bias, inverse, keep == "output")

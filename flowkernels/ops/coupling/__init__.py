@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..._backend import as_called, chosen, register_triton, wants_reference
 from ..._library import library, register_fake
-from .._differentiation import apply_function, forward_mode, needs_autograd, vmap_one_by_one
+from .._differentiation import apply_function, needs_autograd, transformed, vmap_one_by_one
 from .._layout import empty_in_layout_of, in_layout_of
 from ..scale_map import Form, ScaleKind, ScaleMap, parse_form
 from .part import Part, parse_part
@@ -102,8 +102,6 @@ def _forward(x: Tensor, shift: Tensor, raw_scale: Tensor | None, scale_parameter
 
 
 class _Coupling(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x, shift, raw_scale, scale_parameter, keeps_output: bool, options: Packed) -> tuple[Tensor, Tensor]:
         return _forward(x, shift, raw_scale, scale_parameter, options)
@@ -213,7 +211,7 @@ def coupling(
     if keep not in ("input", "output"):
         raise ValueError(f"keep must be 'input' or 'output'; got {keep!r}")
     options = (int(part), int(scale.kind), *scale.packed, int(form), inverse)
-    if forward_mode():
+    if transformed():  # there a function of our own takes milliseconds a call
         return _composite(x, shift, raw_scale, scale_parameter, *options)
     if needs_autograd((x, shift, raw_scale, scale_parameter)):
         return apply_function(_Coupling, x, shift, raw_scale, scale_parameter, keep == "output", options)

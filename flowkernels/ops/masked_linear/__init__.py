@@ -4,11 +4,8 @@
     dx[b, k]      = sum_{j: visible[j] > k} dy[b, j] * weight[k, j]
     dweight[k, j] = sum_b x[b, k] * dy[b, j]   where k < visible[j], else 0
 
-Each of the three is linear in both of its tensors, and the gradients of each are the other two: double backward and forward mode need
-nothing else.
+Each of the three is linear in both of its tensors, and the gradients of each are the other two: double backward needs nothing else.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,7 +14,7 @@ from ..._backend import as_called, chosen, register_triton, wants_reference
 from ..._library import library, register_fake
 from ..._torch import any_autocast
 from .._autocast import cast
-from .._differentiation import apply_function, forward_mode, needs_autograd, transformed, vmap_one_by_one
+from .._differentiation import apply_function, needs_autograd, transformed, vmap_one_by_one
 from ..degrees import check_staircase
 from .reference import masked_linear_dweight_reference, masked_linear_dx_reference, masked_linear_reference
 
@@ -85,8 +82,6 @@ def _bare_dweight(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
 
 
 class _MaskedLinear(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
         return _bare(x, weight, bias, visible)
@@ -108,8 +103,6 @@ class _MaskedLinear(torch.autograd.Function):
 
 
 class _Dx(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(dy: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
         return _bare_dx(dy, weight, visible)
@@ -127,8 +120,6 @@ class _Dx(torch.autograd.Function):
 
 
 class _Dweight(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
         return _bare_dweight(x, dy, visible)
@@ -145,44 +136,20 @@ class _Dweight(torch.autograd.Function):
         return _dx(dy, g, visible), _product(x, g, None, visible), None
 
 
-def _with_jvp(function: type, call: Callable) -> type:
-    """The function with a forward mode: it is linear in each of its first two arguments. Apart, as torch.compile refuses any jvp."""
-
-    class WithJvp(function):
-        @staticmethod
-        def setup_context(ctx, inputs, output) -> None:
-            function.setup_context(ctx, inputs, output)
-            ctx.save_for_forward(inputs[0], inputs[1], inputs[-1])
-
-        @staticmethod
-        def jvp(ctx, first_tangent: Tensor, second_tangent: Tensor, *others) -> Tensor:
-            first, second, visible = ctx.saved_tensors
-            bias_tangent = others[:-1]
-            no_bias = [None] * len(bias_tangent)
-            return call(first_tangent, second, *bias_tangent, visible) + call(first, second_tangent, *no_bias, visible)
-
-    return WithJvp
-
-
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
+    if transformed():  # there a function of our own takes milliseconds a call
+        return masked_linear_reference(x, weight, bias, visible)
     if not needs_autograd((x, weight, bias)):
         return _bare(x, weight, bias, visible)
-    return apply_function(_MaskedLinearWithJvp if forward_mode() else _MaskedLinear, x, weight, bias, visible)
+    return apply_function(_MaskedLinear, x, weight, bias, visible)
 
 
 def _dx(dy: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
-    if not needs_autograd((dy, weight)):
-        return _bare_dx(dy, weight, visible)
-    return apply_function(_DxWithJvp if forward_mode() else _Dx, dy, weight, visible)
+    return apply_function(_Dx, dy, weight, visible) if needs_autograd((dy, weight)) else _bare_dx(dy, weight, visible)
 
 
 def _dweight(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
-    if not needs_autograd((x, dy)):
-        return _bare_dweight(x, dy, visible)
-    return apply_function(_DweightWithJvp if forward_mode() else _Dweight, x, dy, visible)
-
-
-_MaskedLinearWithJvp, _DxWithJvp, _DweightWithJvp = map(_with_jvp, (_MaskedLinear, _Dx, _Dweight), (_product, _dx, _dweight))
+    return apply_function(_Dweight, x, dy, visible) if needs_autograd((x, dy)) else _bare_dweight(x, dy, visible)
 
 
 def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
