@@ -1,5 +1,5 @@
-"""Glow on 32 x 32 colour images: density, sampling and a training step, against normflows' GlowBlocks with the same conditioners; and
-steps whose conditioners cost nothing.
+"""Glow on 32 x 32 colour images: density, sampling and a training step, against normflows' GlowBlocks with the same conditioners, run by
+torch's convolutions; and steps whose conditioners cost nothing.
 
 normflows' model has no learned priors; ours has, and they are in our times.
 """
@@ -86,7 +86,7 @@ def normflows_glow(steps: int, x: Tensor, *, levels: int = LEVELS, hidden: int =
             blocks = [flows.GlowBlock(channels, hidden, split_mode="channel", scale_map="sigmoid") for _ in range(steps)]
         for block in blocks:
             _, coupling, _ = block.flows[0].flows
-            coupling.param_map = ConvNet(channels // 2, hidden, channels)
+            coupling.param_map = _ByTorch(ConvNet(channels // 2, hidden, channels))
         modules.append(nn.ModuleList([flows.Squeeze(), *blocks]))
 
     def to_noise(modules: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,6 +115,18 @@ def normflows_glow(steps: int, x: Tensor, *, levels: int = LEVELS, hidden: int =
     modules.to(x.device)
     to_noise(modules, x)  # initialises actnorm
     return Model(_moved(modules), to_noise, to_data)
+
+
+class _ByTorch(nn.Module):
+    """Our conditioner as others run it: by torch's convolutions rather than our kernel."""
+
+    def __init__(self, net: ConvNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        with backend("reference"):
+            return self.net(x)
 
 
 @torch.no_grad()
@@ -224,7 +236,7 @@ def _conditioners(steps: int, rows: Tensor, grad: bool) -> Competitor:
         for level in range(LEVELS):
             channels, side = 4 * IMAGE[0] * 2**level, IMAGE[1] // 2 ** (level + 1)
             nets.extend(_moved(ConvNet(channels // 2, HIDDEN, channels)) for _ in range(steps))
-            inputs += [torch.randn(BATCH, channels // 2, side, side, device=rows.device, requires_grad=grad)] * steps
+            inputs += [torch.randn(len(rows), channels // 2, side, side, device=rows.device, requires_grad=grad)] * steps
         nets.to(rows.device)
         optimizer = torch.optim.Adam(nets.parameters(), lr=0.0, fused=True)
 

@@ -60,6 +60,14 @@ def measure_limits(device: torch.device, seconds: float = 1.0) -> dict[str, floa
     return {"matmul_gmac_s": MATMUL_SIZE**3 / by_matmul.median / 1e9, "copy_gb_s": COPY_BYTES / by_copy.median / 1e9}
 
 
+LOAD = "FLOWKERNELS_LOAD_BEFORE"  # for a process of several: what the machine's load was before the first
+
+
+def load() -> float:
+    """The machine's load over the last minute."""
+    return round(os.getloadavg()[0], 2)
+
+
 def describe(device: torch.device) -> dict[str, str | float]:
     """What every row records: device, how busy others kept it, versions, commit, date."""
     on_gpu = device.type == "cuda"
@@ -68,7 +76,7 @@ def describe(device: torch.device) -> dict[str, str | float]:
         "cpu": _cpu_model(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2),
+        "load_before": float(os.environ.get(LOAD, load())),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "flowkernels": version("flowkernels") or "",

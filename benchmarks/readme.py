@@ -189,6 +189,7 @@ def tables() -> dict[str, str]:
         "tasks": tasks[tasks.index("|") :],
         "inverse": _inverse(here),
         "others": _others(here),
+        "memory": _memory(here),
         "other_machine_inverse": _inverse(there),
         "other_machine": _others(there),
     }
@@ -222,13 +223,27 @@ def _headlines(found: dict[tuple[str, str, str], Row]) -> str:
 
 
 def _inverse(found: dict[tuple[str, str, str], Row]) -> str:
-    lines = ["| | flowkernels | dense pass | nflows | zuko | normflows | share of the matmul's rate |", "|---|---|---|---|---|---|---|"]
+    lines = ["| | flowkernels | dense pass | nflows | zuko | normflows | share of the limit |", "|---|---|---|---|---|---|---|"]
     for label, case in INVERSE.items():
         ours = found["autoregressive", case, "flowkernels"]
         peers = [found.get(("autoregressive", case, peer)) for peer in PEERS]
         times = [duration(row["seconds"]) if row else "" for row in (ours, *peers)]
         lines.append(f"| {' | '.join([label, *times])} | {ours['share_of_limit']:.2f} |")
     return "\n".join(lines)
+
+
+def _memory(found: dict[tuple[str, str, str], Row]) -> str:
+    def used(benchmark: str, case: str, who: str = "flowkernels") -> str:
+        return f"{found[benchmark, case, who]['memory_bytes'] / 1e6:.3g} MB"
+
+    inverse, step = "memory of the inverse, D=63, H=512x2, batch 1,024", "memory of a training step, D=63, H=512x2, batch 8,192"
+    large, gradient = "memory of the inverse, D=784, H=1024x2, batch 8,192", "gradient of the inverse, D=63, H=512x2, batch 128"
+    return (
+        f"Memory beyond inputs and outputs: the inverse takes {used('autoregressive', inverse)} at D=63 and "
+        f"{used('autoregressive', large)} at D=784 in two threads,\nwhatever the batch; a training step at D=63, batch 8,192, "
+        f"{used('training', step)}, where nflows takes {used('training', step, 'nflows')}; the gradient of the inverse\nat batch 128 "
+        f"{used('gradient', gradient)}, where autograd through nflows' inverse takes {used('gradient', gradient, 'nflows')}."
+    )
 
 
 def _others(found: dict[tuple[str, str, str], Row]) -> str:
