@@ -3,12 +3,6 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FK_HOST_DEVICE __host__ __device__
-#else
-#define FK_HOST_DEVICE
-#endif
-
 namespace flowkernels {
 
 // A block owns a matrix, [n][ld], as long as the block lives. It lies in shared memory where it fits, else in a workspace in global
@@ -23,7 +17,7 @@ struct LuPlan {
 };
 
 // elements beside the matrix: pivot row, replaced row, multipliers, pivots
-FK_HOST_DEVICE constexpr int64_t lu_vectors(int64_t n) { return 4 * n; }
+constexpr int64_t lu_vectors(int64_t n) { return 4 * n; }
 
 inline LuPlan lu_plan(int64_t n, int64_t batch, int64_t item_bytes, int64_t shared_limit) {
   LuPlan plan{};

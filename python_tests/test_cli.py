@@ -93,6 +93,23 @@ def test_sample_density_and_infer_agree_with_the_model(files, tmp_path, capsys):
     assert np.allclose(density, (log_prob - logabsdet).double() - model.preprocess.std.log().sum(), atol=1e-4)
 
 
+def test_columns_keep_their_names_and_order(files, tmp_path, capsys):
+    run, other = tmp_path / "run", tmp_path / "other.csv"
+    train = ["train", "maf", "--data", str(files / "x.csv"), "--out", str(run), *SMALL]
+    assert main(train) == 0
+    assert main(["sample", str(run), "-n", "2", "--out", str(tmp_path / "s.csv")]) == 0
+    assert (tmp_path / "s.csv").read_text().startswith("a,b,c\n")
+    numbers = (files / "x.csv").read_text().partition("\n")[2]
+    for name, header in (("named otherwise", "c,b,a\n"), ("unnamed", "")):
+        other.write_text(header + numbers)
+        density = ["density", str(run), "--data", str(other), "--out", str(tmp_path / "d.npy")]
+        if header:
+            assert "must have the columns a, b, c, in the order of training; got c, b, a" in refusal(capsys, density), name
+        else:
+            assert main(density) == 0
+    assert main([*train[:3], str(other), *train[4:]]) == 0  # the same content: the run is gone on with
+
+
 def test_temperature_scales_the_noise(files, tmp_path):
     for temperature in ("1", "1e-6"):
         assert (

@@ -8,8 +8,6 @@
 namespace flowkernels {
 namespace FK_TARGET {
 
-constexpr int64_t kLogChunk = 16;  // log-derivatives are summed in chunks, as inputs are
-
 template <class T>
 FK_INLINE ValueAndLog<Vec<T>> transform(const AutoregressiveArgs<T>& args, Vec<T> x, Vec<T> shift, Vec<T> raw) {
   const Form form = static_cast<Form>(args.form);

@@ -17,6 +17,7 @@
 #include "cpu/scratch.h"
 #include "cpu/shares.h"
 #include "cpu/tensor.h"
+#include "sum_order.h"
 
 namespace flowkernels {
 namespace {
@@ -63,8 +64,8 @@ void for_each_span(int64_t batch, int64_t span, const F& run) {
 
 // A span's deltas and remade values would be most of what a step of few rows holds, so such batches are taken a chunk at a time
 int64_t span_of(int64_t batch, int64_t threads) {
-  const int64_t chunks = threads <= 2 && batch <= 4 * kChunkRows ? 1 : std::max<int64_t>(threads, 2);
-  return std::clamp<int64_t>(batch, 1, kChunkRows * chunks);
+  const int64_t chunks = threads <= 2 && batch <= 4 * kChunk ? 1 : std::max<int64_t>(threads, 2);
+  return std::clamp<int64_t>(batch, 1, kChunk * chunks);
 }
 
 template <class T>

@@ -4,8 +4,6 @@
 namespace flowkernels {
 namespace FK_TARGET {
 
-constexpr int64_t kLogTerms = 16;  // log-derivatives are summed in chunks, as inputs are
-
 // the scratch of a row of features, which whole vectors may be written to from any of them on
 template <class T>
 int64_t padded_features(int64_t features) {
@@ -158,9 +156,9 @@ void training_forward(const TrainingArgs<T>& args, int64_t r0, int64_t r1, T* sc
     }
     for (int64_t p = 0; p < passing; ++p) results[p] = values[p];
     T total = 0;
-    for (int64_t chunk = 0; chunk < D; chunk += kLogTerms) {
+    for (int64_t chunk = 0; chunk < D; chunk += kLogChunk) {
       T sum = logs[chunk];
-      for (int64_t p = chunk + 1; p < smaller(chunk + kLogTerms, D); ++p) sum += logs[p];
+      for (int64_t p = chunk + 1; p < smaller(chunk + kLogChunk, D); ++p) sum += logs[p];
       total += sum;
     }
     from_order(args, results, args.y + r * D);

@@ -19,7 +19,7 @@ constexpr int64_t kLine = 1024;  // elements that are summed at a time
 // Bytes of x from which lines are asked for ahead. Measured beside a 32 MB cache: at 256 MB that saves a sixth of an affine coupling's
 // time, forward and backward, at 64 MB nothing. Stores past the caches, which save the read of what is written, were slower: they wait
 // where they alternate with arithmetic.
-constexpr int64_t kFar = int64_t{128} << 20;
+constexpr int64_t kFarBytes = int64_t{128} << 20;
 
 // Axes of a view. Sites that lie evenly in all tensors are one axis, inner_axis; otherwise there are outer ones too.
 enum Axis : int { batch_axis, channel_axis, inner_axis, outer_axis, n_axes = inner_axis + kMaxSiteAxes };
@@ -108,7 +108,7 @@ void plan(Elementwise<E>& args, bool sums) {
   const int64_t units_of_sample = args.together != Together::no ? 1 : args.lines * (args.channel_rows ? 1 : args.transformed);
   args.units = args.one_site ? (args.batch + args.samples_of_unit - 1) / args.samples_of_unit : args.batch * units_of_sample;
   args.sums_columns = sums && (args.one_site || args.channel_rows);
-  args.far = args.batch * args.channels * args.sites * static_cast<int64_t>(sizeof(E)) >= kFar;
+  args.far = args.batch * args.channels * args.sites * static_cast<int64_t>(sizeof(E)) >= kFarBytes;
 }
 
 inline torch::stable::Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, torch::headeronly::ScalarType type) {

@@ -21,6 +21,8 @@
 #include <string>
 #include <type_traits>
 
+#include "sum_order.h"
+
 #if defined(__GNUC__) && defined(__x86_64__)
 #include <immintrin.h>
 #define FK_X86 1

@@ -61,8 +61,6 @@ FK_INLINE LuScratch<T> lu_scratch(void* memory, int64_t n, bool inverse) {
   return s;
 }
 
-FK_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // The first index of the largest |x[i]|, NaN never the largest; 0 where all are NaN. x is followed by a vector of NaN.
 template <class T>
 FK_INLINE int64_t first_largest(const T* x, int64_t n) {
@@ -196,7 +194,7 @@ FK_CALL void invert_factors(const LuScratch<T>& s) {
     x[i * ld + i] = 1;
   }
   for (int64_t i = 0; i < n; i += 4) {  // x = L^-1, which has nothing right of its diagonal
-    const int64_t last = lesser(i + 4, n), width = lesser(end, (last - 1) / lanes<T> * lanes<T> + lanes<T>);
+    const int64_t last = smaller(i + 4, n), width = smaller(end, (last - 1) / lanes<T> * lanes<T> + lanes<T>);
     if (i > 0 && last == i + 4) subtract_rows<4>(x + i * ld, a + i * ld, ld, 1, x, ld, i, 0, width);
     for (int64_t r = i; r < last; ++r) {
       const int64_t done = last == i + 4 ? i : 0;
@@ -228,7 +226,7 @@ FK_CALL double sum_of_logs(T* d, int64_t n) {
 template <class In, class T>
 void lu_matrices(const LuArgs<In>& args, void* scratch, int64_t first, int64_t last) {
   if (args.n <= kLargestInLanes) {
-    for (int64_t m = first; m < last; m += lanes<T>) lu_in_lanes(args, *static_cast<LuLanes<T>*>(scratch), m, lesser(m + lanes<T>, last));
+    for (int64_t m = first; m < last; m += lanes<T>) lu_in_lanes(args, *static_cast<LuLanes<T>*>(scratch), m, smaller(m + lanes<T>, last));
     return;
   }
   const LuScratch<T> s = lu_scratch<T>(scratch, args.n, args.inverse != nullptr);

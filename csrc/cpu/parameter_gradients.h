@@ -11,10 +11,9 @@
 #include "cpu/scratch.h"
 #include "cpu/shares.h"
 #include "cpu/staircase.h"
+#include "sum_order.h"
 
 namespace flowkernels {
-
-constexpr int64_t kChunkRows = 256;  // sums over rows are made in chunks of so many: kChunk of staircase_kernel.h
 
 // Included after the kernels that it dispatches to.
 template <class T>
@@ -46,7 +45,7 @@ class ParameterGradients {
     make_tasks(threads);
   }
 
-  // The next rows, a multiple of kChunkRows of them but for the last, are added in three calls: set_rows, add_share for each thread, which
+  // The next rows, a multiple of kChunk of them but for the last, are added in three calls: set_rows, add_share for each thread, which
   // may run at the same time, and finish_rows.
   void set_rows(const TrainingArgs<T>& args, Rows<T> context) {
     for (Product& product : products_) {

@@ -348,16 +348,6 @@ FK_INLINE V at_least(V a, scalar_t<V> limit) {
   return at_least(a, broadcast<scalar_t<V>>(limit));
 }
 
-// NaN where either is NaN, as torch does
-template <class V>
-FK_INLINE V min(V a, V b) {
-  return select(b != b, b, at_most(a, b));
-}
-template <class V>
-FK_INLINE V max(V a, V b) {
-  return select(b != b, b, at_least(a, b));
-}
-
 FK_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FK_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 

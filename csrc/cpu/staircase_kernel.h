@@ -10,7 +10,6 @@
 namespace flowkernels {
 namespace FK_TARGET {
 
-constexpr int64_t kChunk = 256;
 constexpr int64_t kBlock = 64;  // most inputs of one pass: 64 x 96 rows of h stay in the first-level cache
 constexpr int kRowVectors = 3;  // with 4 (8) units, 12 (24) independent chains hide the latency of a multiply-add
 constexpr int kUnits = FK_REGISTERS >= 32 ? 8 : 4;

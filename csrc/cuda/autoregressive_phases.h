@@ -12,10 +12,9 @@
 #pragma once
 
 #include "cuda/autoregressive_register_panel.h"
+#include "sum_order.h"
 
 namespace flowkernels {
-
-constexpr int kLogChunk = 16;  // log-derivatives are summed in chunks, as on the CPU
 
 template <class T, int ROWS, bool MIRRORED = false, bool APART = false>
 struct Tile {

@@ -8,24 +8,20 @@
 #include <type_traits>
 
 #if defined(__CUDACC__)
-#define FK_HOST_DEVICE __host__ __device__
 #define FK_INLINE __host__ __device__ __forceinline__
 #define FK_CALL __host__ __device__ __noinline__
 #else
-#define FK_HOST_DEVICE
 #define FK_INLINE inline __attribute__((always_inline))
 #define FK_CALL inline __attribute__((noinline))
 #endif
 #if defined(__CUDA_ARCH__)
 #define FK_KEEP_LOOP _Pragma("unroll 1")
 #define FK_UNROLL _Pragma("unroll")
-#define FK_UNROLL_2 _Pragma("unroll 2")
 #define FK_UNROLL_4 _Pragma("unroll 4")
 #define FK_IS_SHARED(pointer) __builtin_assume(__isShared(pointer))
 #else
 #define FK_KEEP_LOOP
 #define FK_UNROLL
-#define FK_UNROLL_2
 #define FK_UNROLL_4
 #define FK_IS_SHARED(pointer)
 #endif

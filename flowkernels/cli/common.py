@@ -98,6 +98,10 @@ def load_rows(options: argparse.Namespace, model: DataModel, config: dict[str, A
         table = getattr(split if model.flow.context_features else split.without_context(), options.split)
     else:
         table = load_table(options.data, options.context)
+        trained = config["data"].get("columns")
+        if trained and table.columns and [*table.columns] != trained:
+            wanted, got = ", ".join(trained), ", ".join(table.columns)
+            raise ValueError(f"data file {options.data} must have the columns {wanted}, in the order of training; got {got}")
         if config["data"].get("unconditional") and options.context is None:
             table = replace(table, context=None)  # as --unconditional did in training
     model.check(table)
@@ -124,7 +128,7 @@ def save_images_or_rows(path: Path, x: torch.Tensor, model: DataModel, config: d
     """Write what a run makes, [n, features]: as a .png, as images in a .npy (uint8, [n, C, H, W]), or one row each."""
     shape = image_shape(config)
     if shape is None:
-        save_array(path, x)
+        save_array(path, x, header=config["data"].get("columns"))
         return
     images = x.to(torch.uint8).view(-1, *shape)
     if path.suffix == ".png":

@@ -19,13 +19,14 @@ class Table:
     """Rows of data, and of context where there is one.
 
     x: [rows, features], float64, or uint8 for images, flattened. context: [rows, context features], float64, or None. name: where the
-    rows come from. image_shape: (C, H, W), or None where the rows are no images.
+    rows come from. image_shape: (C, H, W), or None where the rows are no images. columns: their names, where the file has them.
     """
 
     x: Tensor
     context: Tensor | None
     name: str
     image_shape: tuple[int, int, int] | None = None
+    columns: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -78,7 +79,8 @@ def load_table(path: str | Path, context_path: str | Path | None = None) -> Tabl
         context = read_array(context_path, "context")
     if context is not None and len(context) != len(x):
         raise ValueError(f"context must have {len(x)} rows, one per row of {path}; got {len(context)}")
-    return Table(torch.from_numpy(x), None if context is None else torch.from_numpy(context), str(path), image_shape)
+    columns = _names(Path(path)) if Path(path).suffix == ".csv" else None
+    return Table(torch.from_numpy(x), None if context is None else torch.from_numpy(context), str(path), image_shape, columns)
 
 
 def read_array(path: str | Path, what: str = "data") -> np.ndarray:
@@ -139,6 +141,13 @@ def _read_csv(path: Path, what: str) -> np.ndarray:
     if not rows:
         raise ValueError(f"{what} file {path} holds no rows of numbers")
     return np.array(rows, dtype=np.float64)
+
+
+def _names(path: Path) -> tuple[str, ...] | None:
+    """Of the columns of a .csv that was read, if it begins with them."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        first = next(fields for fields in csv.reader(file) if any(field.strip() for field in fields))
+    return tuple(field.strip() for field in first) if all(_number(field) is None for field in first) else None
 
 
 def _number(field: str) -> float | None:

@@ -1,5 +1,6 @@
 """A masked network as other libraries keep it, and its conversion: units are permuted once, so that masks become staircases."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -183,6 +184,17 @@ def check_dropout(module: nn.Module, name: str) -> None:
 
 
 @torch.no_grad()
+def freeze_like(layer: nn.Module, foreign: nn.Module) -> None:
+    """Freezes a layer whose foreign parameters are all frozen. Where some are, it says that ours, which are made of them, are not."""
+    trained = [p.requires_grad for p in foreign.parameters()]
+    if not any(trained):
+        layer.requires_grad_(False)
+    elif not all(trained):
+        warnings.warn(
+            f"some parameters of {type(foreign).__name__} are frozen; those made of them are not: freeze them again", stacklevel=2
+        )
+
+
 def check_same(
     ours: nn.Module,
     theirs: Map,

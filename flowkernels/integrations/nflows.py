@@ -10,7 +10,7 @@ from ..flows import Flow
 from ..layers import AdditiveCoupling, AffineCoupling, FlowBatchNorm, Inverse, MaskedAutoregressive, Permute
 from ..ops import ScaleMap
 from ..ops.activation import Activation, parse_activation
-from .foreign import check_own_methods, check_same, conditioner_of, is_of_library
+from .foreign import check_own_methods, check_same, conditioner_of, freeze_like, is_of_library
 from .made import made_layers
 from .parts import affine_layer, copied, coupling_layers, flow_of
 
@@ -74,8 +74,7 @@ def _layer(made: nn.Module, transform: nn.Module | None) -> tuple[MaskedAutoregr
     layers = made_layers(made, first=first, first_context=activation, gate=False)
     floor = getattr(transform, "_epsilon", 1e-3)
     layer = MaskedAutoregressive.of(conditioner_of(layers, scale_first=True), scale=ScaleMap.softplus(floor=floor))
-    if not any(p.requires_grad for p in made.parameters()):
-        layer.requires_grad_(False)
+    freeze_like(layer, made)
     return layer.train(made.training), floor
 
 

@@ -7,7 +7,7 @@ from ..flows import Flow
 from ..layers import MLP, AdditiveCoupling, AffineCoupling, Inverse, MaskedAutoregressive, Permute
 from ..ops import ScaleMap
 from ..ops.activation import Activation
-from .foreign import check_own_methods, check_same, conditioner_of, is_of_library
+from .foreign import check_own_methods, check_same, conditioner_of, freeze_like, is_of_library
 from .made import made_layers
 from .parts import affine_layer, copied, coupling_layers, flow_of, mlp_of
 
@@ -63,8 +63,7 @@ def _layer(made: nn.Module) -> MaskedAutoregressive:
     layers = made_layers(made, first=Activation.IDENTITY, first_context=Activation.IDENTITY, gate=True)
     scale = ScaleMap.sigmoid(bias=2.0, floor=1e-3)
     layer = MaskedAutoregressive.of(conditioner_of(layers, scale_first=True), scale=scale).train(made.training)
-    if not any(p.requires_grad for p in made.parameters()):
-        layer.requires_grad_(False)
+    freeze_like(layer, made)
     return layer
 
 

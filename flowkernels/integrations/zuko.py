@@ -9,7 +9,7 @@ from ..flows import Flow
 from ..layers import AffineCoupling, MaskedAutoregressive
 from ..ops import ScaleMap
 from ..ops.activation import parse_activation
-from .foreign import ForeignLayer, check_same, conditioner_of, is_of_library
+from .foreign import ForeignLayer, check_same, conditioner_of, freeze_like, is_of_library
 from .parts import ContextAppended, copied, coupling_layers, flow_of, mlp_of
 
 
@@ -82,8 +82,7 @@ def _layer(transform: nn.Module) -> MaskedAutoregressive:
     scale = _scale(transform)
     layers = _layers(transform.hyper, transform.hyper.out_features // 2)
     layer = MaskedAutoregressive.of(conditioner_of(layers, scale_first=False), scale=scale).train(transform.training)
-    if not any(p.requires_grad for p in transform.parameters()):
-        layer.requires_grad_(False)
+    freeze_like(layer, transform)
     return layer
 
 

@@ -10,7 +10,7 @@ def parse_count(name: str, value: int) -> int:
     Raises:
         ValueError: it is no whole number, or less than 1.
     """
-    if not isinstance(value, Integral) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
     return int(value)
 

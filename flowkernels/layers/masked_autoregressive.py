@@ -34,7 +34,9 @@ class MaskedAutoregressive(KeepsPrograms, Structured):
         inverse:  x_i = (z_i - shift_i) / sigma(s_i), in the order of generation, in one fused loop
 
     The modules in `layers` hold the parameters and are not called: parametrizations of them work (torch.nn.utils.parametrizations), what
-    rests on their hooks (torch.nn.utils.prune, the older torch.nn.utils.weight_norm) does not. A new layer is near the identity.
+    rests on their hooks (torch.nn.utils.prune, the older torch.nn.utils.weight_norm) does not. Weights that a mask hides are zeros, so
+    `weight_norm` must be that of a whole matrix, dim=None: the norm of a row or column that nobody sees is 0, by which it divides. A new
+    layer is near the identity.
 
     Args:
         features: number of features D.

@@ -259,12 +259,13 @@ def load_model(path: str | Path) -> tuple[DataModel, dict[str, Any], dict[str, A
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Settings that differ, as `name was a, now b`. Where the data came from may differ, as long as its content is the same."""
+    """Settings that differ, as `name was a, now b`. Where the data came from may differ, and its columns' names, as long as its content is
+    the same."""
     found = []
     for section in (*SECTIONS, "context_map"):
         before, now = old.get(section) or {}, new[section] or {}
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) == now.get(key) or key in ("source", "context"):
+            if before.get(key) == now.get(key) or key in ("source", "context", "columns"):
                 continue
             if key == "fingerprint":
                 found.append("the content of the data was other, or its split")

@@ -103,7 +103,12 @@ def make_config(
         "training": asdict(training),
         "preprocess": preprocess,
         "context_map": {"kind": "standardize", "constant_columns": True} if with_context_map else None,
-        "data": {"source": split.train.name, "fingerprint": _fingerprint(split), "unconditional": unconditional},
+        "data": {
+            "source": split.train.name,
+            "columns": split.train.columns,
+            "fingerprint": _fingerprint(split),
+            "unconditional": unconditional,
+        },
     }
     return json.loads(json.dumps(config))  # as the next start will read it
 

@@ -52,8 +52,7 @@ def reverse_kl(flow: Flow, log_density: LogDensity, n: int, context: Tensor | No
         raise ValueError(
             "reverse_kl needs gradients, and they are switched off (torch.no_grad or inference_mode); use log_normalizer there"
         )
-    if n < 1:
-        raise ValueError(f"n must be at least 1; got {n}")
+    parse_count("n", n)
     x, log_q, rows = _samples(flow, n, context)
     if not torch.isfinite(x.detach()).all():
         raise ValueError("samples of the flow must be finite: its parameters have become NaN or infinite, or too large")
@@ -144,7 +143,7 @@ def log_normalizer(flow: Flow, log_density: LogDensity, n: int, context: Tensor 
     Raises:
         TypeError, ValueError: as in `reverse_kl`; context holds several rows.
     """
-    if n < 2:
+    if parse_count("n", n) < 2:
         raise ValueError(f"n must be at least 2; got {n}")
     if context is not None and context.dim() != 1:
         raise ValueError(f"context must be a single one, [{flow.context_features}]; got {list(context.shape)}")

@@ -478,6 +478,9 @@ def test_what_is_frozen_stays_frozen():
     count = lambda module, flag: sum(p.numel() for p in module.parameters() if p.requires_grad is flag)
     assert count(ours, True) == count(model, True) and len(trained) == len(list(model.parameters()))
     for take_over, module in ((from_nflows, nflows_layer()), (from_zuko, zuko_layer())):
+        next(module.parameters()).requires_grad_(False)
+        with pytest.warns(UserWarning, match="some parameters of .* are frozen; those made of them are not: freeze them again"):
+            take_over(module)
         assert not any(p.requires_grad for p in take_over(module.requires_grad_(False)).parameters())
 
 

@@ -263,3 +263,13 @@ def test_an_additive_network_is_taken_over():
     torch.testing.assert_close(layer.inverse(layer(x)[0])[0], x)
     with pytest.raises(ValueError, match="scale must be a ScaleMap"):
         MaskedAutoregressive.of(network, scale="unit")
+
+
+def test_weight_norm_of_whole_matrices_trains():
+    torch.manual_seed(0)
+    layer = MaskedAutoregressive(4, (16,))
+    for module in list(layer.layers):
+        torch.nn.utils.parametrizations.weight_norm(module, dim=None)
+    z, logabsdet = layer(torch.randn(8, 4))
+    (z.square().sum() - logabsdet.sum()).backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())

@@ -117,6 +117,7 @@ def nan_at_two(x):
         (lambda: reverse_kl(flow(), lambda x: gaussian(x.detach()), 5), ValueError, "must be differentiable"),
         (lambda: log_normalizer(flow(), nan_at_two, 5), ValueError, "finite or -inf; it is nan for sample 2"),
         (lambda: log_normalizer(flow(), gaussian, 1), ValueError, "n must be at least 2; got 1"),
+        (lambda: log_normalizer(flow(), gaussian, 2.5), ValueError, "n must be a whole number of at least 1; got 2.5"),
         (
             lambda: log_normalizer(flow(context_features=2), gaussian, 5, torch.zeros(3, 2)),
             ValueError,
@@ -130,7 +131,7 @@ def nan_at_two(x):
             ValueError,
             "the gradient's norm is nan in step 1",
         ),
-        (lambda: reverse_kl(flow(), gaussian, 0), ValueError, "n must be at least 1; got 0"),
+        (lambda: reverse_kl(flow(), gaussian, 0), ValueError, "n must be a whole number of at least 1; got 0"),
         (lambda: reverse_kl(nan_flow(), gaussian, 5), ValueError, "samples of the flow must be finite: its parameters have become NaN"),
     ],
 )
