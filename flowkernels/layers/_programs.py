@@ -4,7 +4,7 @@ its loop. As long as nothing of a module has been replaced, a call gives C++ its
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter
 from typing import NamedTuple
 
 import torch
@@ -39,9 +39,19 @@ class Step(NamedTuple):
     write_affines: Callable[[], Tensor] | None = None
 
 
-def _settings(attributes: dict) -> tuple:
-    get = attributes.get
-    return get("scale"), get("form"), get("part"), get("interleaved"), get("eps"), "eps" in attributes and get("training")
+class _Settings:
+    """The attributes that a module's class names in `map_settings`, on which the map rests that it is: as they were."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._of = itemgetter(*type(module).map_settings)
+        self._values = self._of(vars(module))
+
+    def hold(self, attributes: dict) -> bool:
+        return self._of(attributes) == self._values
+
+
+def _has_settings(module: nn.Module) -> bool:
+    return bool(getattr(type(module), "map_settings", ()))
 
 
 class Watch:
@@ -61,8 +71,9 @@ class Watch:
         self._hooks = [hooks for module in self._called for hooks in _HOOKS(module)]
         self._attributes = [vars(module) for module in self._called]
         self._counts = [*map(len, self._attributes)]
-        self._settings = [(a, _settings(a)) for a in self._attributes if "scale" in a or "part" in a or "eps" in a]
-        self._owner, self._own_count, self._own_settings = weakref.ref(owner), len(vars(owner)), _settings(vars(owner))
+        self._settings = [(vars(module), _Settings(module)) for module in others if _has_settings(module)]
+        self._owner, self._own_count = weakref.ref(owner), len(vars(owner))
+        self._own_settings = _Settings(owner) if _has_settings(owner) else None
 
     def holds(self, owner: nn.Module) -> bool:
         if any(self._hooks) or not all(map(is_, self._now(), self._expected)):
@@ -70,10 +81,12 @@ class Watch:
         if [*map(len, self._attributes)] != self._counts or [*map(type, self._called)] != self._classes:
             return False
         for attributes, settings in self._settings:
-            if _settings(attributes) != settings:
+            if not settings.hold(attributes):
                 return False
         own = vars(owner)
-        return self._owner() is owner and len(own) == self._own_count and _settings(own) == self._own_settings
+        if self._owner() is not owner or len(own) != self._own_count:
+            return False
+        return self._own_settings is None or self._own_settings.hold(own)
 
     def knows(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are tensors of the modules, not made of them for one call."""

@@ -34,6 +34,8 @@ class FlowBatchNorm(nn.Module):
             variance; or an argument is out of range.
     """
 
+    map_settings = ("eps", "training")
+
     def __init__(self, features: int, *, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True) -> None:
         super().__init__()
         features = parse_count("features", features)

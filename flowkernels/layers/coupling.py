@@ -112,6 +112,7 @@ class AdditiveCoupling(_Coupling):
     """
 
     _outputs = ("shift",)
+    map_settings = ("part",)
 
     def __init__(self, conditioner: nn.Module, *, part: str = "second_half") -> None:
         super().__init__(conditioner, part)
@@ -151,6 +152,7 @@ class AffineCoupling(_Coupling):
     """
 
     _outputs = ("shift", "raw scale")
+    map_settings = ("part", "scale", "form", "interleaved")
 
     def __init__(
         self,

@@ -60,6 +60,8 @@ class MaskedAutoregressive(KeepsPrograms, Structured):
         ValueError: a size, name or permutation is none of these; or, of a call, a shape, dtype or device does not fit.
     """
 
+    map_settings = ("scale", "form")
+
     @built_on_cpu
     def __init__(
         self,

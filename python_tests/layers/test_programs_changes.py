@@ -1,6 +1,8 @@
 """What layers keep of their calls without gradient: the same results, whatever somebody does to their modules between two calls."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -346,3 +348,27 @@ def test_a_shallow_copy_is_another_module(change):
     want = both(fresh(layer), x), both(fresh(other), x)
     for _ in range(6):
         equal((both(layer, x), both(other, x)), want)
+
+
+def test_every_setting_of_a_layer_is_looked_at():
+    """Or is known to change nothing of the map that it is."""
+    fixed = {"features", "context_features", "momentum", "training", "layers", "shape", "base"}
+    plain = set(vars(nn.Module()))
+    for name in MAKE:
+        for module in make(name).modules():
+            if type(module).__module__.startswith("flowkernels.") and not isinstance(module, Flow):
+                settings = {setting for setting in vars(module) if not setting.startswith("_")} - plain
+                assert settings <= {*getattr(type(module), "map_settings", ()), *fixed}, type(module)
+
+
+@pytest.mark.parametrize("name", ["layer", "MAF", "NICE", "RealNVP with batch norm"])
+def test_what_is_kept_ends_with_its_module(name):
+    module = make(name)
+    learn(module, *arguments(name))
+    gone = weakref.ref(module)
+    gc.disable()
+    try:
+        del module
+        assert gone() is None, "a cycle"
+    finally:
+        gc.enable()
