@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flowkernels import backend
 from flowkernels.flows import Glow
-from flowkernels.flows.glow import _Steps
+from flowkernels.flows.glow_steps import GlowSteps
 from flowkernels.flows.networks import ConvNet
 
 from .bench_flows import sampling, training
@@ -191,7 +191,7 @@ def _bare_steps(seconds: float, device: torch.device) -> Iterator[Case]:
         torch.manual_seed(0)
         level = Glow((12, 32, 32), levels=1, steps=count, hidden_channels=1).to(device)
         level(torch.randn(8, 12, 32, 32, device=device))
-        steps = next(module for module in level.modules() if isinstance(module, _Steps))
+        steps = next(module for module in level.modules() if isinstance(module, GlowSteps))
         given = _Constant(raw.contiguous(memory_format=torch.channels_last))
         for coupling in steps.couplings:
             coupling.conditioner = given

@@ -12,5 +12,7 @@ def optional(module: str, package: str, purpose: str) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # of what it needs itself
         raise ModuleNotFoundError(f"{purpose} needs {package}: pip install 'flowkernels[demo]'", name=module) from None
