@@ -5,6 +5,7 @@ For hardware that the tests have not seen: it takes less than a minute, and need
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -80,7 +81,22 @@ def _error_of(exact: Flow, flow: Flow, task: str, batch: int, seed: int) -> floa
     with backend("reference"):
         wanted = _run(copy.deepcopy(exact), task, rows.clone(), context)
     cast = lambda t: None if t is None else t.detach().to(like.dtype).to(like.device)
-    return _error(_run(copy.deepcopy(flow), task, cast(rows), cast(context)), wanted)
+    with _full_precision():
+        return _error(_run(copy.deepcopy(flow), task, cast(rows), cast(context)), wanted)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Float32 products and convolutions of torch are not rounded to tf32, as a GPU's are by default."""
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
 
 
 @torch.no_grad()

@@ -38,6 +38,19 @@ def test_every_flow_is_right_here(monkeypatch):
     assert all(r.right for r in found), [r for r in found if not r.right]
 
 
+def test_convolutions_are_not_rounded(few, monkeypatch):
+    switch, seen, right = torch.backends.cudnn.conv, set(), check._run
+    before = switch.fp32_precision
+
+    def run(flow, *others):
+        seen.add((next(flow.parameters()).dtype, switch.fp32_precision))
+        return right(flow, *others)
+
+    monkeypatch.setattr(check, "_run", run)
+    assert all(r.right for r in check.results("cpu")) and switch.fp32_precision == before
+    assert (torch.float32, "ieee") in seen and (torch.float32, before) not in seen - {(torch.float32, "ieee")}
+
+
 def test_the_command_prints_a_table(few, capsys):
     assert main(["check"]) == 0
     table = capsys.readouterr().out.splitlines()
