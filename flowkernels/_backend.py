@@ -46,7 +46,9 @@ def backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: raised by the op that is called inside, when the choice cannot be honoured. Only "auto" falls back.
+        RuntimeError: raised by the op that is called inside, where the device or the build does not have it. Only "auto" falls back. What
+            an op leaves to torch by its size or dtype (matrices of more than 256 rows, conditioners of more than 512 hidden channels or in
+            half precision) is torch's under any choice.
     """
     before = _choice.name
     _choice.name = _known(name, "backend")

@@ -42,12 +42,13 @@ def forward_mode() -> bool:
 
 
 def kept(make: Callable) -> Callable:
-    """The function, whose tensors are kept from call to call: but for those that a mode makes in their place, such as fake ones."""
+    """The function, whose tensors are kept from call to call, but for those that a mode or torch.func makes in their place."""
     keep = lru_cache(make)
 
     @wraps(make)
     def call(*args):
-        return make(*args) if torch.compiler.is_compiling() or dispatch_mode() is not None else keep(*args)
+        plain = not torch.compiler.is_compiling() and dispatch_mode() is None and transform_level() is None and not forward_mode()
+        return keep(*args) if plain else make(*args)
 
     return call
 

@@ -60,8 +60,12 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         "--data", required=True, metavar="digits|FILE", help="digits, or a .npy, .npz (arrays x, context) or .csv file, as for train"
     )
     parser.add_argument("--context", metavar="FILE", help="context of the rows, one row each, where --data does not hold it")
-    parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="part of the digits (default: test)")
-    parser.add_argument("--seed", type=seed, default=0, help="seed of the dequantisation noise of grey levels (default: 0)")
+    parser.add_argument(
+        "--split", choices=("train", "validation", "test"), default="test", help="part of the digits (default: test); files are taken whole"
+    )
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="seed of what is drawn, such as the dequantisation noise of grey levels (default: 0)"
+    )
 
 
 def add_output(parser: argparse.ArgumentParser, default: str, kinds: str = ".npy or .csv") -> None:

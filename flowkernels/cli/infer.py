@@ -10,8 +10,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "infer",
         help="find the noise behind data: z = f(x)",
-        description="Write z = f(x) of every row. Where the flow fits the data, z is the flow's base noise: standard normal, or "
-        "standard logistic for NICE.",
+        description="Write z = f(x) of every row. Where the flow fits the data, z is the noise that the run was trained for: standard "
+        "normal, or for NICE standard logistic unless --base was another.",
     )
     add_run(parser)
     add_data(parser)

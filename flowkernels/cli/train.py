@@ -34,7 +34,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     flows = parser.add_subparsers(title="flows", metavar="FLOW", required=True, dest="flow")
     for name, entry in FLOWS.items():
-        flow = flows.add_parser(name, help=entry.summary, description=f"Train a {entry.summary}.")
+        flow = flows.add_parser(
+            name, help=entry.summary, description=f"Train {'an' if entry.summary[0] in 'aeiou' else 'a'} {entry.summary}."
+        )
         flow.set_defaults(run=run)
         _add_data(flow)
         group = flow.add_argument_group("the flow")

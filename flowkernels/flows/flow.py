@@ -32,7 +32,8 @@ class Flow(Chain):
         x: [batch, *shape]; z: [batch, features], features being the product of the shape; logabsdet: [batch], in nats.
 
     Raises:
-        ValueError: shape or context_features is none; or, of any call, an argument has another shape than it must. TypeError: base is none.
+        ValueError: shape or context_features is out of range; or, of any call, an argument has another shape, dtype or device than it must.
+        TypeError: base is no distribution, or an argument of a call no tensor.
     """
 
     def __init__(
@@ -107,7 +108,11 @@ class Flow(Chain):
     def freeze(self) -> Self:
         """Evaluation mode for serving: what costs to prepare is prepared once and kept until `train()`, loading, moving or writing
         into the parameters. Writes that torch does not count are not seen: through `.data`, `vector_to_parameters` or NumPy, and by
-        fused optimizers; and a flow under torch.compile sees none. Call `freeze()` again, or `train()` before them."""
+        fused optimizers; and a flow under torch.compile sees none. Call `freeze()` again, or `train()` before them.
+
+        Raises:
+            ValueError: the weight of a 1x1 convolution is singular; the message names it, and its condition number.
+        """
         self.eval()
         freeze_weights({name: module for name, module in self.named_modules() if isinstance(module, InvertibleConv1x1)})
         return self

@@ -24,12 +24,13 @@ class IAF(Flow):
         context_features: width of the context; 0 for none.
         transforms: number of autoregressive steps.
         hidden_features: widths of each step's hidden layers.
-        gate: the paper's numerically stable form; it starts near the identity. The scale of a step is then at most 1.
+        gate: the paper's numerically stable form; it starts near the identity. With its own scale map, sigmoid(s + 2),
+            a step's scale is at most 1.
         scale: scale map; `ScaleMap.softclip()` by default, `ScaleMap.sigmoid(bias=2.0)` with `gate` (the paper's bias is 1 to 2).
         activation, residual, context_rule: see `layers.MaskedAutoregressive`.
 
     Raises:
-        ValueError: an argument is none of these.
+        ValueError: an argument is out of range, or not one of the listed choices.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ class MAF(Flow):
         activation, residual, scale, context_rule: see `layers.MaskedAutoregressive`.
 
     Raises:
-        ValueError: an argument is none of these.
+        ValueError: an argument is out of range, or not one of the listed choices.
     """
 
     def __init__(

@@ -50,5 +50,5 @@ def parse_context_features(context_features: int) -> int:
         ValueError: it is less than 0, or no integer.
     """
     if not isinstance(context_features, Integral) or context_features < 0:
-        raise ValueError(f"context_features must be at least 0; got {context_features}")
+        raise ValueError(f"context_features must be a whole number of at least 0; got {context_features!r}")
     return context_features

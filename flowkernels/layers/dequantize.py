@@ -63,7 +63,8 @@ class Logit(nn.Module):
         alpha: keeps p from 0 and 1; the papers take 0.05 for colour images and 1e-6 for MNIST.
 
     Shape:
-        x, z: [batch, ...], x in [0, 1]; logabsdet: [batch], in nats. Outside of it z is NaN.
+        x, z: [batch, ...], x in [0, 1]; logabsdet: [batch], in nats. Where p is outside of [0, 1] z is NaN, which x is then by
+        alpha / (1 - 2 alpha) and more; with alpha 0 z is infinite at 0 and 1.
 
     Raises:
         ValueError: alpha is less than 0, or 0.5 and more.

@@ -134,7 +134,11 @@ class InvertibleConv1x1(Structured):
         return conv1x1(z, inverse), _over_sites(-logabsdet, z)
 
     def freeze(self) -> Self:
-        """Keep weight, log-determinant and inverse until `train()`, loading, moving or writing into the parameters."""
+        """Keep weight, log-determinant and inverse until `train()`, loading, moving or writing into the parameters.
+
+        Raises:
+            ValueError: the weight is singular; the message has its condition number.
+        """
         freeze_weights({"InvertibleConv1x1": self})
         return self
 

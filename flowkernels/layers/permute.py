@@ -16,7 +16,7 @@ class Permute(Structured):
     """z[:, k] = x[:, permutation[k]]; volume-preserving. Of an image it permutes the channels.
 
     Args:
-        permutation: [features], or "descending" with `features` to reverse.
+        permutation: [features]; or "descending", to reverse, or "ascending", with `features`.
         features: number of features, needed where permutation is a word.
 
     Raises:

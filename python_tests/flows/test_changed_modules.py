@@ -213,7 +213,10 @@ def test_a_log_determinant_may_be_added_to():
         (lambda: NICE(2.5), r"shape must be a number of features or \(C, H, W\), whole numbers of at least 1; got 2.5"),
         (lambda: NICE(4, hidden_features=16), "hidden_features must be a sequence of widths; got 16"),
         *(
-            (functools.partial(flow, shape, context_features=-1, **settings), "context_features must be at least 0; got -1")
+            (
+                functools.partial(flow, shape, context_features=-1, **settings),
+                "context_features must be a whole number of at least 0; got -1",
+            )
             for flow, shape, settings in [
                 (MAF, 4, {}),
                 (NICE, 4, {}),
@@ -222,7 +225,7 @@ def test_a_log_determinant_may_be_added_to():
                 (Glow, (3, 8, 8), {"levels": 2, "steps": 1}),
             ]
         ),
-        (lambda: Flow([Permute([1, 0])], 2, context_features=0.5), "context_features must be at least 0; got 0.5"),
+        (lambda: Flow([Permute([1, 0])], 2, context_features=0.5), "context_features must be a whole number of at least 0; got 0.5"),
         (lambda: MAF(4).sample(-1), "n must be a whole number of at least 0; got -1"),
         (
             lambda: MAF(4).sample((2, 3)),

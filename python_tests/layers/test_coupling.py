@@ -262,6 +262,16 @@ def test_a_fake_call_leaves_nothing_behind():
     assert type(layer(torch.randn(2, 2, 14, 6))[0]) is torch.Tensor
 
 
+def test_a_transform_leaves_nothing_behind():
+    """A mask of a size that no other test has, first made while torch.func looks on."""
+    layer = AffineCoupling(nn.Conv2d(1, 2, 1), part="checkerboard_odd")
+    x = torch.randn(2, 1, 3, 13)
+    jacobian = torch.func.vmap(torch.func.jacfwd(lambda row: layer(row[None])[1][0]))(x)
+    along = torch.func.jvp(lambda rows: layer(rows)[1], (x,), (x,))[1]
+    torch.testing.assert_close(along, (jacobian * x).flatten(1).sum(1))
+    assert layer(x)[1].shape == (2,)
+
+
 def test_a_hook_inside_the_network_may_keep_what_it_sees():
     network, seen = MLP(2, (16, 16), 4), []
     network.layers[0].register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))

@@ -221,7 +221,7 @@ class TestFlowBatchNorm:
     [
         ({"features": 0}, "features must be a whole number of at least 1; got 0"),
         ({"hidden_features": (4, 0)}, r"hidden_features must be widths, whole numbers of at least 1; got \(4, 0\)"),
-        ({"context_features": -1}, "context_features must be at least 0; got -1"),
+        ({"context_features": -1}, "context_features must be a whole number of at least 0; got -1"),
         ({"order": "sideways"}, "order must be 'ascending', 'descending' or a permutation; got 'sideways'"),
         ({"order": [0, 1, 1]}, r"order must be a permutation of 0..2; got \[0, 1, 1\]"),
         ({"hidden_features": (4, 5), "residual": True}, r"hidden_features must all be equal with residual=True; got \(4, 5\)"),
