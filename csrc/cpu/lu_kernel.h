@@ -4,7 +4,8 @@
 //   inverse = U^-1 L^-1 P
 //
 // Each element is a chain of fused multiply-adds whose order does not depend on the number of lanes, so all instruction sets give the same
-// bits: ascending k, but that a solve takes the rows that are known as a block before those of the block itself. A zero pivot has multipliers of zero (its column is zero below it): the rest goes on, as in LAPACK.
+// bits: ascending k, but that a solve takes the rows that are known as a block before those of the block itself. A zero pivot has multipliers
+// of zero (its column is zero below it): the rest goes on, as in LAPACK.
 
 #include "cpu/lu_lanes_kernel.h"
 

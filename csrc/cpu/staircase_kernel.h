@@ -1,4 +1,5 @@
-// The tile kernel of masked matmuls. Lanes are batch rows in what follows, and outputs for those who call `multiply`. Included once per instruction set (for_each_target.h).
+// The tile kernel of masked matmuls. Lanes are batch rows in what follows, and outputs for those who call `multiply`. Included once per
+// instruction set (for_each_target.h).
 //
 //   acc[j][r] += sum over k in [k0, k1) with k < visible[j] of weight[k][j] * h[k][r]
 //

@@ -65,7 +65,7 @@ def load_table(path: str | Path, context_path: str | Path | None = None) -> Tabl
         ValueError: the file is empty, not numeric, holds NaN or infinity, pickled objects, or another shape than [rows, columns]
             or that of images.
     """
-    arrays = _read(Path(path), "data")
+    arrays, columns = _read(Path(path), "data")
     if "x" not in arrays:
         raise ValueError(f"data file {path} must hold an array named x; it holds {', '.join(sorted(arrays)) or 'none'}")
     is_image = arrays["x"] is not None and arrays["x"].ndim in (3, 4)
@@ -79,20 +79,20 @@ def load_table(path: str | Path, context_path: str | Path | None = None) -> Tabl
         context = read_array(context_path, "context")
     if context is not None and len(context) != len(x):
         raise ValueError(f"context must have {len(x)} rows, one per row of {path}; got {len(context)}")
-    columns = _names(Path(path)) if Path(path).suffix == ".csv" else None
     return Table(torch.from_numpy(x), None if context is None else torch.from_numpy(context), str(path), image_shape, columns)
 
 
 def read_array(path: str | Path, what: str = "data") -> np.ndarray:
     """One array from a file, [rows, columns] float64, checked as `load_table` does. In an .npz it is the array named `what`, or x."""
-    arrays = _read(Path(path), what)
+    arrays, _ = _read(Path(path), what)
     name = what if what in arrays else "x"
     if name not in arrays:
         raise ValueError(f"{what} file {path} must hold an array named {what}; it holds {', '.join(sorted(arrays)) or 'none'}")
     return _checked(arrays[name], f"{what} file {path}")
 
 
-def _read(path: Path, what: str) -> dict[str, np.ndarray]:
+def _read(path: Path, what: str) -> tuple[dict[str, np.ndarray], tuple[str, ...] | None]:
+    """The arrays by their names, and the names of the columns of a .csv."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{what} file must end in .npy, .npz or .csv; got {path}")
     if not path.exists():
@@ -102,21 +102,23 @@ def _read(path: Path, what: str) -> dict[str, np.ndarray]:
     if path.stat().st_size == 0:
         raise ValueError(f"{what} file {path} is empty")
     if path.suffix == ".csv":
-        return {"x": _read_csv(path, what)}
+        rows, columns = _read_csv(path, what)
+        return {"x": rows}, columns
     try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            return {"x": loaded}
+            return {"x": loaded}, None
         with loaded:
-            return {name: loaded[name] for name in loaded.files if name in ("x", "context")} or dict.fromkeys(loaded.files)
+            return {name: loaded[name] for name in loaded.files if name in ("x", "context")} or dict.fromkeys(loaded.files), None
     except (ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         if "pickle" in str(error) or "Object arrays" in str(error):
             raise ValueError(f"{what} file {path} holds no plain numeric array (pickled objects are never loaded)") from None
         raise ValueError(f"{what} file {path} cannot be read as {path.suffix}: {error}") from None
 
 
-def _read_csv(path: Path, what: str) -> np.ndarray:
+def _read_csv(path: Path, what: str) -> tuple[np.ndarray, tuple[str, ...] | None]:
     rows: list[list[float]] = []
+    columns: tuple[str, ...] | None = None
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             names_may_come = True
@@ -126,7 +128,8 @@ def _read_csv(path: Path, what: str) -> np.ndarray:
                 numbers = [_number(field) for field in fields]
                 names_may_come, first = False, names_may_come
                 if first and all(number is None for number in numbers):
-                    continue  # a line of names
+                    columns = tuple(field.strip() for field in fields)
+                    continue
                 if None in numbers:
                     column = numbers.index(None)
                     place = f"line {reader.line_num}, column {column + 1}"
@@ -140,14 +143,7 @@ def _read_csv(path: Path, what: str) -> np.ndarray:
         raise ValueError(f"{what} file {path} cannot be read as .csv: {error}") from None
     if not rows:
         raise ValueError(f"{what} file {path} holds no rows of numbers")
-    return np.array(rows, dtype=np.float64)
-
-
-def _names(path: Path) -> tuple[str, ...] | None:
-    """Of the columns of a .csv that was read, if it begins with them."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        first = next(fields for fields in csv.reader(file) if any(field.strip() for field in fields))
-    return tuple(field.strip() for field in first) if all(_number(field) is None for field in first) else None
+    return np.array(rows, dtype=np.float64), columns
 
 
 def _number(field: str) -> float | None:

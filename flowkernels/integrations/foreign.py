@@ -183,7 +183,6 @@ def check_dropout(module: nn.Module, name: str) -> None:
         raise ValueError(f"{name} drops units at random while it trains; call eval() on the network before it is taken over")
 
 
-@torch.no_grad()
 def freeze_like(layer: nn.Module, foreign: nn.Module) -> None:
     """Freezes a layer whose foreign parameters are all frozen. Where some are, it says that ours, which are made of them, are not."""
     trained = [p.requires_grad for p in foreign.parameters()]
@@ -195,6 +194,7 @@ def freeze_like(layer: nn.Module, foreign: nn.Module) -> None:
         )
 
 
+@torch.no_grad()
 def check_same(
     ours: nn.Module,
     theirs: Map,

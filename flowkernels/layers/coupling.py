@@ -54,14 +54,16 @@ class _Coupling(nn.Module):
             raise ValueError(f"x must have at least 2 channels, [batch, channels, *sites], to split; got {list(shape)}")
         if 0 in shape[2:] or not x.is_floating_point():  # before the conditioner stumbles over it
             raise ValueError(f"x must be floating-point and have at least one site; got {x.dtype}, {list(shape)}")
+        written = None
         if checkerboard and len(shape) == 4 and type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
             untouched = torch.where(_mask(part, *shape[2:], x.device), 0, x)
         else:
             untouched = part.untouched(x)
-        if torch.compiler.is_compiling() or untouched.is_inference():  # nobody counts what is written into such a tensor
-            untouched, written = untouched.clone(), None
-        else:
-            written = untouched._version
+        if not checkerboard:  # of which there is a copy; others look into x
+            if torch.compiler.is_compiling() or untouched.is_inference():  # nobody counts what is written into such a tensor
+                untouched = untouched.clone()
+            else:
+                written = untouched._version
         out = self.conditioner(untouched) if context is None else self.conditioner(untouched, context)
         if written is not None and untouched._version != written:
             raise ValueError(

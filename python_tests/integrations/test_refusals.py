@@ -484,6 +484,19 @@ def test_what_is_frozen_stays_frozen():
         assert not any(p.requires_grad for p in take_over(module.requires_grad_(False)).parameters())
 
 
+def test_flows_are_compared_without_gradients(monkeypatch):
+    model = normflows_model(normflows_coupling(), base=normflows.distributions.DiagGaussian(4))
+    seen, right = set(), torch.nn.functional.linear
+
+    def linear(*arguments):
+        seen.add(torch.is_grad_enabled())
+        return right(*arguments)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    from_normflows(model)
+    assert seen == {False}
+
+
 def test_flows_are_compared_without_autocast_and_count_their_features_by_their_base():
     flow = nflows.Flow(transforms.CompositeTransform([transforms.PointwiseAffineTransform(0.0, 2.0)]), distributions.StandardNormal([4]))
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -156,6 +156,15 @@ def test_a_conditioner_that_writes_into_x_is_refused(make, part):
                 torch.testing.assert_close(layer.inverse(z.clone())[0], before)
 
 
+@pytest.mark.parametrize("part", ["checkerboard_even", "checkerboard_odd"])
+def test_what_a_checkerboards_conditioner_sees_is_its_own(part):
+    layer = AffineCoupling(nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(1, 2, 3, padding=1)), part=part)
+    x = torch.randn(2, 1, 4, 4)
+    before = x.clone()
+    torch.testing.assert_close(layer.inverse(layer(x)[0])[0], before)
+    assert torch.equal(x, before)
+
+
 def test_under_autocast_a_conditioner_may_return_half_precision():
     torch.manual_seed(0)
     layer = AffineCoupling(nn.Linear(3, 6))
