@@ -7,7 +7,8 @@ Switches, all from the environment:
     TORCH_CUDA_ARCH_LIST     GPU architectures, "8.0;9.0+PTX" by default
     MAX_JOBS                 compiler processes at a time (with ninja)
     FLOWKERNELS_WERROR=1     compiler warnings are errors
-    FLOWKERNELS_TESTS=1      with build_ext --inplace: also python_tests/_C_tests.so, what the tests alone call (csrc/tests)
+    FLOWKERNELS_TESTS=1      with build_ext --inplace: also python_tests/_C_tests.so, what the tests alone call (csrc/tests), and
+                             _C_emulated.so, the CUDA kernels for a CPU (csrc/tests/emulated)
 """
 
 import json
@@ -164,6 +165,16 @@ def plan() -> tuple[list, dict, dict]:
         if switch("FLOWKERNELS_TESTS") and "build_ext" in sys.argv:  # never part of a wheel
             probes = sources("tests/*.cpp")
             extensions.append(CppExtension("python_tests._C_tests", probes, extra_compile_args=[*flags, "-O1"], **deepcopy(options)))
+            if sys.platform == "linux":
+                # Every access calls a function of the emulator. Where CFLAGS name sanitizers, these look at them instead.
+                told = [] if "-fsanitize=" in os.environ.get("CFLAGS", "") else ["-fsanitize=thread"]
+                emulated = deepcopy(options)
+                emulated["include_dirs"].insert(0, str(CSRC / "tests" / "emulated"))  # whose headers take the place of CUDA's
+                emulated["depends"] += sources("cuda/*.cu")
+                flags = [*flags, "-O1", *told]
+                extensions.append(
+                    CppExtension("python_tests._C_emulated", sources("tests/emulated/*.cpp"), extra_compile_args=flags, **emulated)
+                )
     if record["cuda"] is None:
         record["cuda_version"] = nvcc_version(CUDA_HOME)
         # torch would ask the visible GPUs instead, and fail where there is none

@@ -17,7 +17,7 @@ namespace {
 template <class T>
 std::tuple<Tensor, Tensor> launch(const LoopTensors& tensors) {
   const Tensor& x = tensors.x;
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const DeviceGuard guard(x.get_device_index());
   LoopNetwork<T> network(tensors);
   LoopArgs<T>& args = network.args;
   std::vector<int64_t> size{args.batch, args.features};
@@ -68,7 +68,7 @@ __device__ __forceinline__ void copy_arguments(void* to, const void* from, int b
 // One block for each map
 template <class T>
 __global__ void __launch_bounds__(kScheduleThreads, 1) autoregressive_stack_schedule(const __grid_constant__ PackedArgs packed, LoopArgs<T>* maps, bool chain_in_shared) {
-  extern __shared__ int32_t shared_chain[];
+  FK_LAUNCHED_SHARED(int32_t, shared_chain);
   const int first = packed.first[blockIdx.x], size = packed.first[blockIdx.x + 1] - first;
   LoopArgs<T>& args = maps[blockIdx.x];
   copy_arguments(&args, packed.bytes + first, size);
@@ -85,7 +85,7 @@ __global__ void autoregressive_stack_pack(const LoopArgs<T>* maps) {
 
 template <class T, int ROWS, bool APART = false>
 __global__ void __maxnreg__(kRegisters<T>) autoregressive_stack_loop(const LoopArgs<T>* maps, int n, const LoopPlan plan) {
-  extern __shared__ __align__(16) unsigned char memory[];
+  FK_LAUNCHED_SHARED(unsigned char, memory);
   LoopArgs<T>& args = *reinterpret_cast<LoopArgs<T>*>(memory);
   unsigned char* rest = memory + kStackArgsBytes<T>;
   const int64_t tiles = (maps->batch + ROWS - 1) / ROWS;
@@ -152,8 +152,7 @@ void run_stack(std::vector<LoopNetwork<T>>& networks, const Tensor& x) {
   int count = 0, done = 0;
   const int64_t chain = chain_bytes(networks[0].args.features);
   auto flush = [&] {
-    autoregressive_stack_schedule<T><<<static_cast<unsigned>(count), kScheduleThreads, chain, stream>>>(packed, maps + done, chain > 0);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_kernel(autoregressive_stack_schedule<T>, static_cast<unsigned>(count), kScheduleThreads, chain, stream, packed, maps + done, chain > 0);
     done += count;
     count = 0;
   };
@@ -171,18 +170,16 @@ void run_stack(std::vector<LoopNetwork<T>>& networks, const Tensor& x) {
     ++count;
   }
   flush();
-  autoregressive_stack_pack<T><<<dim3(pack_blocks(properties, most_stages), static_cast<unsigned>(n)), kPackThreads, 0, stream>>>(maps);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_kernel(autoregressive_stack_pack<T>, dim3(pack_blocks(properties, most_stages), static_cast<unsigned>(n)), kPackThreads, 0, stream, maps);
   auto* kernel = stack_kernel<T>(plan);
   allow_shared(kernel, properties);
-  kernel<<<static_cast<unsigned>(plan.blocks), 32 * (plan.consumers + plan.producers), plan.shared_bytes, stream>>>(maps, n, plan);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_kernel(kernel, static_cast<unsigned>(plan.blocks), 32 * (plan.consumers + plan.producers), plan.shared_bytes, stream, maps, n, plan);
 }
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> launch(const StackTensors& tensors, bool keep) {
   const Tensor& x = tensors.x;
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const DeviceGuard guard(x.get_device_index());
   STD_TORCH_CHECK(x.dim() == 2, "flowkernels::autoregressive: x must have two dimensions");
   std::vector<int64_t> size{x.size(0), x.size(1)};
   Tensor y = torch::stable::new_empty(x, size);

@@ -7,10 +7,6 @@
 
 #pragma once
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -20,29 +16,13 @@
 #include "autoregressive_images.h"
 #include "autoregressive_network.h"
 #include "cuda/autoregressive_phases.h"
-#include "cuda/device.h"
+#include "cuda/launch.h"
 
 namespace flowkernels {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Copies from global into shared memory that land while the thread goes on, in groups
-struct AsyncCopies {
-  template <class U>
-  __device__ __forceinline__ void copy(U* to, const U* from) const {
-    static_assert(sizeof(U) == 16);
-    const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
-  }
-  __device__ __forceinline__ void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
-  // until all but the last N groups of this thread have landed
-  template <int N>
-  __device__ __forceinline__ void wait() const {
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-  }
-};
 
 struct WarpLanes {
   int lane;
@@ -152,7 +132,7 @@ __device__ __forceinline__ void run_tile(const LoopArgs<T>& args, unsigned char*
 template <class T, int ROWS, bool STATE_IN_SHARED, bool MIRRORED, bool APART = false>
 __global__ void __maxnreg__((kRegisters<T, STATE_IN_SHARED>))
     autoregressive_loop(const __grid_constant__ LoopArgs<T> args, const LoopPlan plan) {
-  extern __shared__ __align__(16) unsigned char memory[];
+  FK_LAUNCHED_SHARED(unsigned char, memory);
   T* workspace = args.workspace + blockIdx.x * (args.units_in_workspace(STATE_IN_SHARED) * int64_t(unit_stride(ROWS)));
   T* state = STATE_IN_SHARED ? reinterpret_cast<T*>(memory + plan.shared_bytes) - args.units_in_shared() * unit_stride(ROWS) : workspace;
   const int64_t tiles = (args.batch + ROWS - 1) / ROWS;
@@ -201,7 +181,7 @@ __device__ __forceinline__ void make_schedule(const LoopArgs<T>& args, int32_t* 
 
 template <class T>
 __global__ void __launch_bounds__(kScheduleThreads, 1) autoregressive_schedule(const __grid_constant__ LoopArgs<T> args, bool chain_in_shared) {
-  extern __shared__ int32_t shared_chain[];
+  FK_LAUNCHED_SHARED(int32_t, shared_chain);
   make_schedule(args, chain_in_shared ? shared_chain : nullptr);
 }
 
@@ -239,12 +219,6 @@ auto* loop_kernel(const LoopPlan& plan) {
 // Of a map's stages: what all multiprocessors hold at once, a thousand threads each
 inline unsigned pack_blocks(const Device& device, int most_stages) { return static_cast<unsigned>(smaller(4 * device.multiprocessors, most_stages)); }
 
-// All that a block may have, whatever this launch takes: the attribute is one for all threads of the process.
-template <class K>
-void allow_shared(K* kernel, const Device& device) {
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared_per_block)));
-}
-
 template <class T>
 void check_size(const LoopArgs<T>& args) {
   STD_TORCH_CHECK(!args.is_too_large, "flowkernels::autoregressive: the network is too large for this kernel; flowkernels.backend('reference') serves it");
@@ -273,14 +247,11 @@ void run_loop(LoopArgs<T>& args, const Tensor& x) {
   place_visible(args);
 
   const int64_t chain = chain_bytes(args.features);
-  autoregressive_schedule<T><<<1, kScheduleThreads, chain, stream>>>(args, chain > 0);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  autoregressive_pack<T><<<pack_blocks(properties, args.most_stages), kPackThreads, 0, stream>>>(args);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_kernel(autoregressive_schedule<T>, 1, kScheduleThreads, chain, stream, args, chain > 0);
+  launch_kernel(autoregressive_pack<T>, pack_blocks(properties, args.most_stages), kPackThreads, 0, stream, args);
   auto* kernel = loop_kernel<T, MIRRORED>(plan);
   allow_shared(kernel, properties);
-  kernel<<<static_cast<unsigned>(plan.blocks), 32 * (plan.consumers + plan.producers), plan.shared_bytes, stream>>>(args, plan);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_kernel(kernel, static_cast<unsigned>(plan.blocks), 32 * (plan.consumers + plan.producers), plan.shared_bytes, stream, args, plan);
 }
 
 }  // namespace

@@ -33,7 +33,8 @@ class Features {
       if constexpr (kSums == 2) {
         if (is_quick_) {
           T& z = tile_.at(p, r);
-          const scalar::ValueAndLog<T> out = scalar::invert_form<Form::scale_shift>(quick_, z, tile_.at(first, r), tile_.at(first + 1, r));
+          const T given = FK_READ_AHEAD(is_own, z), raw = FK_READ_AHEAD(is_own, tile_.at(first + 1, r));  // out takes their places
+          const scalar::ValueAndLog<T> out = scalar::invert_form<Form::scale_shift>(quick_, given, tile_.at(first, r), raw);
           if (is_own) {
             z = out.value;
             outputs_[Tile::place_of(2 * p + 1, r)] = out.log;

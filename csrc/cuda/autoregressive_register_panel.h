@@ -106,13 +106,19 @@ class RegisterPanel {
     if (k < n) products<1>(sums, until, k, layer, weights);
   }
 
+  FK_INLINE static bool is_seen(int k, const int (&until)[UNITS]) {
+    bool seen = false;
+    for (int u = 0; u < UNITS; ++u) seen = seen || k < until[u];
+    return seen;
+  }
+
   template <int N>
   FK_INLINE void products(Rows (&sums)[UNITS], const int (&until)[UNITS], int k, const Layer& layer, const T* weights) const {
     Rows x[N];
     T w[N][UNITS];
     FK_UNROLL
     for (int i = 0; i < N; ++i) {  // all are read before the first is used
-      x[i] = rows_at(layer.x + (k + i) * kUnit);
+      x[i] = FK_READ_AHEAD(is_seen(k + i, until), rows_at(layer.x + (k + i) * kUnit));
       FK_UNROLL
       for (int u = 0; u < UNITS; ++u) w[i][u] = weights[i * layer.ld + 32 * u];
     }

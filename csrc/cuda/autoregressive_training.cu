@@ -9,6 +9,7 @@
 
 #include "autoregressive_training_ops.h"
 #include "cuda/autoregressive_loop.cuh"
+#include "cuda/launch.h"
 #include "cuda/training_launch.h"
 
 namespace flowkernels {
@@ -21,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensors> autoregressive_training(Tensor x, std::optio
                                                             std::vector<int64_t> activations, std::vector<int64_t> wiring,
                                                             std::vector<int64_t> stages, std::vector<double> scales) {
   check_training_dtype(x);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const DeviceGuard guard(x.get_device_index());
   const StackTensors tensors{x, context, weights, biases, context_weights, context_biases, visible, orders, {}, activations, wiring, stages, scales};
   const auto run = [&]<class T>(T) {
     CudaLaunch<T> launch(tensors.x);
@@ -36,7 +37,7 @@ Tensors autoregressive_backward(Tensor dy, Tensor dlogabsdet, Tensors kept, std:
                                 std::vector<double> scales, std::vector<int64_t> learned, bool need_dx, bool need_dcontext,
                                 bool need_parameters) {
   check_training_dtype(dy);
-  const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
+  const DeviceGuard guard(dy.get_device_index());
   const StackTensors tensors{dy, context, weights, biases, context_weights, context_biases, visible, orders, {}, activations, wiring, stages, scales};
   const auto run = [&]<class T>(T) {
     CudaLaunch<T> launch(tensors.x);
@@ -50,7 +51,7 @@ Tensors autoregressive_inverse_backward(Tensor dx, Tensor dlogabsdet, Tensor x, 
                                         std::vector<int64_t> activations, std::vector<int64_t> wiring, int64_t scale_kind, double scale_p0,
                                         double scale_p1, int64_t form) {
   check_training_dtype(x);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const DeviceGuard guard(x.get_device_index());
   const LoopTensors tensors{x,     context,     weights, biases,
                             context_weights, context_biases, visible, order,
                             activations,     wiring,         {static_cast<int>(scale_kind), scale_p0, scale_p1},

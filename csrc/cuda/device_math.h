@@ -25,6 +25,10 @@
 #define FK_UNROLL_4
 #define FK_IS_SHARED(pointer)
 #endif
+// What is read although nothing orders it, as it is not used then. Tests that look for races put their own in its place.
+#if !defined(FK_READ_AHEAD)
+#define FK_READ_AHEAD(is_used, value) (value)
+#endif
 #define FK_TARGET scalar
 
 namespace flowkernels {

@@ -8,11 +8,7 @@
 // Rows below k go through the same operations either way, so both ops give the same bits of the log-determinant. In float32 its
 // inverse was as exact as LAPACK's on random and on orthogonal matrices of 12 to 96 rows (the same steps, emulated on a CPU).
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -20,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda/launch.h"
 #include "lu_plan.h"
 
 namespace flowkernels {
@@ -60,7 +57,7 @@ __device__ Candidate<T> find_pivot(const T* a, int n, int ld, int k, int lane) {
 
 template <class In, class T, bool IN_SHARED, bool INVERSE>
 __global__ void __launch_bounds__(512, 1) lu_kernel(LuCudaArgs<In, T> args) {
-  extern __shared__ __align__(16) unsigned char memory[];
+  FK_LAUNCHED_SHARED(unsigned char, memory);
   const int n = args.n, ld = args.ld, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   T* pivot_row = reinterpret_cast<T*>(memory);
   T *replaced_row = pivot_row + n, *multiplier = replaced_row + n, *diagonal = multiplier + n;
@@ -146,12 +143,9 @@ void launch(const Tensor& given, const Tensor& sign, const Tensor& logabsdet, co
   STD_TORCH_CHECK(n <= 256, "flowkernels::slogdet: w must have at most 256 rows");
 
   const int32_t device = w.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  int shared_limit = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const LuPlan plan = lu_plan(n, batch, sizeof(T), shared_limit);
+  const DeviceGuard guard(device);
+  const Device properties = device_of(device);
+  const LuPlan plan = lu_plan(n, batch, sizeof(T), properties.shared_per_block);
 
   LuCudaArgs<In, T> args{};
   args.w = static_cast<const In*>(w.const_data_ptr());
@@ -171,11 +165,8 @@ void launch(const Tensor& given, const Tensor& sign, const Tensor& logabsdet, co
 
   auto* kernel = plan.workspace == 0 ? (inverse ? &lu_kernel<In, T, true, true> : &lu_kernel<In, T, true, false>)
                                      : (inverse ? &lu_kernel<In, T, false, true> : &lu_kernel<In, T, false, false>);
-  if (plan.shared_bytes > 48 * 1024) {  // all that a block may have: the attribute is one for all threads of the process
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit));
-  }
-  kernel<<<static_cast<unsigned>(plan.blocks), 32 * plan.warps, plan.shared_bytes, static_cast<cudaStream_t>(stream)>>>(args);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  allow_shared(kernel, properties);
+  launch_kernel(kernel, static_cast<unsigned>(plan.blocks), 32 * plan.warps, plan.shared_bytes, current_stream(device), args);
 }
 
 void check_and_launch(const Tensor& w, const Tensor& sign, const Tensor& logabsdet, const Tensor* inverse, bool in_float64) {

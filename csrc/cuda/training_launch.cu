@@ -3,38 +3,15 @@
 
 #include "cuda/training_launch.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/macros.h>
-
 #include <algorithm>
 
 #include "autoregressive_training_ops.h"
-#include "cuda/device.h"
+#include "cuda/launch.h"
 
 namespace flowkernels {
 namespace {
 
 using torch::stable::Tensor;
-
-// Copies of single elements from global into shared memory that land while the thread goes on, in groups; zeros where there is none
-struct ElementCopies {
-  template <class U>
-  __device__ __forceinline__ void copy(U* to, const U* from) const {
-    const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(sizeof(U)) : "memory");
-  }
-  template <class U>
-  __device__ __forceinline__ void copy(U* to, const U* from, bool inside) const {
-    const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(from), "n"(sizeof(U)), "r"(inside ? int(sizeof(U)) : 0) : "memory");
-  }
-  __device__ __forceinline__ void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
-  // until all but the last N groups of this thread have landed
-  template <int N>
-  __device__ __forceinline__ void wait() const {
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-  }
-};
 
 // How many of the first entries of an ascending list are at most k. All lanes of a warp ask alike.
 struct WarpSearch {
@@ -57,7 +34,7 @@ template <class Tile, class Shape>
 __device__ __forceinline__ void run_product(const typename Tile::Args& args, int64_t block, int share) {
   __shared__ ProductMemory<Shape> memory;
   const int thread = threadIdx.x;
-  const ElementCopies copies;
+  const AsyncCopies copies;
   const Tile tile(args, block, share, WarpSearch{});
   const int chunks = tile.chunks();
   ThreadTile<Shape> own;
@@ -170,10 +147,11 @@ template <class T>
 Tensor CudaLaunch<T>::empty(const std::vector<int64_t>& sizes) const {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  int32_t dtype = 0;
+  int32_t dtype = 0, device = 0;
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like_.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cuda(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like_.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device,
                                                   like_.get_device_index(), &handle));
   return Tensor(handle);
 }
@@ -185,8 +163,7 @@ void CudaLaunch<T>::product(const Args& args, int columns, const Kernel& kernel_
     using Shape = decltype(shape);
     const int64_t blocks = Tile<Shape>::blocks(args);
     if (blocks == 0) return;
-    kernel_of(shape)<<<static_cast<unsigned>(blocks), Shape::threads, 0, stream_>>>(args);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_kernel(kernel_of(shape), static_cast<unsigned>(blocks), Shape::threads, 0, stream_, args);
   });
 }
 
@@ -194,8 +171,7 @@ template <class T>
 template <class Kernel, class... Args>
 void CudaLaunch<T>::rows(int64_t batch, Kernel kernel, const Args&... args) const {
   if (batch == 0) return;
-  kernel<<<static_cast<unsigned>(tiles_of(batch, kRowWarps)), 32 * kRowWarps, 0, stream_>>>(args...);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_kernel(kernel, static_cast<unsigned>(tiles_of(batch, kRowWarps)), 32 * kRowWarps, 0, stream_, args...);
 }
 
 template <class T>
@@ -203,8 +179,7 @@ template <class Args>
 void CudaLaunch<T>::each_unit(const Args& args) const {
   if (args.count() == 0) return;
   const int64_t most = int64_t(processors_) * 8, blocks = tiles_of(args.count(), kThreads);
-  training_each_unit<<<static_cast<unsigned>(blocks < most ? blocks : most), kThreads, 0, stream_>>>(args);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_kernel(training_each_unit<Args>, static_cast<unsigned>(blocks < most ? blocks : most), kThreads, 0, stream_, args);
 }
 
 template <class T>
@@ -225,13 +200,11 @@ void CudaLaunch<T>::across(AcrossArgs<T>& args) const {
   if (blocks == 0) return;
   Tensor parts = empty({shares > 1 ? shares : 0, args.parts_size});
   if (shares > 1) args.parts = static_cast<T*>(parts.mutable_data_ptr());
-  training_across<Shape><<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(shares)), Shape::threads, 0, stream_>>>(args);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_kernel(training_across<Shape>, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(shares)), Shape::threads, 0, stream_, args);
   if (shares == 1) return;
   const int64_t adding = place_blocks(args, [](const WeightGradient<T>& of) { return of.size() / of.outputs * tiles_of(of.outputs, kThreads); });
   if (adding == 0) return;
-  training_add_parts<T><<<static_cast<unsigned>(adding), kThreads, 0, stream_>>>(args, static_cast<int>(shares));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_kernel(training_add_parts<T>, static_cast<unsigned>(adding), kThreads, 0, stream_, args, static_cast<int>(shares));
 }
 
 template <class T>
@@ -262,8 +235,7 @@ void CudaLaunch<T>::settle(const SettleArgs<T>& args) const {
 template <class T>
 void CudaLaunch<T>::column_sum(const ColumnSumArgs<T>& args) const {
   if (args.columns == 0) return;
-  training_column_sum<T><<<static_cast<unsigned>(tiles_of(args.columns, args.kColumns)), args.kColumns * args.kLanes, 0, stream_>>>(args);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_kernel(training_column_sum<T>, static_cast<unsigned>(tiles_of(args.columns, args.kColumns)), args.kColumns * args.kLanes, 0, stream_, args);
 }
 
 template class CudaLaunch<float>;

@@ -1,0 +1,3 @@
+#include "tests/emulated/register.h"
+//
+#include "cuda/training_launch.cu"
