@@ -68,7 +68,7 @@ $(PY):
 	  { echo "flowkernels needs Python 3.11 or newer: install it, or name it with make PYTHON=..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no virtual environment: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 
-# What the tests alone call: the vector mathematics, and the CUDA kernels' twins on the CPU.
+# What the tests alone call: the vector mathematics, the CUDA loop's twin, and the CUDA kernels for a CPU.
 $(STAMPS)/probes: $(STAMPS)/installed
 	@echo "building the tests' library ..."
 	FLOWKERNELS_TESTS=1 $(PY) setup.py -q build_ext --inplace
@@ -94,7 +94,7 @@ $(STAMPS)/clang: $(STAMPS)/installed
 # machine may not have; the latter takes ten minutes to build.
 SANITIZERS := -fsanitize=address,undefined
 SANITIZE_DEFINES ?= -DFK_FILL_NAN
-SANITIZE_ARGS ?= -k "not compil and not opcheck and not functorch and not autocast"
+SANITIZE_ARGS ?= -k "not compil and not opcheck and not functorch and not autocast and not test_calls"
 sanitize: install
 	@mkdir -p build/sanitize && cd build/sanitize && rm -rf csrc flowkernels python_tests
 	tar --exclude='*.so' --exclude=_build.json -cf - csrc flowkernels python_tests setup.py pyproject.toml README.md LICENSE | tar -xf - -C build/sanitize
@@ -102,7 +102,7 @@ sanitize: install
 	  LDFLAGS="$(SANITIZERS)" FLOWKERNELS_SKIP_CUDA=1 FLOWKERNELS_TESTS=1 FLOWKERNELS_WERROR= $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell g++ -print-file-name=$(lib)))" \
-	  OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n $(TEST_JOBS) --dist worksteal -p no:cacheprovider $(SANITIZE_ARGS) python_tests/ops
+	  OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n $(TEST_JOBS) --dist worksteal -p no:cacheprovider $(SANITIZE_ARGS) python_tests/ops python_tests/cuda
 
 clean:
 	rm -rf build dist *.egg-info flowkernels/_build.json flowkernels/*.so python_tests/*.so $(STAMPS)/installed $(STAMPS)/probes

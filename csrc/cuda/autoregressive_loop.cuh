@@ -228,7 +228,7 @@ void check_size(const LoopArgs<T>& args) {
 template <class T, bool MIRRORED>
 void run_loop(LoopArgs<T>& args, const Tensor& x) {
   const int32_t device = x.get_device_index();
-  const Device properties = device_of(device);
+  const auto properties = device_of(device);
   const LoopPlan plan = plan_loop(args, properties, true);
   set_launch(args, plan.rows, plan.consumers, plan.capacity, plan.apart);
   check_size(args);

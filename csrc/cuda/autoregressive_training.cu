@@ -15,8 +15,6 @@
 namespace flowkernels {
 namespace {
 
-constexpr int64_t kTogether = 64 << 20;  // bytes of deltas
-
 std::tuple<Tensor, Tensor, Tensors> autoregressive_training(Tensor x, std::optional<Tensor> context, Tensors weights, Tensors biases,
                                                             Tensors context_weights, Tensors context_biases, Tensors visible, Tensors orders,
                                                             std::vector<int64_t> activations, std::vector<int64_t> wiring,
@@ -41,7 +39,7 @@ Tensors autoregressive_backward(Tensor dy, Tensor dlogabsdet, Tensors kept, std:
   const StackTensors tensors{dy, context, weights, biases, context_weights, context_biases, visible, orders, {}, activations, wiring, stages, scales};
   const auto run = [&]<class T>(T) {
     CudaLaunch<T> launch(tensors.x);
-    return training_backward<T>(tensors, dlogabsdet, kept, learned, need_dx, need_dcontext, need_parameters, kTogether, launch);
+    return training_backward<T>(tensors, dlogabsdet, kept, learned, need_dx, need_dcontext, need_parameters, most_delta_bytes(), launch);
   };
   return dy.scalar_type() == ScalarType::Float ? run(float()) : run(double());
 }

@@ -29,6 +29,9 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// of a training step's maps, whose parameters' gradients then share launches
+inline int64_t most_delta_bytes() { return int64_t(64) << 20; }
+
 // All that a block may have, whatever this launch takes: the attribute is one for all threads of the process.
 template <class... Parameters>
 void allow_shared(void (*kernel)(Parameters...), const Device& device) {

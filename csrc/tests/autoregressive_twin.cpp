@@ -7,8 +7,6 @@
 //     device: multiprocessors, shared memory of a block and of a multiprocessor, batch, whether weights are bfloat16. The plan's members,
 //     panel_steps, units
 //   flowkernels::_autoregressive_stack_twin(<arguments of autoregressive_stack>, int[] layout) -> (Tensor, Tensor, Tensor)
-//   flowkernels::_autoregressive_inverse_backward_twin(<arguments of autoregressive_inverse_backward>, int[] layout, int[] training) -> Tensor[]
-//     training: the layout of autoregressive_training_twin.cpp
 // Each phase runs for all threads of a block in turn, forwards or backwards; a copy into a slot lands at the last moment that the kernel's
 // waits allow, and slots begin full of NaN. What is left to a GPU: the barriers themselves, memory, speed.
 
@@ -25,7 +23,7 @@
 #include "autoregressive_network.h"
 #include "cuda/autoregressive_phases.h"
 #include "cpu/tensor.h"
-#include "tests/training_twin.h"
+#include "tests/twin.h"
 
 namespace flowkernels {
 namespace {
@@ -53,7 +51,6 @@ std::vector<int32_t> find_steps(LoopArgs<T>& args, int threads, bool backwards) 
   std::vector<int32_t> schedule(space.size, -1);
   int32_t* s = args.schedule = schedule.data();
   place_visible(args);
-  if (args.mirrored) all_threads(threads, backwards, [&](int t) { mirror_visible(args, s + space.visible, t, threads); });
   if (args.inverse) {
     bool ascends = true;
     all_threads(threads, backwards, [&](int t) { ascends = count_seen(args, s + space.seen, t, threads) && ascends; });
@@ -93,7 +90,7 @@ struct Layout {
 };
 
 // autoregressive_loop of the kernel for one tile
-template <class T, int ROWS, bool MIRRORED, bool APART = false>
+template <class T, int ROWS, bool APART = false>
 void run_tile(const LoopArgs<T>& args, const Layout& layout, int64_t first_row) {
   const int threads = 32 * (layout.consumers + layout.producers), copiers = 32 * layout.producers;
   const bool backwards = layout.backwards;
@@ -108,7 +105,7 @@ void run_tile(const LoopArgs<T>& args, const Layout& layout, int64_t first_row) 
   auto slot = [&](int i) { return reinterpret_cast<unsigned char*>(memory.data() + static_cast<size_t>(i % kSlots) * args.slot_chunks); };
 
   T *values = reinterpret_cast<T*>(state.data()), *apart = reinterpret_cast<T*>(outputs.data());
-  const Tile<T, ROWS, MIRRORED, APART> tile{args, Schedule(args), values, first_row, apart};
+  const Tile<T, ROWS, false, APART> tile{args, Schedule(args), values, first_row, apart};
   const Stage* stages = tile.schedule.stages;
   std::vector<LateCopies> copies(threads);
   const SerialLanes lanes{backwards};
@@ -133,11 +130,11 @@ void run_tile(const LoopArgs<T>& args, const Layout& layout, int64_t first_row) 
       tile.consume(slot(i), backwards ? layout.consumers - 1 - w : w, layout.consumers, lanes);
     if (backwards) produce();
   }
-  if constexpr (!MIRRORED) all_threads(threads, backwards, [&](int t) { tile.sum_logs(t, threads); });
+  all_threads(threads, backwards, [&](int t) { tile.sum_logs(t, threads); });
   all_threads(threads, backwards, [&](int t) { tile.write(t, threads); });
 }
 
-template <class T, bool MIRRORED>
+template <class T>
 void run_loop(LoopArgs<T>& args, const std::vector<int64_t>& numbers) {
   STD_TORCH_CHECK(numbers.size() == 9, "a layout has 9 numbers");
   auto number = [&](int i) { return static_cast<int>(numbers[i]); };
@@ -147,16 +144,15 @@ void run_loop(LoopArgs<T>& args, const std::vector<int64_t>& numbers) {
     args.panel_capacity = number(6);
   }
   args.in_registers = args.in_registers && numbers[8] == 0;
-  set_launch(args, layout.rows, layout.consumers, std::max(layout.capacity, args.panel_capacity), layout.apart && args.inverse && !MIRRORED);
+  set_launch(args, layout.rows, layout.consumers, std::max(layout.capacity, args.panel_capacity), layout.apart && args.inverse);
   const std::vector<int32_t> schedule = find_steps(args, 96, layout.backwards);
   const std::vector<Pack<int32_t, 4>> images = pack(args, 64, layout.backwards);
   for (int64_t row = 0; row < args.batch; row += layout.rows) {
-    auto tile = layout.rows == 4    ? run_tile<T, 4, MIRRORED>
-                : layout.rows == 8  ? run_tile<T, 8, MIRRORED>
-                : layout.rows == 16 ? run_tile<T, 16, MIRRORED>
-                                    : run_tile<T, 32, MIRRORED>;
-    if constexpr (!MIRRORED)
-      if (args.apart) tile = run_tile<T, kRowsApart, false, true>;
+    auto tile = layout.rows == 4    ? run_tile<T, 4>
+                : layout.rows == 8  ? run_tile<T, 8>
+                : layout.rows == 16 ? run_tile<T, 16>
+                                    : run_tile<T, 32>;
+    if (args.apart) tile = run_tile<T, kRowsApart, true>;
     tile(args, layout, row);
   }
 }
@@ -168,7 +164,7 @@ std::tuple<Tensor, Tensor> run(const LoopTensors& tensors, const std::vector<int
   Tensor y = empty(tensors.x, {args.batch, args.features}), logabsdet = empty(tensors.x, {args.batch});
   args.y = static_cast<T*>(y.mutable_data_ptr());
   args.logabsdet = static_cast<T*>(logabsdet.mutable_data_ptr());
-  run_loop<T, false>(args, layout);
+  run_loop<T>(args, layout);
   return {y, logabsdet};
 }
 
@@ -210,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor> run(const StackTensors& tensors, bool keep, c
   Tensor y = empty(x, {x.size(0), x.size(1)}), logabsdet = empty(x, {x.size(0)}), kept = empty(x, {keep ? n - 1 : 0, x.size(0), x.size(1)});
   std::vector<LoopNetwork<T>> networks = read_stack<T>(tensors, static_cast<T*>(y.mutable_data_ptr()), static_cast<T*>(kept.mutable_data_ptr()),
                                                        static_cast<T*>(logabsdet.mutable_data_ptr()), keep);
-  for (LoopNetwork<T>& network : networks) run_loop<T, false>(network.args, layout);
+  for (LoopNetwork<T>& network : networks) run_loop<T>(network.args, layout);
   return {y, logabsdet, kept};
 }
 
@@ -226,18 +222,6 @@ std::tuple<Tensor, Tensor, Tensor> stack_twin(Tensor x, std::optional<Tensor> co
 
 std::tuple<Tensor, Tensor> twin(FK_ARGUMENTS, std::vector<int64_t> layout) {
   return x.scalar_type() == ScalarType::Float ? run<float>(FK_TENSORS, layout) : run<double>(FK_TENSORS, layout);
-}
-Tensors inverse_backward_twin(Tensor dx, Tensor dlogabsdet, Tensor x, std::optional<Tensor> context, Tensors weights, Tensors biases,
-                              Tensors context_weights, Tensors context_biases, Tensors visible, std::optional<Tensor> order,
-                              std::vector<int64_t> activations, std::vector<int64_t> wiring, int64_t scale_kind, double scale_p0, double scale_p1,
-                              int64_t form, std::vector<int64_t> layout, std::vector<int64_t> training) {
-  const bool inverse = false;
-  const LoopTensors tensors = FK_TENSORS;
-  const auto run = [&]<class T>(T) {
-    TwinLaunch<T> launch(tensors.x, TrainingLayout(training));
-    return inverse_backward<T>(tensors, dx, dlogabsdet, launch, [&](LoopArgs<T>& args) { run_loop<T, true>(args, layout); });
-  };
-  return x.scalar_type() == ScalarType::Float ? run(float()) : run(double());
 }
 Tensor twin_steps(FK_ARGUMENTS) { return x.scalar_type() == ScalarType::Float ? steps<float>(FK_TENSORS) : steps<double>(FK_TENSORS); }
 std::vector<int64_t> twin_plan(FK_ARGUMENTS, std::vector<int64_t> device) {
@@ -257,10 +241,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels, m) {
       "_autoregressive_stack_twin(Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] context_biases, "
       "Tensor[] visible, Tensor[] orders, Tensor[] affines, int[] activations, int[] wiring, int[] stages, float[] scales, bool keep, int[] layout) "
       "-> (Tensor, Tensor, Tensor)");
-  m.def(
-      "_autoregressive_inverse_backward_twin(Tensor dx, Tensor dlogabsdet, Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, "
-      "Tensor[] context_weights, Tensor[] context_biases, Tensor[] visible, Tensor? order, int[] activations, int[] wiring, int scale_kind, "
-      "float scale_p0, float scale_p1, int form, int[] layout, int[] training) -> Tensor[]");
   m.def("_autoregressive_steps(" FK_SCHEMA ") -> Tensor");
   m.def("_autoregressive_plan(" FK_SCHEMA ", int[] device) -> int[]");
 }
@@ -268,7 +248,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
   m.impl("_autoregressive_twin", TORCH_BOX(&flowkernels::twin));
   m.impl("_autoregressive_stack_twin", TORCH_BOX(&flowkernels::stack_twin));
-  m.impl("_autoregressive_inverse_backward_twin", TORCH_BOX(&flowkernels::inverse_backward_twin));
   m.impl("_autoregressive_steps", TORCH_BOX(&flowkernels::twin_steps));
   m.impl("_autoregressive_plan", TORCH_BOX(&flowkernels::twin_plan));
 }

@@ -4,6 +4,7 @@ What runs is the code that a GPU is given, launches included, a thread at a time
 before they have landed and threads that wait for different things are errors.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -56,5 +57,13 @@ class Order(IntEnum):
     SHUFFLED = 2
 
 
-def run_on(device: Device, order: Order = Order.FORWARDS, seed: int = 0) -> None:
-    ops.set(*device, order, seed)
+def run_on(
+    device: Device, order: Order = Order.FORWARDS, seed: int = 0, most_delta_bytes: int = 1 << 20, layout: Sequence[int] = ()
+) -> None:
+    """Everything from here on.
+
+    Args:
+        most_delta_bytes: as long as their deltas have no more, maps share launches for their parameters' gradients.
+        layout: of the loop, for single maps (csrc/tests/emulated/cuda/launch.h); empty for the rule's.
+    """
+    ops.set(device, most_delta_bytes, layout, order, seed)

@@ -86,10 +86,10 @@ def test_loop_of_several_panels(features, parts, context, inverse):
         assert_same_bits(emulated.ops.autoregressive(*schema(made)), want)
 
 
-@pytest.mark.parametrize("device", [H200, ONE, TIGHT])
-def test_stacks(device):
-    for (make, dtype), order in itertools.product(itertools.product(STACKS.values(), (torch.float32, torch.float64)), Order):
-        run_on(device, order)
+@pytest.mark.parametrize(("device", "order"), [(H200, Order.SHUFFLED), (ONE, Order.FORWARDS), (TIGHT, Order.BACKWARDS)])
+def test_stacks(device, order):
+    run_on(device, order)
+    for make, dtype in itertools.product(STACKS.values(), (torch.float32, torch.float64)):
         for batch in (0, 19):
             *arguments, _ = schema(make(batch, dtype))
             for keep in (False, True):
@@ -120,8 +120,8 @@ def test_a_network_that_is_not_autoregressive_gives_nan():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_slogdet(order, dtype):
     g = torch.Generator().manual_seed(0)
-    for n, device in ((1, H200), (2, H200), (5, TIGHT), (17, H200), (33, H200), (48, TIGHT), (70, H200), (90, TIGHT)):
-        if n > 50 and order is Order.SHUFFLED:
+    for n, device in ((1, H200), (2, H200), (5, TIGHT), (17, H200), (33, H200), (40, TIGHT), (90, TIGHT)):
+        if n > 50 and order is not Order.BACKWARDS:
             continue  # takes long
         run_on(device, order)
         w = torch.randn(3, n, n, generator=g, dtype=torch.float64).to(dtype)

@@ -50,6 +50,8 @@ enum class Order { forwards, backwards, shuffled };
 
 struct Emulator {
   Device device{132, 232448, 233472};  // an H200's
+  int64_t most_delta_bytes = 0;
+  std::vector<int64_t> layout;
   Order order = Order::forwards;
   std::map<const void*, int64_t> allowed;
   std::vector<Thread> threads;
@@ -232,6 +234,8 @@ void run_block() {
 }  // namespace
 
 Device device() { return emulator.device; }
+int64_t most_delta_bytes() { return emulator.most_delta_bytes; }
+const std::vector<int64_t>& layout() { return emulator.layout; }
 
 void allow_shared(const void* kernel, int64_t bytes) {
   if (bytes > emulator.device.shared_per_block) throw std::runtime_error("more shared memory is asked for than a block may have");
@@ -346,19 +350,20 @@ bool looks_for_races() {
 #endif
 }
 
-// multiprocessors, bytes of shared memory of a block and of a multiprocessor, order of the threads, a seed
-void set(int64_t multiprocessors, int64_t shared_per_block, int64_t shared_per_multiprocessor, int64_t order, int64_t seed) {
-  using flowkernels::emulated::Order;
-  flowkernels::emulated::emulator.device = {static_cast<int>(multiprocessors), shared_per_block, shared_per_multiprocessor};
-  flowkernels::emulated::emulator.order = static_cast<Order>(order);
-  flowkernels::emulated::emulator.random.seed(static_cast<unsigned>(seed));
-  flowkernels::emulated::emulator.allowed.clear();
+void set(std::vector<int64_t> device, int64_t most_delta_bytes, std::vector<int64_t> layout, int64_t order, int64_t seed) {
+  flowkernels::emulated::Emulator& emulator = flowkernels::emulated::emulator;
+  emulator.device = {static_cast<int>(device.at(0)), device.at(1), device.at(2)};
+  emulator.most_delta_bytes = most_delta_bytes;
+  emulator.layout = std::move(layout);
+  emulator.order = static_cast<flowkernels::emulated::Order>(order);
+  emulator.random.seed(static_cast<unsigned>(seed));
+  emulator.allowed.clear();
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels_emulated, m) {
-  m.def("set(int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int order, int seed) -> ()");
+  m.def("set(int[] device, int most_delta_bytes, int[] layout, int order, int seed) -> ()");
   m.def("looks_for_races() -> bool");
 }
 STABLE_TORCH_LIBRARY_IMPL(flowkernels_emulated, CompositeExplicitAutograd, m) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <vector>
 
 struct dim3 {
   unsigned x, y, z;
@@ -16,7 +17,9 @@ struct Device;
 
 namespace emulated {
 
-Device device();  // as the tests want it
+Device device();  // as the tests want it, and so
+int64_t most_delta_bytes();
+const std::vector<int64_t>& layout();
 void allow_shared(const void* kernel, int64_t bytes);
 
 // Raises std::runtime_error with what was wrong first: a race, an access beyond the launch's shared memory, threads that wait for

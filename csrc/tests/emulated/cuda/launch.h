@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <vector>
+
 #include "autoregressive_plan.h"
 
 namespace flowkernels {
@@ -12,7 +14,36 @@ struct DeviceGuard {
   explicit DeviceGuard(int) {}
 };
 
-inline Device device_of(int) { return emulated::device(); }
+// A device on which tests may want another plan than the rule's
+struct ToldDevice : Device {
+  std::vector<int64_t> layout;  // rows, capacity, consumers, producers, panel_steps (0: the rule's, and its panel_capacity), panel_capacity, apart,
+                                // whether panels do without registers; empty for the rule's plan
+};
+inline ToldDevice device_of(int) { return {emulated::device(), emulated::layout()}; }
+
+template <class T>
+LoopPlan plan_loop(LoopArgs<T>& args, const ToldDevice& device, bool may_be_apart) {
+  LoopPlan plan = plan_loop(args, static_cast<const Device&>(device), may_be_apart);
+  if (device.layout.empty()) return plan;
+  const auto number = [&](int i) { return static_cast<int>(device.layout[i]); };
+  if (number(4) > 0) {
+    args.panel_steps = number(4);
+    args.panel_capacity = number(5);
+  }
+  args.in_registers = args.in_registers && number(7) == 0;
+  plan.rows = smaller(number(0), kMostRows<T>);
+  plan.apart = number(6) != 0 && args.inverse && !args.mirrored && plan.rows == kRowsApart;
+  plan.state_in_shared = true;
+  plan.consumers = number(2);
+  plan.producers = number(3);
+  plan.capacity = up_to_multiple(larger(number(1), args.panel_capacity), 4);
+  plan.slot_bytes = slot_bytes(args, plan.capacity);
+  plan.shared_bytes = kSlots * plan.slot_bytes + int64_t(args.units_in_shared(plan.apart)) * unit_stride(plan.rows) * int64_t(sizeof(T));
+  choose_blocks<T>(plan, args.batch, device);
+  return plan;
+}
+
+inline int64_t most_delta_bytes() { return emulated::most_delta_bytes(); }
 inline cudaStream_t current_stream(int32_t) { return nullptr; }
 
 template <class... Parameters>

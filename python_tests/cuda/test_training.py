@@ -1,5 +1,4 @@
-"""The CUDA training step without a GPU: its twin on the CPU runs the kernels' phases for all threads in turn, launch by launch, against the
-CPU's kernels in float64."""
+"""The CUDA training step without a GPU: its kernels, run on a CPU, against the CPU's own in float64."""
 
 import itertools
 from typing import NamedTuple
@@ -13,16 +12,37 @@ from flowkernels.ops import Activation, Conditioner, Form
 from flowkernels.ops.autoregressive import training
 from flowkernels.ops.autoregressive.loop import Map
 from flowkernels.ops.scale_map import ScaleMap
-from python_tests.battery import assert_same_bits, needs_tests_library
+from python_tests.battery import assert_same_bits
+from python_tests.cuda import emulated
+from python_tests.cuda.emulated import H200, ONE, Device, Order, needs_emulator
 from python_tests.ops.test_autoregressive import FORMS, GATED, RESIDUAL, SCALES, SHARED, WIRED, Part, TestAutoregressive, example, widened
 from python_tests.ops.test_autoregressive_products import flow_with_inputs
 
 CASES = {name: case for name, case in TestAutoregressive.cases.items() if not name.endswith("inverse")}
 del TestAutoregressive  # or it would be collected here once more
-pytestmark = needs_tests_library
+pytestmark = needs_emulator
 
-# multiprocessors, whether threads run backwards, bytes of deltas held together
-LAYOUTS = [(132, 0, 1 << 20), (1, 1, 0), (4, 0, 1 << 20)]
+# device, in which order its threads run, bytes of deltas held together; by the first, tiles and shares of the batch are chosen
+LAYOUTS = [(H200, Order.FORWARDS, 1 << 20), (ONE, Order.BACKWARDS, 0), (ONE._replace(multiprocessors=4), Order.SHUFFLED, 1 << 20)]
+
+
+class Kernels(NamedTuple):
+    """The two ops of a training step by the CUDA kernels, in a layout."""
+
+    device: Device
+    order: Order
+    most_delta_bytes: int
+
+    def training(self, *arguments):
+        emulated.run_on(self.device, self.order, most_delta_bytes=self.most_delta_bytes)
+        return emulated.ops._autoregressive_training(*arguments)
+
+    def backward(self, *arguments):
+        emulated.run_on(self.device, self.order, most_delta_bytes=self.most_delta_bytes)
+        return emulated.ops._autoregressive_backward(*arguments)
+
+
+LAYOUTS = [Kernels(*layout) for layout in LAYOUTS]
 
 
 def map_of(made):
@@ -42,17 +62,17 @@ def cotangents(x):
     return [torch.randn(shape, generator=g, dtype=torch.float64).to(x.dtype) for shape in (x.shape, x.shape[:1])]
 
 
-def step(x, context, lists, need_dx=True, twin=None, need_dcontext=True, need_parameters=True):
-    """Outputs and gradients, by the CPU's kernels or by the twin in a layout."""
+def step(x, context, lists, need_dx=True, by=None, need_dcontext=True, need_parameters=True):
+    """Outputs and gradients, by the CPU's kernels or by those for CUDA in a layout."""
     ops = torch.ops.flowkernels
     arguments = context, *lists
     rest = *arguments, [0] * len(lists[5]), need_dx
     with torch.no_grad():
-        if twin is None:
+        if by is None:
             y, logabsdet, kept = ops.autoregressive_training(x, *arguments)
             return y, logabsdet, *ops.autoregressive_backward(*cotangents(x), kept, *rest, need_parameters)
-        y, logabsdet, kept = ops._autoregressive_training_twin(x, *arguments, list(twin))
-        return y, logabsdet, *ops._autoregressive_backward_twin(*cotangents(x), kept, *rest, need_dcontext, need_parameters, list(twin))
+        y, logabsdet, kept = by.training(x, *arguments)
+        return y, logabsdet, *by.backward(*cotangents(x), kept, *rest, need_dcontext, need_parameters)
 
 
 def doubled(value):
@@ -65,7 +85,7 @@ def assert_is_the_cpus(x, context, lists, layouts=LAYOUTS, **options):
     exact = step(*doubled((x, context, lists)), **options)
     tolerance = 1e-10 if x.dtype == torch.float64 else 2e-3
     for layout in layouts:
-        got = step(x, context, lists, twin=layout, **options)
+        got = step(x, context, lists, by=layout, **options)
         torch.testing.assert_close(got, tuple(t.to(x.dtype) for t in exact), rtol=tolerance, atol=tolerance)
 
 
@@ -90,7 +110,7 @@ def test_small_sizes_exhaustively():
 @pytest.mark.parametrize(
     ("features", "parts", "context", "batch"),
     [
-        (70, (150, 300), 0, 600),  # several tiles on every side, and several shares of the batch
+        (70, (70, 140), 0, 300),  # several tiles on every side, and several shares of the batch
         (20, (140,), 33, 300),
         (90, (), 0, 130),
         (20, widened(RESIDUAL, 70), 3, 140),
@@ -123,36 +143,31 @@ def test_tiles_threads_and_the_batch_change_no_bit_of_a_row(parts):
     context = 3 if parts in (RESIDUAL, GATED) else 0
     x, given, lists = map_of(example(40, parts, context=context, order=list(range(39, -1, -1)))(300, torch.float32))
     rows = lambda begin, end: (x[begin:end], None if given is None else given[begin:end], stacked(2, lists))
-    whole = step(*rows(0, 300), twin=LAYOUTS[0])
+    whole = step(*rows(0, 300), by=LAYOUTS[0])
     for layout in LAYOUTS[1:]:
-        assert_same_bits(step(*rows(0, 300), twin=layout)[:4], whole[:4])
+        assert_same_bits(step(*rows(0, 300), by=layout)[:4], whole[:4])
     for begin, end in [(0, 1), (127, 131), (299, 300)]:
-        y, logabsdet, kept = torch.ops.flowkernels._autoregressive_training_twin(
-            *rows(begin, end)[:2], *stacked(2, lists), list(LAYOUTS[1])
-        )
+        y, logabsdet, kept = LAYOUTS[1].training(*rows(begin, end)[:2], *stacked(2, lists))
         assert_same_bits((y, logabsdet), tuple(t[begin:end] for t in whole[:2]))
         part = [t[begin:end] for t in cotangents(x)]
-        dx = torch.ops.flowkernels._autoregressive_backward_twin(
-            *part, kept, rows(begin, end)[1], *stacked(2, lists), [0, 0], True, True, True, list(LAYOUTS[1])
-        )[0]
+        dx = LAYOUTS[1].backward(*part, kept, rows(begin, end)[1], *stacked(2, lists), [0, 0], True, True, True)[0]
         assert_same_bits((dx,), (whole[2][begin:end],))
 
 
 def test_a_context_without_a_gradient():
     x, context, lists = map_of(example(6, (9, 7), context=2)(21, torch.float32))
     for parts in (lists, stacked(2, lists)):
-        whole, without = (step(x, context, parts, twin=LAYOUTS[0], need_dcontext=needed) for needed in (True, False))
+        whole, without = (step(x, context, parts, by=LAYOUTS[0], need_dcontext=needed) for needed in (True, False))
         assert without[3].shape == (0, 2)
         assert_same_bits(without[:3] + without[4:], whole[:3] + whole[4:])
 
 
-@pytest.mark.parametrize("twin", [None, LAYOUTS[0]], ids=["cpu", "twin"])
+@pytest.mark.parametrize("by", [None, LAYOUTS[0]], ids=["cpu", "cuda"])
 @pytest.mark.parametrize("parts", [(9, 7), (9, 90), RESIDUAL, GATED])
-def test_parameters_without_a_gradient(parts, twin):
-    """More rows than one span has: nothing of them is left for the next."""
-    x, context, lists = map_of(example(6, parts, context=2)(1100, torch.float32))
+def test_parameters_without_a_gradient(parts, by):
+    x, context, lists = map_of(example(6, parts, context=2)(300 if by else 1100, torch.float32))  # more than a tile, or a span of the CPU's
     for maps in (lists, stacked(2, lists)):
-        whole, without = (step(x, context, maps, twin=twin, need_parameters=needed) for needed in (True, False))
+        whole, without = (step(x, context, maps, by=by, need_parameters=needed) for needed in (True, False))
         assert len(whole) == len(without) and all(t.shape == (0,) for t in without[4:])
         assert_same_bits(without[:4], whole[:4])
 
@@ -166,33 +181,33 @@ def test_a_layer_without_inputs_has_its_bias():
 
 def test_strides():
     x, context, lists = map_of(example(6, (9, 7), context=2)(21, torch.float32))
-    want = step(x, context, lists, twin=LAYOUTS[0])
+    want = step(x, context, lists, by=LAYOUTS[0])
     wide = tuple([torch.cat([w, w], 1)[:, : w.shape[1]] for w in part] if i in (0, 2) else part for i, part in enumerate(lists))
     turned = tuple([w.mT.contiguous().mT for w in part] if i in (0, 2) else part for i, part in enumerate(lists))
     strided = [torch.stack([t, t], -1)[..., 0] for t in (x, context)]
-    assert_same_bits(step(*strided, wide, twin=LAYOUTS[0]), want)
-    assert_same_bits(step(x.mT.contiguous().mT, context.mT.contiguous().mT, turned, twin=LAYOUTS[1]), want)
+    assert_same_bits(step(*strided, wide, by=LAYOUTS[0]), want)
+    assert_same_bits(step(x.mT.contiguous().mT, context.mT.contiguous().mT, turned, by=LAYOUTS[1]), want)
 
 
 def test_an_infinity_reaches_only_what_sees_it():
     """Of a feature that few units see: products with 0 would spread it over a tile."""
     x, context, lists = map_of(example(80, (90,), scale=SCALES[0])(7, torch.float32))
-    clean = step(x, context, lists, twin=LAYOUTS[0])
+    clean = step(x, context, lists, by=LAYOUTS[0])
     bad = x.clone()
     bad[3, 60] = torch.inf
-    got = step(bad, context, lists, twin=LAYOUTS[0])
+    got = step(bad, context, lists, by=LAYOUTS[0])
     keep = [0, 1, 2, 4, 5, 6]
     for g, c in zip(got[:3], clean[:3], strict=True):
         assert_same_bits((g[keep],), (c[keep],))
     assert_same_bits((got[0][3, :60],), (clean[0][3, :60],))
     assert not got[0][3, 60:].isfinite().all()
-    gradient = step(x, context, lists, twin=LAYOUTS[0])[2]
+    gradient = step(x, context, lists, by=LAYOUTS[0])[2]
     assert gradient.isfinite().all()
 
 
 def test_gradients_stay_inside_the_staircase():
     x, context, lists = map_of(example(70, (90,), rule="random")(300, torch.float32))
-    gradients = step(x, context, lists, twin=LAYOUTS[0])[4:]
+    gradients = step(x, context, lists, by=LAYOUTS[0])[4:]
     for dweight, visible in zip(gradients, lists[4], strict=False):
         outside = torch.arange(dweight.shape[0])[:, None] >= visible
         assert outside.any() and (dweight[outside] == 0).all() and (dweight[~outside] != 0).any()
@@ -202,39 +217,38 @@ def test_visible_that_does_not_ascend_reads_nothing_outside():
     """No answer is right; memory is not touched where it should not be (`make sanitize`)."""
     x, context, lists = map_of(example(70, (90,))(30, torch.float32))
     visible = [torch.full_like(v, 1 << 30) * torch.arange(len(v)).remainder(3).sub(1).int() for v in lists[4]]
-    y, *_ = step(x, context, (*lists[:4], visible, *lists[5:]), twin=LAYOUTS[0])
+    y, *_ = step(x, context, (*lists[:4], visible, *lists[5:]), by=LAYOUTS[0])
     assert y.shape == x.shape
 
 
 def test_refusals():
     x, context, lists = map_of(example(4, (9,))(3, torch.float32))
-    training, backward = torch.ops.flowkernels._autoregressive_training_twin, torch.ops.flowkernels._autoregressive_backward_twin
+    training, backward = LAYOUTS[0].training, LAYOUTS[0].backward
     with pytest.raises(RuntimeError, match="float32 or float64"):
-        training(x.half(), context, *lists, list(LAYOUTS[0]))
-    kept = training(x, context, *lists, list(LAYOUTS[0]))[2]
+        training(x.half(), context, *lists)
+    kept = training(x, context, *lists)[2]
     dy, dlogabsdet = cotangents(x)
-    rest = context, *lists, [0], True, True, True, list(LAYOUTS[0])
+    rest = context, *lists, [0], True, True, True
     with pytest.raises(RuntimeError, match="values are not those of the forward pass"):
         backward(dy, dlogabsdet, [kept[0][:2]], *rest)
     with pytest.raises(RuntimeError, match="one entry per row"):
         backward(dy, dlogabsdet[:2], kept, *rest)
     with pytest.raises(RuntimeError, match="learned"):
-        backward(dy, dlogabsdet, kept, context, *lists, [1], True, True, True, list(LAYOUTS[0]))
+        backward(dy, dlogabsdet, kept, context, *lists, [1], True, True, True)
     inverse = (*lists[:8], [*lists[8][:-1], 1], lists[9])
     with pytest.raises(RuntimeError, match="forward ones"):
-        training(x, context, *inverse, list(LAYOUTS[0]))
+        training(x, context, *inverse)
 
 
 @pytest.fixture
-def by_twin(monkeypatch):
+def by_kernels(monkeypatch):
     """Flows that train as on a GPU."""
-    ops = torch.ops.flowkernels
-    monkeypatch.setattr(training, "_training", lambda *a: ops._autoregressive_training_twin(*a, list(LAYOUTS[0])))
-    monkeypatch.setattr(training, "_backward", lambda *a: ops._autoregressive_backward_twin(*a[:-1], True, a[-1], list(LAYOUTS[0])))
+    monkeypatch.setattr(training, "_training", LAYOUTS[0].training)
+    monkeypatch.setattr(training, "_backward", lambda *a: LAYOUTS[0].backward(*a[:-1], True, a[-1]))
 
 
 @pytest.mark.parametrize(("residual", "contexts", "with_x"), [(False, 0, False), (False, 3, True), (True, 3, True), (True, 0, False)])
-def test_gradients_of_a_flow(residual, contexts, with_x, by_twin):
+def test_gradients_of_a_flow(residual, contexts, with_x, by_kernels):
     flow, x, context, inputs = flow_with_inputs(with_x, contexts, residual=residual)
 
     def gradients():
@@ -328,10 +342,10 @@ def test_what_a_compiler_is_told_has_the_kernels_shapes(parts):
     """The ops of the CUDA library have no kernel for a CPU, whose tests would tell."""
     x, context, lists = map_of(example(6, parts, context=2, activation="silu")(5, torch.float32))
     arguments, ops = (context, *stacked(2, lists)), torch.ops.flowkernels
-    *outputs, kept = ops._autoregressive_training_twin(x, *arguments, list(LAYOUTS[0]))
+    *outputs, kept = LAYOUTS[0].training(x, *arguments)
     for needs in itertools.product((True, False), repeat=3):  # dx, dcontext, parameters
         rest = *arguments, [0, 0], *needs
-        gradients = ops._autoregressive_backward_twin(*cotangents(x), kept, *rest, list(LAYOUTS[0]))
+        gradients = LAYOUTS[0].backward(*cotangents(x), kept, *rest)
         with FakeTensorMode() as mode:
             fake = lambda value: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
             fakes = [[fake(v) for v in value] if isinstance(value, list) else fake(value) for value in rest]
