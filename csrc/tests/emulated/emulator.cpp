@@ -189,21 +189,22 @@ int in_order(int i, int n) {
   return static_cast<int>(emulator.random() % static_cast<unsigned>(n));  // not all of them in a pass: the others have their turn in the next
 }
 
+void make_thread(Thread& thread, unsigned char* stack) {
+  thread.has_begun = false;
+  thread.waits = Waits::no;
+  thread.copies.clear();
+  thread.groups.clear();
+  thread.in_no_group = 0;
+  getcontext(&thread.context);
+  thread.context.uc_stack.ss_sp = stack;
+  thread.context.uc_stack.ss_size = kStackBytes;
+  thread.context.uc_link = nullptr;
+  makecontext(&thread.context, enter, 0);
+}
+
 void run_block() {
   std::memset(emulator.shared.data() + kMargin, 0xff, emulator.shared.size() - 2 * kMargin);  // NaN
-  for (int i = 0; i < emulator.count; ++i) {
-    Thread& thread = emulator.threads[i];
-    thread.has_begun = false;
-    thread.waits = Waits::no;
-    thread.copies.clear();
-    thread.groups.clear();
-    thread.in_no_group = 0;
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = emulator.stacks + i * kStackBytes;
-    thread.context.uc_stack.ss_size = kStackBytes;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, enter, 0);
-  }
+  for (int i = 0; i < emulator.count; ++i) make_thread(emulator.threads[i], emulator.stacks + i * kStackBytes);
   races::begin_block();
   for (;;) {
     bool runs = false;
