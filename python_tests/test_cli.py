@@ -110,6 +110,38 @@ def test_columns_keep_their_names_and_order(files, tmp_path, capsys):
     assert main([*train[:3], str(other), *train[4:]]) == 0  # the same content: the run is gone on with
 
 
+def test_columns_of_a_context_keep_their_names_and_order(files, tmp_path, capsys):
+    numbers, context, turned, run = tmp_path / "x.npy", tmp_path / "c.csv", tmp_path / "turned.csv", tmp_path / "run"
+    np.save(numbers, np.load(files / "x.npy"))
+    rows = np.load(files / "context.npy")
+    np.savetxt(context, rows, delimiter=",", header="mass,price", comments="")
+    np.savetxt(turned, rows[:, ::-1], delimiter=",", header="price,mass", comments="")
+    assert main(["train", "maf", "--data", str(numbers), "--context", str(context), "--out", str(run), *SMALL]) == 0
+    for command in (["density", run, "--data", numbers], ["sample", run, "-n", "1"]):
+        out = ["--out", str(tmp_path / "out.npy")]
+        assert main([str(part) for part in [*command, "--context", context, *out]]) == 0
+        said = refusal(capsys, [*command, "--context", turned, *out])
+        assert "turned.csv must have the columns mass, price, in the order of training; got price, mass" in said
+
+
+def test_images_of_another_shape(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, size=(40, 1, 6, 4), dtype=np.uint8)
+    for name, array in (("im", images), ("turned", images.transpose(0, 1, 3, 2)), ("colour", images.reshape(40, 2, 3, 4))):
+        np.save(tmp_path / f"{name}.npy", array)
+    run = tmp_path / "run"
+    small = ["--levels", "1", "--steps", "1", "--hidden-channels", "4", "--epochs", "1"]
+    assert main(["train", "glow", "--data", str(tmp_path / "im.npy"), "--out", str(run), *small]) == 0
+    assert main(["density", str(run), "--data", str(tmp_path / "im.npy")]) == 0
+    for name, shape in (("turned", "[1, 4, 6]"), ("colour", "[2, 3, 4]")):
+        said = refusal(capsys, ["density", run, "--data", tmp_path / f"{name}.npy"])
+        assert "must be images of shape [1, 6, 4]" in said and shape in said
+
+
+@pytest.mark.parametrize("n", ["1000000000000", "1000000000000000000"])
+def test_more_samples_than_fit_memory(files, capsys, n):
+    assert "not enough memory" in refusal(capsys, ["sample", files / "run", "-n", n])
+
+
 def test_temperature_scales_the_noise(files, tmp_path):
     for temperature in ("1", "1e-6"):
         assert (

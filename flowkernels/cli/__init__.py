@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from .. import __version__
 from ..training import Interrupted, RunError
 from . import check, demo, density, infer, info, interpolate, sample, train
@@ -54,7 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + 13  # as if by SIGPIPE
     except (ValueError, OSError, RunError, ModuleNotFoundError, NotImplementedError) as error:
         return _say(f"error: {_text(error)}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _say(f"error: there is not enough memory for this: {_text(error)}", 2)
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    told = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")  # by torch's allocator on a CPU
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in told)
 
 
 def _text(error: Exception) -> str:

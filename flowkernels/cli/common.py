@@ -21,6 +21,8 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1; got {text}")
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be below 2^63; got {text}")
     return value
 
 
@@ -102,14 +104,18 @@ def load_rows(options: argparse.Namespace, model: DataModel, config: dict[str, A
         table = getattr(split if model.flow.context_features else split.without_context(), options.split)
     else:
         table = load_table(options.data, options.context)
-        trained = config["data"].get("columns")
-        if trained and table.columns and [*table.columns] != trained:
-            wanted, got = ", ".join(trained), ", ".join(table.columns)
-            raise ValueError(f"data file {options.data} must have the columns {wanted}, in the order of training; got {got}")
+        check_columns(f"data file {options.data}", table.columns, config["data"].get("columns"))
+        check_columns(f"context file {options.context}", table.context_columns, config["data"].get("context_columns"))
         if config["data"].get("unconditional") and options.context is None:
             table = replace(table, context=None)  # as --unconditional did in training
     model.check(table)
     return table
+
+
+def check_columns(source: str, columns: tuple[str, ...] | None, trained: list[str] | None) -> None:
+    """Refuse columns that are named otherwise than in training, with a ValueError. Columns without names are taken as they are."""
+    if trained and columns and [*columns] != trained:
+        raise ValueError(f"{source} must have the columns {', '.join(trained)}, in the order of training; got {', '.join(columns)}")
 
 
 def image_shape(config: dict[str, Any]) -> tuple[int, int, int] | None:

@@ -1,6 +1,7 @@
 """`sample RUN`: x = g(z), through the inverse."""
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -10,6 +11,7 @@ from ..training import DataModel
 from .common import (
     add_output,
     add_run,
+    check_columns,
     counted,
     image_shape,
     noise,
@@ -44,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     path = output_path(options, "samples.npy", (".npy", ".csv", ".png"))
     if path.suffix == ".png" and image_shape(config) is None:
         raise ValueError(f"--out must end in .npy or .csv for a run that was not trained on images; got {path}")
-    n, context = _contexts(options, model, config["data"]["source"] == DIGITS)
+    n, context = _contexts(options, model, config["data"])
     samples = model.sample(n, context, options.temperature, noise(options))
     save_images_or_rows(path, samples, model, config, columns=min(len(samples), CLASSES))
     bad = int((~torch.isfinite(samples)).any(1).sum())
@@ -54,9 +56,9 @@ def run(options: argparse.Namespace) -> None:
     )
 
 
-def _contexts(options: argparse.Namespace, model: DataModel, digits: bool) -> tuple[int, torch.Tensor | None]:
+def _contexts(options: argparse.Namespace, model: DataModel, trained_on: dict[str, Any]) -> tuple[int, torch.Tensor | None]:
     """How many samples to draw for each row of which contexts."""
-    digits = digits and model.flow.context_features > 0
+    digits = trained_on["source"] == DIGITS and model.flow.context_features > 0
     if options.digit is not None:
         if not digits:
             raise ValueError(f"--class is for runs trained on the digits with their classes; got {options.digit}")
@@ -66,8 +68,10 @@ def _contexts(options: argparse.Namespace, model: DataModel, digits: bool) -> tu
             raise ValueError(f"--class must be 0..{CLASSES - 1}; got {options.digit}")
         return options.n, one_hot(torch.tensor([options.digit]))
     if options.context is not None:
-        context = torch.from_numpy(read_array(options.context, "context"))
+        rows, columns = read_array(options.context, "context")
+        context = torch.from_numpy(rows)
         model.check_context(context, options.context)
+        check_columns(f"context file {options.context}", columns, trained_on.get("context_columns"))
         return options.n, context
     if digits:
         return 1, one_hot(torch.arange(options.n) % CLASSES)

@@ -70,6 +70,8 @@ class Standardize(Preprocess):
         bad = constant | ~torch.isfinite(std)
         if bad.any():
             column = int(bad.nonzero()[0])
+            if torch.isnan(x[:, column]).any():
+                raise ValueError(f"columns must be finite; column {column}, counted from 0, holds NaN")
             if not torch.isfinite(std[column]):
                 raise ValueError(
                     f"columns must have a finite standard deviation; column {column}, counted from 0, is too large to standardise"

@@ -19,7 +19,8 @@ class Table:
     """Rows of data, and of context where there is one.
 
     x: [rows, features], float64, or uint8 for images, flattened. context: [rows, context features], float64, or None. name: where the
-    rows come from. image_shape: (C, H, W), or None where the rows are no images. columns: their names, where the file has them.
+    rows come from. image_shape: (C, H, W), or None where the rows are no images. columns, context_columns: their names, where the files
+    have them.
     """
 
     x: Tensor
@@ -27,6 +28,7 @@ class Table:
     name: str
     image_shape: tuple[int, int, int] | None = None
     columns: tuple[str, ...] | None = None
+    context_columns: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -55,7 +57,7 @@ def load_table(path: str | Path, context_path: str | Path | None = None) -> Tabl
 
     An array of three or four dimensions is taken as images of whole grey levels, uint8: [rows, H, W], [rows, C, H, W], or
     [rows, H, W, C] where only the last dimension is 4 or less. In an .npz the arrays are `x` and, where there is a context, `context`;
-    a context goes there or into a file of its own, not both. A .csv may begin with a line of names.
+    a context goes there or into a file of its own, not both. A .csv may begin with a line of names, one for each column.
 
     Returns:
         The table; every number in it is finite.
@@ -75,20 +77,23 @@ def load_table(path: str | Path, context_path: str | Path | None = None) -> Tabl
         raise ValueError(f"context must come once; got --context {context_path} and an array named context in {path}")
     if context is not None:
         context = _checked(context, f"context in {path}")
-    elif context_path is not None:
-        context = read_array(context_path, "context")
+    context_columns = None
+    if context is None and context_path is not None:
+        context, context_columns = read_array(context_path, "context")
     if context is not None and len(context) != len(x):
         raise ValueError(f"context must have {len(x)} rows, one per row of {path}; got {len(context)}")
-    return Table(torch.from_numpy(x), None if context is None else torch.from_numpy(context), str(path), image_shape, columns)
+    rows = (torch.from_numpy(x), None if context is None else torch.from_numpy(context))
+    return Table(*rows, str(path), image_shape, columns, context_columns)
 
 
-def read_array(path: str | Path, what: str = "data") -> np.ndarray:
-    """One array from a file, [rows, columns] float64, checked as `load_table` does. In an .npz it is the array named `what`, or x."""
-    arrays, _ = _read(Path(path), what)
+def read_array(path: str | Path, what: str = "data") -> tuple[np.ndarray, tuple[str, ...] | None]:
+    """One array from a file, [rows, columns] float64, checked as `load_table` does, and the names of its columns where it has them. In an
+    .npz it is the array named `what`, or x."""
+    arrays, columns = _read(Path(path), what)
     name = what if what in arrays else "x"
     if name not in arrays:
         raise ValueError(f"{what} file {path} must hold an array named {what}; it holds {', '.join(sorted(arrays)) or 'none'}")
-    return _checked(arrays[name], f"{what} file {path}")
+    return _checked(arrays[name], f"{what} file {path}"), columns
 
 
 def _read(path: Path, what: str) -> tuple[dict[str, np.ndarray], tuple[str, ...] | None]:
@@ -129,15 +134,20 @@ def _read_csv(path: Path, what: str) -> tuple[np.ndarray, tuple[str, ...] | None
                 names_may_come, first = False, names_may_come
                 if first and all(number is None for number in numbers):
                     columns = tuple(field.strip() for field in fields)
+                    if "" in columns:  # as of rows that are written with their number
+                        column = columns.index("") + 1
+                        raise ValueError(
+                            f"{what} file {path} must have a name for each column; line {reader.line_num}, column {column} is ''"
+                        )
                     continue
                 if None in numbers:
                     column = numbers.index(None)
                     place = f"line {reader.line_num}, column {column + 1}"
                     raise ValueError(f"{what} file {path} must be numeric; {place} is {fields[column]!r}")
-                if rows and len(numbers) != len(rows[0]):
-                    raise ValueError(
-                        f"{what} file {path} must have {len(rows[0])} columns in every line; line {reader.line_num} has {len(numbers)}"
-                    )
+                width = len(rows[0]) if rows else len(columns or numbers)
+                if len(numbers) != width:
+                    of = "columns in every line" if rows else "columns, as many as names"
+                    raise ValueError(f"{what} file {path} must have {width} {of}; line {reader.line_num} has {len(numbers)}")
                 rows.append(numbers)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{what} file {path} cannot be read as .csv: {error}") from None

@@ -133,6 +133,12 @@ def _checked_base(base: Base) -> Base:
     return base
 
 
+def check_temperature(temperature: float) -> None:
+    """Refuse what noise cannot be scaled by, with a ValueError."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0; got {temperature}")
+
+
 def _count(n: int) -> tuple[int]:
     if not isinstance(n, Integral) or isinstance(n, bool) or n < 0:
         raise ValueError(f"n must be a whole number of at least 0; got {n!r}: distribution(context).sample takes shapes")
@@ -215,8 +221,7 @@ class FlowDistribution(Distribution):
 
     def rsample(self, sample_shape: Size | tuple = (), temperature: float = 1.0, *, generator: Generator | None = None) -> Tensor:
         """As `sample`, and gradients reach the parameters and the context."""
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be at least 0; got {temperature}")
+        check_temperature(temperature)
         batch = self._sample_batch(sample_shape)
         z = self._noise(batch.numel(), generator)
         x, _ = self._from_noise(z * temperature if temperature != 1.0 else z, batch)

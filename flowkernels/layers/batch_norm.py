@@ -18,7 +18,7 @@ class FlowBatchNorm(nn.Module):
     m and v are those of each feature, or of each channel of an image over rows and sites. In training they are the batch's, and
     gradients flow through them; in evaluation, and in the inverse always, they are the running statistics. So in training forward and
     then inverse is not the identity, by design. `set_statistics` puts the statistics of a whole training set in place, as MAF's
-    evaluation does.
+    evaluation does, and `training.set_training_statistics` those of all layers of a flow; torch's `update_bn` passes this layer over.
 
     Args:
         features: number of features, or of channels.

@@ -119,13 +119,15 @@ class Trainer:
         settings: how to train.
 
     Raises:
-        ValueError: there are no training rows, or none to validate on.
+        ValueError: there are no training rows, or none to validate on, or no parameter that may change.
     """
 
     def __init__(self, model: DataModel, split: Split, settings: TrainingSettings) -> None:
         for name, rows in (("train", split.train), ("validation", split.validation)):
             if not len(rows):
                 raise ValueError(f"split.{name} must have at least one row; got none")
+        if not any(p.requires_grad for p in model.flow.parameters()):
+            raise ValueError("the flow must have parameters to train; all of them are frozen, requires_grad=False, or there are none")
         self.model, self.split, self.settings = model, split, settings
         self.average = DataModel(copy.deepcopy(model.flow), model.preprocess, model.context_map)
         # one kernel for all parameters: a loop over them takes longer than a small flow's whole forward and backward pass

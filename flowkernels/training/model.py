@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 from .._wide import wide, wide_dtype
 from ..data import GreyLevels, Preprocess, Table
 from ..flows import Flow
+from ..flows.flow import check_temperature
 
 _ROWS = 4096
 
@@ -40,8 +41,11 @@ class DataModel:
         """Refuse rows that are not for this model.
 
         Raises:
-            ValueError: the width of the data or the context differs, or a context is missing or unexpected.
+            ValueError: the width of the data or the context differs, or the shape of images, or a context is missing or unexpected.
         """
+        if table.image_shape is not None and len(self.flow.shape) == 3 and tuple(table.image_shape) != tuple(self.flow.shape):
+            wanted, got = list(self.flow.shape), list(table.image_shape)
+            raise ValueError(f"data must be images of shape {wanted}, [channels, height, width], like the run's; {table.name} has {got}")
         if table.x.shape[1] != self.flow.features:
             raise ValueError(f"data must have {self.flow.features} columns, like the run's; {table.name} has {table.x.shape[1]}")
         self.check_context(table.context, table.name)
@@ -63,7 +67,11 @@ class DataModel:
         Returns:
             y [rows, *shape of the flow] in its dtype, log|det dy/dx| [rows], in float64 where the device has it, and the context in the
             flow's dtype; on its device.
+
+        Raises:
+            ValueError: the rows are not for this model, or too large for the flow's dtype.
         """
+        self.check(table)
         parts, totals = [], []
         for x in table.x.split(_ROWS):  # in float64, so not all at once
             y, logabsdet = self.preprocess.forward(x, generator)
@@ -72,7 +80,7 @@ class DataModel:
         y = torch.cat(parts)
         _check_finite("data", table.name, y, table.x)
         logabsdet = torch.cat(totals).to(y.device, wide_dtype(y.device))
-        return y.view(-1, *self.flow.shape), logabsdet, self.prepare_context(table.context, table.name)
+        return y.view(len(y), *self.flow.shape), logabsdet, self.prepare_context(table.context, table.name)
 
     def prepare_context(self, context: Tensor | None, name: str = "the context") -> Tensor | None:
         """The context as the flow sees it; name: of where it came from."""
@@ -92,6 +100,8 @@ class DataModel:
 
         Grey levels are dequantised with noise from the generator, and the mean over `draws` draws is given. Other data takes no noise.
         """
+        if not isinstance(draws, int) or draws < 1:
+            raise ValueError(f"draws must be a whole number from 1 on; got {draws}")
         self.flow.eval()
         draws = draws if self.preprocess.random else 1
         total = torch.zeros(len(table), dtype=torch.float64)
@@ -118,6 +128,7 @@ class DataModel:
 
     def sample(self, n: int, context: Tensor | None = None, temperature: float = 1.0, generator: Generator | None = None) -> Tensor:
         """n samples, or n for each row of the context, one row's after another's: [n or rows * n, features], float64, in the units of x."""
+        check_temperature(temperature)
         if context is not None:
             context = context.repeat_interleave(n, 0)
             n = len(context)

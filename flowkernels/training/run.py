@@ -265,7 +265,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for section in (*SECTIONS, "context_map"):
         before, now = old.get(section) or {}, new[section] or {}
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) == now.get(key) or key in ("source", "context", "columns"):
+            if before.get(key) == now.get(key) or key in ("source", "context", "columns", "context_columns"):
                 continue
             if key == "fingerprint":
                 found.append("the content of the data was other, or its split")

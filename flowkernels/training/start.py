@@ -106,6 +106,7 @@ def make_config(
         "data": {
             "source": split.train.name,
             "columns": split.train.columns,
+            "context_columns": split.train.context_columns,
             "fingerprint": _fingerprint(split),
             "unconditional": unconditional,
         },

@@ -92,6 +92,10 @@ def test_context_comes_from_a_file_of_its_own(tmp_path):
         ("a,1\n3,4\n", "line 1, column 1 is 'a'"),
         ("1,2\n3,4\na,b\n", "line 3, column 1 is 'a'"),
         ("1,2\n3\n", "must have 2 columns in every line; line 2 has 1"),
+        ("a,b\n1,2,3\n4,5,6\n", "must have 2 columns, as many as names; line 2 has 3"),  # rows that are written with their number
+        ("a,b,c\n1,2\n", "must have 3 columns, as many as names; line 2 has 2"),
+        (",a,b\n0,1,2\n", "must have a name for each column; line 1, column 1 is ''"),
+        (",,\n1,2,3\n", "must have a name for each column; line 1, column 1 is ''"),
         ("1,2\n3,nan\n", "must be finite; row 1, column 1, counted from 0, is nan"),
         ("1,inf\n-inf,4\n", "row 0, column 1, counted from 0, is inf (and 1 more)"),
         (b"\xff\xfe1\x00,\x002\x00", "cannot be read as .csv"),

@@ -202,6 +202,33 @@ def test_model_refuses_other_data():
         model.prepare(data.train)
 
 
+def test_rows_of_another_width_are_refused_everywhere():
+    """Two rows of 4 would fill one of 8."""
+    data = split(60, 4)
+    model = DataModel(MAF(8, hidden_features=(8,)), Standardize())
+    model.fit_preprocess(data.train)
+    for call in (model.log_prob, model.encode, model.prepare):
+        with pytest.raises(ValueError, match="data must have 8 columns, like the run's; .* has 4"):
+            call(data.train)
+    with pytest.raises(ValueError, match="data must have 8 columns"):
+        Trainer(model, data, TrainingSettings(epochs=1)).run_epoch()
+
+
+@pytest.mark.parametrize("temperature", [-1.0, math.nan, math.inf])
+def test_temperatures_and_draws_out_of_range(temperature):
+    model = DataModel(MAF(3, hidden_features=(8,)), Identity())
+    with pytest.raises(ValueError, match="temperature must be at least 0"):
+        model.sample(2, temperature=temperature)
+    for draws in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="draws must be a whole number from 1 on"):
+            model.log_prob(split().train, draws=draws)
+
+
+def test_a_flow_without_parameters_to_train_is_refused():
+    with pytest.raises(ValueError, match="must have parameters to train; all of them are frozen"):
+        Trainer(DataModel(MAF(3, hidden_features=(8,)).requires_grad_(False), Identity()), split(), TrainingSettings())
+
+
 def test_a_state_is_a_copy_that_may_be_loaded_again():
     data = split()
     first = trainer(data)
