@@ -33,12 +33,27 @@ tracing_state: Callable[[], Any] = _find("_C._get_tracing_state", lambda: torch.
 any_autocast: Callable[[], bool] = _find("_C._is_any_autocast_enabled", lambda: True)
 has_global_hooks: Callable[[], bool] = _find("nn.modules.module._has_any_global_hook", lambda: True)
 op_names: Callable[[], list[str]] = _find("_C._dispatch_get_all_op_names", lambda: [])
+# in a backward pass: whether it goes on to a node of the graph. A leaf that the pass was asked for by name is an error
+_goes_on_to: Callable[[Any], bool] = _find("_C._will_engine_execute_node", lambda node: True)
 when_cuda_starts: Callable[[Callable[[], None]], None] = _find("cuda._lazy_call", lambda call: None)
 
 
 def forward_mode() -> bool:
     """Whether tensors may carry tangents, by torch.autograd.forward_ad or by torch.func's jvp and jacfwd."""
     return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def is_wanted(ctx: Any, tensors: slice) -> bool:
+    """In a function's backward: whether this pass goes on to any of those of its inputs that are tensors.
+
+    `needs_input_grad` says that parameters need gradients also where `autograd.grad(y, x)` asks for none of them.
+    """
+    if torch.compiler.is_compiling() or transform_level() is not None:
+        return True
+    try:
+        return any(node is not None and _goes_on_to(node) for node, _ in ctx.next_functions[tensors])
+    except RuntimeError:
+        return True
 
 
 def kept(make: Callable) -> Callable:

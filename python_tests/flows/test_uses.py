@@ -24,6 +24,7 @@ from flowkernels.layers import (
     Reshape,
     Squeeze,
 )
+from flowkernels.ops.autoregressive import training
 from python_tests.battery import assert_same_bits
 
 
@@ -296,10 +297,29 @@ def test_gradients_by_inputs_through_a_frozen_flow(make, inverse):
 
     one = next(flow.parameters())
     *by_inputs, by_one = gradients([*inputs, one])
+    assert_same_bits(gradients(inputs), tuple(by_inputs))  # which asks for none of the parameters'
     flow.requires_grad_(False)
     assert_same_bits(gradients(inputs), tuple(by_inputs))
     one.requires_grad_()
     assert_same_bits(gradients([one]), (by_one,))
+
+
+def test_parameters_that_a_pass_does_not_ask_for_cost_nothing(monkeypatch):
+    """A gradient by x alone of a flow that is not frozen, in each of the ways to ask for one, and later passes through the same graph."""
+    asked = []
+    op = training._backward
+    monkeypatch.setattr(training, "_backward", lambda *a: asked.append(a[-1]) or op(*a))
+    flow = MAF(4, transforms=1, hidden_features=(8,))
+    x, one = torch.randn(5, 4, requires_grad=True), next(flow.parameters())
+    total = flow.log_prob(x).sum()
+    (dx,) = torch.autograd.grad(total, x, retain_graph=True)
+    total.backward(inputs=[x], retain_graph=True)
+    assert asked == [False, False] and one.grad is None and torch.equal(x.grad, dx)
+    _, by_one = torch.autograd.grad(total, [x, one], retain_graph=True)
+    doubled = torch.autograd.grad((2 * one).sum() + total, [x, one], retain_graph=True)  # a leaf that another node reads too
+    assert torch.equal(doubled[1], by_one + 2)
+    total.backward()
+    assert asked == [False, False, True, True, True] and torch.equal(one.grad, by_one)
 
 
 def test_flows_of_sequences_and_volumes():

@@ -26,6 +26,7 @@ from torch import Tensor
 from ... import _extension
 from ..._backend import as_called, chosen, wants_reference
 from ..._library import library, register_fake
+from ..._torch import is_wanted
 from .._differentiation import apply_function, each_cotangent, pulled_back, transformed
 from ..activation import Activation
 from ..masked_linear import masked_linear
@@ -297,7 +298,7 @@ class _Maps(torch.autograd.Function):
             maps = [m._replace(scale=scale) for m, scale in zip(lists.maps(), scales, strict=True)]
             return _differentiable_gradient(ctx, x, context, maps, (*_parameters(lists), *numbers), dy, dlogabsdet)
         need_dx, need_dcontext, _, _, *of_parameters = ctx.needs_input_grad
-        need_parameters = any(of_parameters)
+        need_parameters = any(of_parameters) and is_wanted(ctx, slice(-len(of_parameters), None))
         networks = *parameters, visible, orders, activations, wiring, stages, packed
         backward, more = (_backward_on_gpu, (need_dcontext,)) if ctx.by_library else (_backward, ())
         learned = learned if need_parameters else [0] * len(learned)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..._backend import as_called, chosen, register_triton, wants_reference
 from ..._library import library, register_fake
-from ..._torch import any_autocast
+from ..._torch import any_autocast, is_wanted
 from .._autocast import cast
 from .._differentiation import apply_function, needs_autograd, transformed, vmap_one_by_one
 from ..degrees import check_staircase
@@ -97,7 +97,7 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, weight, visible = ctx.saved_tensors
         dx = _dx(dy, weight, visible) if ctx.needs_input_grad[0] else None
-        dweight = _dweight(x, dy, visible) if ctx.needs_input_grad[1] else None
+        dweight = _dweight(x, dy, visible) if ctx.needs_input_grad[1] and is_wanted(ctx, slice(1, 2)) else None
         dbias = dy.sum([*range(dy.dim() - 1)]) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None
 
