@@ -21,16 +21,6 @@ constexpr int64_t kStrip = 3 * kUnits;     // pairs: whole tiles of every width
 constexpr int64_t kFactors = 4, kTaps = 3;
 
 template <class T>
-int64_t whole_vectors(int64_t n) {
-  return (n + lanes<T> - 1) / lanes<T> * lanes<T>;
-}
-
-template <class T>
-FK_INLINE void set_zero(T* p, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) p[i] = T(0);
-}
-
-template <class T>
 int64_t packed_convolution_size(const Convolution<T>& c) {
   return whole_vectors<T>(c.outputs) * c.packed_terms();
 }
@@ -204,7 +194,7 @@ struct Rows {
       else
         for (int64_t x = 0; x < width; ++x)
           for (int64_t c = 0; c < channels; ++c) at(y)[x * channels + c] = from[x * channels + c] * factor[c];
-      set_zero(at(y) + width * channels, row() - width * channels);
+      fill(at(y) + width * channels, row() - width * channels, T(0));
     }
   }
 
@@ -238,7 +228,7 @@ struct Factors {
   void make(const F& row_of, int64_t height, int64_t y0, int64_t y1, const T* zeros) const {
     for (int64_t y = y0; y < y1; ++y) {  // ascending, as what is written beyond a row is of the next
       if (y < 0 || y >= height) {
-        set_zero(at(y), row());
+        fill(at(y), row(), T(0));
         continue;
       }
       const T* const pixels = row_of(y);
@@ -348,7 +338,7 @@ struct RowScratch {
   T* zeros(int64_t channels) {
     T* const made = next;
     next += whole_vectors<T>(channels);
-    set_zero(made, channels);
+    fill(made, channels, T(0));
     return made;
   }
 };

@@ -38,6 +38,12 @@ using UVec = typename VecOf<T>::bits;
 template <class T>
 constexpr int lanes = FK_VECTOR_BYTES / static_cast<int>(sizeof(T));
 
+// n elements, rounded up to whole vectors. Not FK_INLINE: code outside of the target's region calls it too.
+template <class T>
+constexpr int64_t whole_vectors(int64_t n) {
+  return (n + lanes<T> - 1) / lanes<T> * lanes<T>;
+}
+
 template <class V>
 struct ScalarOf;
 template <>
