@@ -9,7 +9,8 @@
 #include <cstring>
 #include <initializer_list>
 #include <span>
-#include <vector>
+
+#include "tensor_sizes.h"
 
 namespace flowkernels {
 
@@ -27,12 +28,6 @@ inline torch::stable::Tensor made_contiguous(const torch::stable::Tensor& t) { r
 // a matrix whose rows are contiguous, also where there is one row alone
 inline torch::stable::Tensor rows_contiguous(const torch::stable::Tensor& t) {
   return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
-}
-
-inline std::vector<int64_t> sizes_of(const torch::stable::Tensor& t) {
-  std::vector<int64_t> sizes(t.dim());
-  for (int64_t i = 0; i < t.dim(); ++i) sizes[i] = t.size(i);
-  return sizes;
 }
 
 // of [batch, channels, *sites]
