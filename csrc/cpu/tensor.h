@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <array>
@@ -20,6 +21,17 @@ const T* data_of(const torch::stable::Tensor& t) {
   const void* data = t.const_data_ptr();
   STD_TORCH_CHECK(data || t.numel() == 0, "flowkernels: a tensor's memory was freed: its storage holds nothing");
   return static_cast<const T*>(data);
+}
+
+// The same of a tensor that must be contiguous, on the CPU, of dtype T and of these sizes: what Python has made so, and a kernel reads unasked.
+template <class T>
+const T* checked_data(const char* op, const torch::stable::Tensor& t, std::initializer_list<int64_t> sizes) {
+  bool fits = t.is_cpu() && t.is_contiguous() && t.scalar_type() == torch::headeronly::CppTypeToScalarType<T>::value &&
+              t.dim() == static_cast<int64_t>(sizes.size());
+  int64_t d = 0;
+  for (int64_t size : sizes) fits = fits && t.size(d++) == size;
+  STD_TORCH_CHECK(fits, "flowkernels::", op, ": tensors must be contiguous, on the CPU, of one dtype and of fitting sizes");
+  return data_of<T>(t);
 }
 
 // asks first: the call of contiguous itself goes through the dispatcher
