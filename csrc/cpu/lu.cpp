@@ -14,6 +14,7 @@
 
 #include "cpu/lu.h"
 #include "cpu/scratch.h"
+#include "cpu/shares.h"
 #include "cpu/tensor.h"
 #include "lu_plan.h"
 
@@ -45,15 +46,10 @@ void launch(const Tensor& w, const Tensor& sign, const Tensor& logabsdet, const 
 
   const size_t bytes = FK_DISPATCH(lu_scratch_bytes<T>(n, inverse != nullptr));
   const int64_t batch = sign.numel(), group = FK_DISPATCH(lu_group<T>(n)), groups = (batch + group - 1) / group;
-  auto run = [&](int64_t first, int64_t last) {
+  const int64_t multiply_adds = group * (n * n * n / (inverse ? 1 : 3) + 100 * n + 1);  // a pivot costs as much as some 100
+  in_grains(groups, worth_a_thread(multiply_adds), [&](int64_t first, int64_t last) {
     FK_DISPATCH(lu_matrices<In, T>(args, thread_scratch(bytes), first * group, std::min(last * group, batch)));
-  };
-  // a second thread costs a few microseconds, the work of some 50,000 multiply-adds; a pivot costs that of some 100
-  const int64_t grain = std::max<int64_t>(1, 50000 / (group * (n * n * n / (inverse ? 1 : 3) + 100 * n + 1)));
-  if (groups <= grain)
-    run(0, groups);
-  else
-    torch::stable::parallel_for(0, groups, grain, run);
+  });
 }
 
 void check_and_launch(const Tensor& w, const Tensor& sign, const Tensor& logabsdet, const Tensor* inverse, bool in_float64) {

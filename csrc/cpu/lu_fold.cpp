@@ -1,17 +1,16 @@
 // LU-parametrised weights composed or inverted, all of one size in one call, for CPU tensors. The arithmetic is in lu_fold_kernel.h.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
 #include <initializer_list>
 #include <tuple>
 #include <vector>
 
 #include "cpu/lu_fold.h"
 #include "cpu/scratch.h"
+#include "cpu/shares.h"
 #include "cpu/tensor.h"
 
 #define FK_KERNEL "cpu/lu_fold_kernel.h"
@@ -67,14 +66,9 @@ auto with_args(const Lists& lists, bool inverse, const F& f) {
 template <class T>
 void run(const LuFoldArgs<T>& args, int64_t count, bool backward) {
   const size_t bytes = FK_DISPATCH(lu_fold_scratch(args.n, backward)) * sizeof(double);
-  auto work = [&](int64_t first, int64_t last) {
+  in_grains(count, worth_a_thread(args.n * args.n * args.n + 1), [&](int64_t first, int64_t last) {
     FK_DISPATCH(lu_fold_matrices<T>(args, static_cast<double*>(thread_scratch(bytes)), backward, first, last));
-  };
-  const int64_t grain = std::max<int64_t>(1, 50000 / (args.n * args.n * args.n + 1));  // multiply-adds that are worth a thread
-  if (count <= grain)
-    work(0, count);
-  else
-    torch::stable::parallel_for(0, count, grain, work);
+  });
 }
 
 template <class T>
