@@ -48,10 +48,7 @@ class LoopNetwork {
     const size_t n = t.weights.size(), contexts = t.context_weights.size();
     check(t.x.dim() == 2, "x must have two dimensions");
     check(n >= 1 && n <= static_cast<size_t>(kMaxLayers), "a conditioner has 1 to 32 layers");
-    check(t.biases.size() == n && t.visible.size() == n && t.activations.size() == n &&
-              (t.wiring.empty() ? contexts <= 1 || contexts == n : t.wiring.size() == Wiring::kNumbers * n),
-          "weights, biases, visible, activations and wiring must have one entry per layer");
-    check(t.context_biases.empty() || t.context_biases.size() == contexts, "context_biases must have one entry per context weight");
+    check_lengths({t.weights, t.biases, t.context_weights, t.context_biases, t.visible, t.activations, t.wiring});
     check((contexts > 0) == t.context.has_value(), "context and context_weights go together");
     kept_.reserve(5 * n + 1);
     args.batch = t.x.size(0);
@@ -169,24 +166,23 @@ std::vector<LoopNetwork<T>> read_stack(const StackTensors& t, T* y, T* kept, T* 
   const size_t n = t.orders.size();
   STD_TORCH_CHECK(n >= 1 && t.stages.size() == MapNumbers::kNumbers * n && t.scales.size() == 2 * n && (t.affines.empty() || t.affines.size() == n),
                   "flowkernels::autoregressive: every map needs its entries in each list");
-  Rest<torch::stable::Tensor> weights{t.weights}, biases{t.biases}, context_weights{t.context_weights}, context_biases{t.context_biases};
-  Rest<torch::stable::Tensor> visible{t.visible};
-  Rest<int64_t> activations{t.activations}, wiring{t.wiring};
+  Networks networks({t.weights, t.biases, t.context_weights, t.context_biases, t.visible, t.activations, t.wiring});
   const auto list = [](auto part) { return std::vector(part.begin(), part.end()); };
   std::vector<LoopNetwork<T>> maps;
   maps.reserve(n);
   for (size_t i = 0; i < n; ++i) {
     const MapNumbers numbers(t.stages, i);
+    const NetworkParts parts = networks.next(numbers);
     const LoopTensors one{t.x,
                           numbers.contexts > 0 ? t.context : std::nullopt,
-                          list(weights.next(numbers.layers)),
-                          list(biases.next(numbers.layers)),
-                          list(context_weights.next(numbers.contexts)),
-                          list(context_biases.next(numbers.context_biases)),
-                          list(visible.next(numbers.layers)),
+                          list(parts.weights),
+                          list(parts.biases),
+                          list(parts.context_weights),
+                          list(parts.context_biases),
+                          list(parts.visible),
                           t.orders[i],
-                          list(activations.next(numbers.layers)),
-                          list(wiring.next(numbers.wired ? static_cast<int64_t>(Wiring::kNumbers) * numbers.layers : 0)),
+                          list(parts.activations),
+                          list(parts.wiring),
                           {static_cast<int>(numbers.scale_kind), t.scales[2 * i], t.scales[2 * i + 1]},
                           static_cast<int>(numbers.form),
                           numbers.inverse != 0};

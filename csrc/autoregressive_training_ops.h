@@ -5,10 +5,9 @@
 
 #include "autoregressive_mirror.h"
 #include "autoregressive_training_steps.h"
+#include "tensor_sizes.h"
 
 namespace flowkernels {
-
-inline void check_training(bool ok, const char* what) { STD_TORCH_CHECK(ok, "flowkernels::autoregressive_training: ", what); }
 
 inline void check_training_dtype(const torch::stable::Tensor& t) {
   using torch::headeronly::ScalarType;
@@ -87,9 +86,7 @@ class TrainingStack {
 inline Tensors gradients_of(const Tensors& tensors, Tensors& out, const auto& launch, bool needed = true) {
   Tensors gradients;
   for (const torch::stable::Tensor& tensor : tensors) {
-    std::vector<int64_t> sizes(tensor.dim());
-    for (int64_t i = 0; i < tensor.dim(); ++i) sizes[i] = tensor.size(i);
-    gradients.push_back(launch.empty(needed ? sizes : std::vector<int64_t>{0}));
+    gradients.push_back(launch.empty(needed ? sizes_of(tensor) : std::vector<int64_t>{0}));
   }
   out.insert(out.end(), gradients.begin(), gradients.end());
   return gradients;

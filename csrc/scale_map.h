@@ -283,6 +283,15 @@ FK_INLINE V invert_scale(const FormScale<V>& scale, V y, V shift) {
   return (y - shift) * scale.value;
 }
 
+// y, or x where `inverse`: the form chosen at run time
+template <class V>
+FK_INLINE V transform_scale(Form form, bool inverse, const FormScale<V>& scale, V x, V shift) {
+  return with_form(form, [&](auto tag) {
+    constexpr Form kForm = decltype(tag)::value;
+    return inverse ? invert_scale<kForm>(scale, x, shift) : apply_scale<kForm>(scale, x, shift);
+  });
+}
+
 // y and log|dy/dx|
 template <Form FORM, class V, class Map>
 FK_INLINE ValueAndLog<V> apply_form(const Map& map, V x, V shift, V s) {
@@ -302,12 +311,12 @@ FK_INLINE ValueAndLog<V> invert_form(const Map& map, V y, V shift, V s) {
 template <class V>
 FK_CALL ValueAndLog<V> apply_form(Form form, const ScaleMapParams& p, V x, V shift, V s) {
   const FormScale<V> scale = with_scale_map<V>(p, [&](const auto& map) { return form_scale(map, form, false, s); });
-  return {with_form(form, [&](auto tag) { return apply_scale<decltype(tag)::value>(scale, x, shift); }), scale.log};
+  return {transform_scale(form, false, scale, x, shift), scale.log};
 }
 template <class V>
 FK_CALL ValueAndLog<V> invert_form(Form form, const ScaleMapParams& p, V y, V shift, V s) {
   const FormScale<V> scale = with_scale_map<V>(p, [&](const auto& map) { return form_scale(map, form, true, s); });
-  return {with_form(form, [&](auto tag) { return invert_scale<decltype(tag)::value>(scale, y, shift); }), scale.log};
+  return {transform_scale(form, true, scale, y, shift), scale.log};
 }
 
 // The gradient by what a form takes

@@ -2,11 +2,18 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <span>
 
 namespace flowkernels {
+
+// The tensors of a conditioner, in the order of the schema.
+struct NetworkParts {
+  std::span<const torch::stable::Tensor> weights, biases, context_weights, context_biases, visible;
+  std::span<const int64_t> activations, wiring;
+};
 
 // What of a list the maps so far have left; next(n) is the part of the next one.
 template <class Item>
@@ -49,6 +56,41 @@ struct Wiring {
     const auto last = static_cast<int64_t>(layer);
     STD_TORCH_CHECK(source >= 0 && source <= last && residual >= -1 && residual <= last,
                     "flowkernels::autoregressive: a layer must read the features or a layer before it");
+  }
+};
+
+// Python has checked what users get wrong; here only what would corrupt memory.
+inline void check_lengths(const NetworkParts& parts) {
+  const size_t n = parts.weights.size(), contexts = parts.context_weights.size();
+  const bool wired = parts.wiring.empty() ? contexts <= 1 || contexts == n : parts.wiring.size() == Wiring::kNumbers * n;
+  STD_TORCH_CHECK(n >= 1 && parts.biases.size() == n && parts.visible.size() == n && parts.activations.size() == n && wired,
+                  "flowkernels::autoregressive: weights, biases, visible, activations and wiring must have one entry per layer");
+  STD_TORCH_CHECK(parts.context_biases.empty() || parts.context_biases.size() == contexts,
+                  "flowkernels::autoregressive: context_biases must have one entry per context weight");
+}
+
+// The networks of a stack, whose lists stand one after the other.
+struct Networks {
+  Rest<torch::stable::Tensor> weights, biases, context_weights, context_biases, visible;
+  Rest<int64_t> activations, wiring;
+
+  explicit Networks(const NetworkParts& all)
+      : weights{all.weights},
+        biases{all.biases},
+        context_weights{all.context_weights},
+        context_biases{all.context_biases},
+        visible{all.visible},
+        activations{all.activations},
+        wiring{all.wiring} {}
+
+  NetworkParts next(const MapNumbers& numbers) {
+    return {weights.next(numbers.layers),
+            biases.next(numbers.layers),
+            context_weights.next(numbers.contexts),
+            context_biases.next(numbers.context_biases),
+            visible.next(numbers.layers),
+            activations.next(numbers.layers),
+            wiring.next(numbers.wired ? static_cast<int64_t>(Wiring::kNumbers) * numbers.layers : 0)};
   }
 };
 

@@ -7,11 +7,15 @@
 // Whoever includes this has declared Activation (cpu/activation.h).
 #pragma once
 
+#include <torch/headeronly/util/Exception.h>
+
 #include <cstdint>
 #include <iterator>
 #include <vector>
 
 namespace flowkernels {
+
+inline void check_training(bool ok, const char* what) { STD_TORCH_CHECK(ok, "flowkernels::autoregressive_training: ", what); }
 
 // What becomes of a layer's sums, and where: columns of `values`, -1 where there is none
 template <class T>

@@ -5,8 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -20,6 +18,7 @@
 #include "cpu/kept_stacks.h"
 #include "cpu/network.h"
 #include "cpu/scratch.h"
+#include "cpu/shares.h"
 #include "cpu/tensor.h"
 
 #define FK_KERNEL "cpu/autoregressive_tiles.h"
@@ -87,14 +86,8 @@ void run(const std::vector<AutoregressiveArgs<T>>& maps) {
     const Tiling own = FK_DISPATCH(plan_tiles<T>(map, batch, threads));
     if (own.rows() < tiling.rows()) tiling = own;
   }
-  auto go = [&](int64_t first, int64_t last) {
-    FK_DISPATCH(run_tiles<T>(maps.data(), static_cast<int64_t>(maps.size()), tiling, first, last));
-  };
-  const int64_t tiles = tiling.tiles();
-  if (tiles == 1) return go(0, 1);
-  std::atomic<int64_t> next{0};  // a core that others use too, or a slower one, takes fewer tiles
-  torch::stable::parallel_for(0, std::min(threads, tiles), 1, [&](int64_t, int64_t) {
-    for (int64_t tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < tiles;) go(tile, tile + 1);
+  for_each_task_in_turn(tiling.tiles(), threads, [&](int64_t tile) {
+    FK_DISPATCH(run_tiles<T>(maps.data(), static_cast<int64_t>(maps.size()), tiling, tile, tile + 1));
   });
 }
 

@@ -23,10 +23,7 @@ FK_INLINE void transform_rows(const AutoregressiveArgs<T>& args, T* x, int64_t n
     for (int64_t r = 0; r < n; r += lanes<T>) {
       const Vec<T> from = load(x + r), by = shift(r);
       const FormScale<Vec<T>> scale = form_scale(map, form, inverse, raw(r));
-      store(x + r, with_form(form, [&](auto tag) {
-              constexpr Form kForm = decltype(tag)::value;
-              return inverse ? invert_scale<kForm>(scale, from, by) : apply_scale<kForm>(scale, from, by);
-            }));
+      store(x + r, transform_scale(form, inverse, scale, from, by));
       log_of(r, scale.log);
     }
   });

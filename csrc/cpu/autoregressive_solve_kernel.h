@@ -135,7 +135,7 @@ struct Solve {
 
 template <class T>
 size_t solve_scratch_bytes(const TrainingArgs<T>& args, int64_t rows) {
-  return (args.values_ld + args.deltas_ld + 1) * ((rows + lanes<T> - 1) / lanes<T>) * lanes<T> * sizeof(T);
+  return (args.values_ld + args.deltas_ld + 1) * whole_vectors<T>(rows) * sizeof(T);
 }
 
 template <class T>
@@ -147,10 +147,10 @@ int64_t solve_rows() {
 template <class T>
 void solve_tile(const TrainingArgs<T>& args, const MaskedLinearArgs<T>* layers, const int64_t* ends, int64_t n_steps, int64_t r0,
                 int64_t r1, T* scratch) {
-  const int64_t n = r1 - r0, rows = (n + lanes<T> - 1) / lanes<T> * lanes<T>, D = args.features;
+  const int64_t n = r1 - r0, rows = whole_vectors<T>(n), D = args.features;
   T *values = scratch, *deltas = values + args.values_ld * rows, *c = deltas + args.deltas_ld * rows;
   read_columns(args.values + r0 * args.values_ld, args.values_ld, n, args.values_ld, nullptr, values, rows);
-  for (int64_t i = 0; i < args.deltas_ld * rows; i += lanes<T>) store(deltas + i, zero<T>());
+  fill(deltas, args.deltas_ld * rows, T(0));
   for (int64_t r = 0; r < rows; ++r) {
     c[r] = r < n ? args.dlogabsdet[(r0 + r) * args.dlogabsdet_step] : T(0);
     for (int64_t p = 0; p < D; ++p)

@@ -68,8 +68,7 @@ FK_CALL const T* run_rows(const AutoregressiveArgs<T>& args, bool few, int64_t r
     state.end();
     return nullptr;
   }
-  const int64_t padded = (n + lanes<T> - 1) / lanes<T> * lanes<T>;
-  RowLanes<T> state(args, offsets, units, row, n, padded, scratch, one_context);
+  RowLanes<T> state(args, offsets, units, row, n, whole_vectors<T>(n), scratch, one_context);
   state.begin(handed);
   run_all_steps(state, args);
   return state.end(hands_on);

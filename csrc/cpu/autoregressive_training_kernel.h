@@ -7,7 +7,7 @@ namespace FK_TARGET {
 // the scratch of a row of features, which whole vectors may be written to from any of them on
 template <class T>
 int64_t padded_features(int64_t features) {
-  return (features + lanes<T> - 1) / lanes<T> * lanes<T> + lanes<T>;
+  return whole_vectors<T>(features) + lanes<T>;
 }
 
 template <class T>

@@ -14,8 +14,6 @@
 
 namespace flowkernels {
 
-inline void check_training(bool ok, const char* what) { STD_TORCH_CHECK(ok, "flowkernels::autoregressive_training: ", what); }
-
 template <class T>
 struct TrainingLayer : MaskedLayer<T> {
   std::vector<int32_t> first;

@@ -14,6 +14,7 @@
 #include "cpu/channel_affine.h"
 #include "cpu/elementwise.h"
 #include "cpu/scratch.h"
+#include "cpu/shares.h"
 #include "cpu/tensor.h"
 #include "cpu/tile_map.h"
 

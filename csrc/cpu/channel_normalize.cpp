@@ -15,6 +15,7 @@
 #include "cpu/channel_normalize.h"
 #include "cpu/elementwise.h"
 #include "cpu/scratch.h"
+#include "cpu/shares.h"
 #include "cpu/tensor.h"
 
 #define FK_KERNEL "cpu/channel_normalize_kernel.h"

@@ -33,9 +33,9 @@ void check(bool ok, const char* what) { check_conv_net(ok, what); }
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::span<const Tensor, 6> parameters, const Tensor& log_gain, bool keep) {
   check(x.dim() == 4, "x must have four dimensions");
-  ConvNetArgs<T> args = network<T>(parameters, x, x.size(3));
+  ConvNetArgs<T> args = network<T>(parameters, x.size(3));
   set_images(args, x);
-  const T* gains = checked_data<T>(log_gain, x, {args.out.outputs});
+  const T* gains = checked_data<T>("conv_net", log_gain, {args.out.outputs});
   const auto images = [&](int64_t batch, int64_t channels) { return empty(x, {batch, args.height, args.width, channels}); };
   Tensor y = images(args.batch, args.out.outputs);
   Tensor first = images(keep ? args.batch : 0, args.mid.inputs), second = images(keep ? args.batch : 0, args.out.inputs);
@@ -67,16 +67,16 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const
   constexpr int64_t kLeastTasks = 2;  // a single image in two bands; a band makes two rows of the hidden layers' gradients more than its own
   ConvNetGradientArgs<T> args{};
   set_images(args, x);
-  const Convolution<T> in = convolution<T>(weight_in, x, 3, x.size(3)), mid = convolution<T>(weight_mid, x, 1, in.outputs);
-  const Convolution<T> out = convolution<T>(weight_out, x, 3, mid.outputs);
+  const Convolution<T> in = convolution<T>(weight_in, 3, x.size(3)), mid = convolution<T>(weight_mid, 1, in.outputs);
+  const Convolution<T> out = convolution<T>(weight_out, 3, mid.outputs);
   const auto reversed = [](const Convolution<T>& c) { return Convolution<T>{c.weight, nullptr, c.taps, c.outputs, c.inputs, nullptr}; };
   args.in = reversed(in), args.mid = reversed(mid), args.out = reversed(out);
-  const T* bias = checked_data<T>(bias_out, x, {out.outputs});
-  const T* gains = checked_data<T>(log_gain, x, {out.outputs});
+  const T* bias = checked_data<T>("conv_net", bias_out, {out.outputs});
+  const T* gains = checked_data<T>("conv_net", log_gain, {out.outputs});
   args.x = data_of<T>(x);
-  args.dy = checked_data<T>(dy, x, {args.batch, args.height, args.width, out.outputs});
-  args.first = checked_data<T>(first, x, {args.batch, args.height, args.width, in.outputs});
-  args.second = checked_data<T>(second, x, {args.batch, args.height, args.width, mid.outputs});
+  args.dy = checked_data<T>("conv_net", dy, {args.batch, args.height, args.width, out.outputs});
+  args.first = checked_data<T>("conv_net", first, {args.batch, args.height, args.width, in.outputs});
+  args.second = checked_data<T>("conv_net", second, {args.batch, args.height, args.width, mid.outputs});
   check(in.inputs > 0 && in.outputs > 0 && mid.outputs > 0 && out.outputs > 0, "there must be channels");
 
   Tensor dx = empty(x, {args.batch, args.height, args.width, in.inputs});

@@ -20,30 +20,21 @@ inline void check_conv_net(bool ok, const char* what) { STD_TORCH_CHECK(ok, "flo
 
 // Python has checked what users get wrong; here only what would corrupt memory.
 template <class T>
-const T* checked_data(const torch::stable::Tensor& t, const torch::stable::Tensor& x, std::initializer_list<int64_t> sizes) {
-  check_conv_net(t.is_cpu() && t.scalar_type() == x.scalar_type() && t.is_contiguous() && t.dim() == static_cast<int64_t>(sizes.size()),
-                 "tensors must be like x, and contiguous");
-  int64_t d = 0;
-  for (int64_t size : sizes) check_conv_net(t.size(d++) == size, "tensors must have fitting sizes");
-  return data_of<T>(t);
-}
-
-template <class T>
-Convolution<T> convolution(const torch::stable::Tensor& weight, const torch::stable::Tensor& x, int64_t taps, int64_t inputs) {
+Convolution<T> convolution(const torch::stable::Tensor& weight, int64_t taps, int64_t inputs) {
   check_conv_net(weight.dim() == 4, "weights must have four dimensions");
-  return {checked_data<T>(weight, x, {weight.size(0), inputs, taps, taps}), nullptr, taps, inputs, weight.size(0), nullptr};
+  return {checked_data<T>("conv_net", weight, {weight.size(0), inputs, taps, taps}), nullptr, taps, inputs, weight.size(0), nullptr};
 }
 
 // The parameters of a network, in the order of the schema, but for the gain
 template <class T>
-ConvNetArgs<T> network(std::span<const torch::stable::Tensor, 6> parameters, const torch::stable::Tensor& x, int64_t channels) {
+ConvNetArgs<T> network(std::span<const torch::stable::Tensor, 6> parameters, int64_t channels) {
   ConvNetArgs<T> args{};
-  args.in = convolution<T>(parameters[0], x, 3, channels);
-  args.mid = convolution<T>(parameters[2], x, 1, args.in.outputs);
-  args.out = convolution<T>(parameters[4], x, 3, args.mid.outputs);
-  args.in.bias = checked_data<T>(parameters[1], x, {args.in.outputs});
-  args.mid.bias = checked_data<T>(parameters[3], x, {args.mid.outputs});
-  args.out.bias = checked_data<T>(parameters[5], x, {args.out.outputs});
+  args.in = convolution<T>(parameters[0], 3, channels);
+  args.mid = convolution<T>(parameters[2], 1, args.in.outputs);
+  args.out = convolution<T>(parameters[4], 3, args.mid.outputs);
+  args.in.bias = checked_data<T>("conv_net", parameters[1], {args.in.outputs});
+  args.mid.bias = checked_data<T>("conv_net", parameters[3], {args.mid.outputs});
+  args.out.bias = checked_data<T>("conv_net", parameters[5], {args.out.outputs});
   return args;
 }
 

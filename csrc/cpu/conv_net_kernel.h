@@ -1,4 +1,4 @@
-// Glow's conditioner. Included once per instruction set, after columns.h and staircase_kernel.h.
+// Glow's conditioner. Included once per instruction set, after conv_net_pack.h.
 //
 // Lanes are output channels, and what is broadcast are channels of positions. Along a row, two neighbouring sums of three taps cost four
 // products for each input rather than six (Winograd 1980; Lavin and Gray 2016, arXiv 1509.09308): of the four positions d around a pair and
@@ -18,37 +18,6 @@ namespace FK_TARGET {
 
 constexpr int kMostTile = 3 * kUnits / 2;  // positions, or pairs, of a tile
 constexpr int64_t kStrip = 3 * kUnits;     // pairs: whole tiles of every width
-constexpr int64_t kFactors = 4, kTaps = 3;
-
-template <class T>
-int64_t whole_vectors(int64_t n) {
-  return (n + lanes<T> - 1) / lanes<T> * lanes<T>;
-}
-
-template <class T>
-FK_INLINE void set_zero(T* p, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) p[i] = T(0);
-}
-
-template <class T>
-int64_t packed_convolution_size(const Convolution<T>& c) {
-  return whole_vectors<T>(c.outputs) * c.packed_terms();
-}
-
-// run(panel's first output, a Count of its vectors) for all panels of a convolution: three vectors, or two rather than leave one
-template <class T, class F>
-FK_INLINE void for_each_panel(const Convolution<T>& c, const F& run) {
-  static_assert(kRowVectors == 3);
-  int64_t j = 0, left = (c.outputs + lanes<T> - 1) / lanes<T>;
-  const auto panel = [&](auto vectors) FK_BODY {
-    run(j, vectors);
-    j += decltype(vectors)::value * lanes<T>;
-    left -= decltype(vectors)::value;
-  };
-  while (left == 3 || left > 4) panel(Count<3>{});
-  while (left >= 2) panel(Count<2>{});
-  if (left == 1) panel(Count<1>{});
-}
 
 // run(first, a Count of the tile's size) for tiles that cover n positions or pairs, and maybe more. With fewer than three vectors tiles are
 // longer to make up for it, as weights come from the second-level cache, unless shorter ones fit.
@@ -63,75 +32,6 @@ FK_INLINE void for_each_tile(int64_t n, const F& run) {
       p += kMostTile;
     }
   }
-}
-
-// place[i] = the term that element i of an output's weights is
-template <class T>
-void find_terms(const Convolution<T>& c, int64_t* place) {
-  const int64_t taps = c.taps * c.taps;
-  for (int64_t k = 0; k < c.inputs; ++k)
-    for (int64_t tap = 0; tap < taps; ++tap) *place++ = tap * c.inputs + k;
-}
-
-// The four factors of a row of three taps, `distance` apart
-template <class T>
-FK_INLINE void pack_taps(const Vec<T> (&g)[3], T* to, int64_t distance) {
-  const Vec<T> ends = (g[0] + g[2]) * T(0.5), middle = g[1] * T(0.5);
-  store(to, g[0]);
-  store(to + distance, ends + middle);
-  store(to + 2 * distance, ends - middle);
-  store(to + 3 * distance, g[2]);
-}
-
-// [panel][factor][row of taps][input][output], or [panel][input][output] where there is one tap; zeros behind the last output. place: from
-// find_terms; scratch: [term][most outputs of a panel]
-template <class T>
-void pack_convolution(const Convolution<T>& c, const int64_t* place, T* scratch) {
-  const int64_t terms = c.terms();
-  for_each_panel(c, [&](int64_t j, auto vectors) {
-    constexpr int V = decltype(vectors)::value;
-    constexpr int64_t width = V * lanes<T>;
-    T* const packed = c.packed + j * c.packed_terms();
-    read_columns(c.weight + j * terms, terms, smaller(width, c.outputs - j), terms, place, c.taps == 3 ? scratch : packed, width);
-    if (c.taps == 1) return;
-    for (int64_t row = 0; row < kTaps; ++row)
-      for (int64_t i = 0; i < c.inputs * width; i += lanes<T>) {
-        const T* from = scratch + row * kTaps * c.inputs * width + i;
-        const Vec<T> g[] = {load(from), load(from + c.inputs * width), load(from + 2 * c.inputs * width)};
-        pack_taps(g, packed + row * c.inputs * width + i, kTaps * c.inputs * width);
-      }
-  });
-}
-
-// The same of the convolution that carries gradients from the outputs of `weight`, [inputs][outputs][taps][taps] by what they are here, to
-// its inputs: taps in reverse. scratch: [taps * taps][whole vectors of outputs]
-template <class T>
-void pack_reverse_convolution(const Convolution<T>& c, T* scratch) {
-  const int64_t taps = c.taps * c.taps, width = whole_vectors<T>(c.outputs);
-  for (int64_t k = 0; k < c.inputs; ++k) {
-    read_columns(c.weight + k * c.outputs * taps, taps, c.outputs, taps, nullptr, scratch, width);
-    for_each_panel(c, [&](int64_t j, auto vectors) {
-      constexpr int V = decltype(vectors)::value;
-      for (int v = 0; v < V; ++v) {
-        const T* from = scratch + j + v * lanes<T>;
-        T* const to = c.packed + j * c.packed_terms() + (k * V + v) * lanes<T>;
-        if (c.taps == 1) {
-          store(to, load(from));
-          continue;
-        }
-        for (int64_t row = 0; row < kTaps; ++row) {
-          const T* last = from + (taps - 1 - row * kTaps) * width;
-          const Vec<T> g[] = {load(last), load(last - width), load(last - 2 * width)};
-          pack_taps(g, to + row * c.inputs * V * lanes<T>, kTaps * c.inputs * V * lanes<T>);
-        }
-      }
-    });
-  }
-}
-
-template <class T>
-void conv_net_gain(const T* log_gain, int64_t n, T* gain) {
-  for (int64_t j = 0; j < n; j += lanes<T>) store(gain + j, exp(load_some(log_gain + j, n - j) * T(3)));
 }
 
 // Sums over `rows` rows of x, x_row apart, and n terms of each, to `sums`, [u][v], for U positions, x_unit apart, and V vectors of outputs. A
@@ -204,7 +104,7 @@ struct Rows {
       else
         for (int64_t x = 0; x < width; ++x)
           for (int64_t c = 0; c < channels; ++c) at(y)[x * channels + c] = from[x * channels + c] * factor[c];
-      set_zero(at(y) + width * channels, row() - width * channels);
+      fill(at(y) + width * channels, row() - width * channels, T(0));
     }
   }
 
@@ -238,7 +138,7 @@ struct Factors {
   void make(const F& row_of, int64_t height, int64_t y0, int64_t y1, const T* zeros) const {
     for (int64_t y = y0; y < y1; ++y) {  // ascending, as what is written beyond a row is of the next
       if (y < 0 || y >= height) {
-        set_zero(at(y), row());
+        fill(at(y), row(), T(0));
         continue;
       }
       const T* const pixels = row_of(y);
@@ -348,7 +248,7 @@ struct RowScratch {
   T* zeros(int64_t channels) {
     T* const made = next;
     next += whole_vectors<T>(channels);
-    set_zero(made, channels);
+    fill(made, channels, T(0));
     return made;
   }
 };

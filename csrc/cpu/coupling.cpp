@@ -11,6 +11,7 @@
 
 #include "cpu/elementwise.h"
 #include "cpu/for_each_target.h"  // declares the codes of maps and forms
+#include "cpu/shares.h"
 #include "cpu/tensor.h"
 #include "cpu/tile_map.h"
 

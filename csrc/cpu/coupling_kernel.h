@@ -28,23 +28,13 @@ FK_CALL void add_tile(const void* told, const Streams<T>& streams) {
   for_each_vector<2, 1>(streams, [&](const Vec<T>* in, Vec<T>* out, int64_t) FK_BODY { out[0] = fma(sign, in[1], in[0]); });
 }
 
-template <bool RECIPROCAL, class Map, class V>
-FK_INLINE ValueAndLog<V> coupled(const Map& map, Action action, V x, V shift, V s, ValueAndLog<V> scale) {
-  const V v = scale.value, signed_shift = RECIPROCAL ? -shift : shift;
-  switch (action) {
-    case Action::shift_first: return {(x + signed_shift) * v, scale.log};
-    case Action::gate: return {fma(v, x, map.complement(s) * shift), scale.log};
-    case Action::gate_inverse: return {fma(map.complement(s), signed_shift, x) * v, scale.log};
-    default: return {fma(x, v, signed_shift), scale.log};
-  }
-}
-
 template <class Map, bool RECIPROCAL, class T>
 FK_CALL void forward_tile(const void* told, const Streams<T>& streams) {
   using V = Vec<T>;
   const Affine& affine = *static_cast<const Affine*>(told);
   Map map(affine.scale);
-  const Action action = action_of(affine);
+  const Form form = affine.form;
+  const bool inverse = divides(form, RECIPROCAL);  // which is affine.inverse, but so the compiler knows it where it knows the form
   const T* a = streams.parameters[0];
   T* terms = streams.terms[0];
   // An exponential and then a logarithm are a chain so long that the processor's window holds few of them: in two loops more overlap, and
@@ -61,9 +51,10 @@ FK_CALL void forward_tile(const void* told, const Streams<T>& streams) {
   };
   for_each_vector<3, 1>(streams, [&](const V* in, V* out, int64_t at) FK_BODY {
     if constexpr (Map::learned) map.a = load(a + at);
-    const auto result = coupled<RECIPROCAL>(map, action, in[0], in[1], in[2], scale_of(in[2], at));
-    out[0] = result.value;
-    store(terms + at, result.log);
+    const ValueAndLog<V> scale = scale_of(in[2], at);
+    const V complement = form == Form::gate ? map.complement(in[2]) : splat<V>(0);
+    out[0] = transform_scale(form, inverse, {scale.value, scale.log, complement}, in[0], in[1]);
+    store(terms + at, scale.log);
   });
 }
 

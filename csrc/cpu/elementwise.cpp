@@ -3,6 +3,7 @@
 #include "cpu/elementwise.h"
 
 #include "cpu/scratch.h"
+#include "cpu/shares.h"
 #include "cpu/tile_map.h"
 
 #define FK_KERNEL "cpu/walk.h"

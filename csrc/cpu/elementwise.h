@@ -242,13 +242,4 @@ void set_views(Elementwise<E>& args, const torch::stable::Tensor* const* in, int
   }
 }
 
-// f(first, last) over `units` units of work that touch `elements` elements together, on several threads where that pays.
-template <class F>
-void in_parallel(int64_t units, int64_t elements, const F& f) {
-  constexpr int64_t worth_a_thread = 16384;
-  if (units <= 1 || elements < 2 * worth_a_thread) return f(int64_t{0}, units);
-  const int64_t grain = std::max<int64_t>(1, units * worth_a_thread / elements);
-  torch::stable::parallel_for(0, units, grain, f);
-}
-
 }  // namespace flowkernels

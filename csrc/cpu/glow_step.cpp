@@ -14,6 +14,7 @@
 #include "cpu/elementwise.h"
 #include "cpu/glow_step.h"
 #include "cpu/scratch.h"
+#include "cpu/shares.h"
 #include "cpu/tensor.h"
 
 #define FK_KERNEL "cpu/glow_step_kernel.h"

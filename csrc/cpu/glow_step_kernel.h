@@ -17,13 +17,13 @@ class GlowStep {
 
  public:
   static size_t scratch_bytes(int64_t channels, bool backward) {
-    const int64_t width = padded<T>(channels), rows = kRows + kSlack, half = kRows * channels / 2 + kPad;
+    const int64_t width = whole_vectors<T>(channels), rows = kRows + kSlack, half = kRows * channels / 2 + kPad;
     const int64_t vectors = (2 + channels + (backward ? channels + kSlack : 0)) * width + (backward ? 4 : 3) * rows * width;
     return static_cast<size_t>(vectors + (backward ? 8 : 6) * half) * sizeof(T) + 64 * 16;
   }
 
   GlowStep(const GlowStepArgs<T>& a, void* scratch, bool backward)
-      : args(a), channels_(a.channels), half_(a.channels / 2), width_(padded<T>(a.channels)),
+      : args(a), channels_(a.channels), half_(a.channels / 2), width_(whole_vectors<T>(a.channels)),
         next_(static_cast<char*>(scratch)), map_(glows_map()) {
     bias_ = take(width_);
     matrix_ = take(channels_ * width_);
@@ -31,22 +31,22 @@ class GlowStep {
     h_ = take((kRows + kSlack) * width_);
     g_ = take((kRows + kSlack) * width_);
     for (T** p : {&old_, &shift_, &s_, &new_, &terms_, &exps_}) *p = take(kRows * half_ + kPad);
-    zero_out(bias_, width_);
+    fill(bias_, width_, T(0));
     for (int64_t c = 0; c < channels_ && args.bias; ++c) bias_[c] = args.bias[c];
     // products run over rows of a matrix: forward y = h W^T, backward dh = dy W
-    zero_out(matrix_, channels_ * width_);
+    fill(matrix_, channels_ * width_, T(0));
     for (int64_t o = 0; o < channels_ && args.weight; ++o) {
       for (int64_t c = 0; c < channels_; ++c) (backward ? matrix_[o * width_ + c] : matrix_[c * width_ + o]) = args.weight[o * channels_ + c];
     }
-    zero_out(h_, (kRows + kSlack) * width_);
-    zero_out(g_, (kRows + kSlack) * width_);
+    fill(h_, (kRows + kSlack) * width_, T(0));
+    fill(g_, (kRows + kSlack) * width_, T(0));
     if (!backward) return;
     dh_ = take((kRows + kSlack) * width_);
     dweight_ = take((channels_ + kSlack) * width_);
     dbias_ = take(width_);
     dshift_ = take(kRows * half_ + kPad);
     ds_ = take(kRows * half_ + kPad);
-    zero_out(dh_, (kRows + kSlack) * width_);
+    fill(dh_, (kRows + kSlack) * width_, T(0));
   }
 
   void forward(int64_t tile) {
@@ -60,8 +60,8 @@ class GlowStep {
 
   // the part's sums of the gradients of weight and bias
   void backward(int64_t part) {
-    zero_out(dweight_, channels_ * width_);
-    zero_out(dbias_, width_);
+    fill(dweight_, channels_ * width_, T(0));
+    fill(dbias_, width_, T(0));
     const int64_t each = args.tiles_of_part(), end = (part + 1) * each;
     for (int64_t tile = part * each; tile < end && tile < args.tiles(); ++tile) backward_tile(tile);
     if (!args.weight) return;
@@ -79,10 +79,6 @@ class GlowStep {
     T* taken = reinterpret_cast<T*>(next_);
     next_ += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
     return taken;
-  }
-
-  static void zero_out(T* p, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) p[i] = T(0);
   }
 
   void at(int64_t tile) {

@@ -242,18 +242,18 @@ std::vector<Tensor> run_level(const Tensor& x, const Maybe& context, const Tenso
   if (context) {
     check(context->dim() == 2, "context must be [batch, features]");
     level.context_features = context->size(1);
-    level.context = checked_data<T>(*context, x, {level.batch, level.context_features});
+    level.context = checked_data<T>("glow_steps", *context, {level.batch, level.context_features});
   }
   for (size_t i = 0; i < steps; ++i) {
     const std::span<const Tensor, kParameters> parameters(networks.data() + i * kParameters, kParameters);
-    level.networks.push_back(network<T>(parameters.template first<6>(), x, level.inputs()));
+    level.networks.push_back(network<T>(parameters.template first<6>(), level.inputs()));
     const ConvNetArgs<T>& made = level.networks.back();
     check(made.in.outputs > 0 && made.mid.outputs > 0 && made.out.outputs == level.channels, "a network does not fit x");
     check(!keep || (made.in.outputs == level.networks[0].in.outputs && made.mid.outputs == level.networks[0].mid.outputs),
           "where a gradient is asked for, all networks must have hidden layers of the same widths");
-    level.gains.push_back(checked_data<T>(parameters[6], x, {level.channels}));
-    level.weights.push_back(checked_data<T>(weights[i], x, {level.channels, level.channels}));
-    level.biases.push_back(checked_data<T>(biases[i], x, {level.channels}));
+    level.gains.push_back(checked_data<T>("glow_steps", parameters[6], {level.channels}));
+    level.weights.push_back(checked_data<T>("glow_steps", weights[i], {level.channels, level.channels}));
+    level.biases.push_back(checked_data<T>("glow_steps", biases[i], {level.channels}));
   }
   Tensor y = empty(x, sizes_of(x)), logabsdet = empty(x, {level.batch});
   std::vector<Tensor> made{y, logabsdet};

@@ -1,4 +1,5 @@
 #include "cpu/columns.h"
 #include "cpu/staircase_kernel.h"
+#include "cpu/conv_net_pack.h"
 #include "cpu/conv_net_kernel.h"
 #include "cpu/glow_step_kernel.h"

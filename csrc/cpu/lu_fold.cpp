@@ -1,16 +1,16 @@
 // LU-parametrised weights composed or inverted, all of one size in one call, for CPU tensors. The arithmetic is in lu_fold_kernel.h.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
+#include <initializer_list>
 #include <tuple>
 #include <vector>
 
 #include "cpu/lu_fold.h"
 #include "cpu/scratch.h"
+#include "cpu/shares.h"
 #include "cpu/tensor.h"
 
 #define FK_KERNEL "cpu/lu_fold_kernel.h"
@@ -25,18 +25,13 @@ using Tensors = std::vector<Tensor>;
 
 void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "flowkernels::lu_fold: ", what); }
 
-// their data; Python has checked what users get wrong, here only what would corrupt memory
+// The data of one tensor for each matrix. Python has checked what users get wrong, here only what would corrupt memory.
 template <class T>
-std::vector<const T*> checked_data(const Tensors& tensors, size_t count, int64_t n, int64_t dims, ScalarType dtype) {
+std::vector<const T*> data_of_each(const Tensors& tensors, size_t count, std::initializer_list<int64_t> sizes) {
   check(tensors.size() == count, "there must be as many tensors of each kind as matrices");
   std::vector<const T*> data;
   data.reserve(count);
-  for (const Tensor& t : tensors) {
-    bool fits = t.is_cpu() && t.is_contiguous() && t.scalar_type() == dtype && t.dim() == dims;
-    for (int64_t d = 0; d < dims && fits; ++d) fits = t.size(d) == n;
-    check(fits, "tensors must be contiguous, on the CPU, of one dtype and size");
-    data.push_back(data_of<T>(t));
-  }
+  for (const Tensor& t : tensors) data.push_back(checked_data<T>("lu_fold", t, sizes));
   return data;
 }
 
@@ -49,15 +44,14 @@ template <class T, class F>
 auto with_args(const Lists& lists, bool inverse, const F& f) {
   const size_t count = lists.factors.size();
   const int64_t n = lists.factors[0].size(0);
-  const ScalarType dtype = lists.factors[0].scalar_type();
-  const auto factors = checked_data<T>(lists.factors, count, n, 2, dtype), log_diagonal = checked_data<T>(lists.log_diagonal, count, n, 1, dtype);
-  const auto sign = checked_data<T>(lists.sign, count, n, 1, dtype);
-  const auto row = checked_data<int64_t>(lists.row, count, n, 1, ScalarType::Long);
+  const auto factors = data_of_each<T>(lists.factors, count, {n, n}), log_diagonal = data_of_each<T>(lists.log_diagonal, count, {n});
+  const auto sign = data_of_each<T>(lists.sign, count, {n});
+  const auto row = data_of_each<int64_t>(lists.row, count, {n});
   for (const int64_t* rows : row) {
     for (int64_t i = 0; i < n; ++i) check(rows[i] >= 0 && rows[i] < n, "row must hold numbers of rows");
   }
   const bool scaled = !lists.log_scale.empty();
-  const auto log_scale = checked_data<T>(lists.log_scale, scaled ? count : 0, n, 1, dtype);
+  const auto log_scale = data_of_each<T>(lists.log_scale, scaled ? count : 0, {n});
   LuFoldArgs<T> args{};
   args.n = n;
   args.inverse = inverse;
@@ -72,14 +66,9 @@ auto with_args(const Lists& lists, bool inverse, const F& f) {
 template <class T>
 void run(const LuFoldArgs<T>& args, int64_t count, bool backward) {
   const size_t bytes = FK_DISPATCH(lu_fold_scratch(args.n, backward)) * sizeof(double);
-  auto work = [&](int64_t first, int64_t last) {
+  in_grains(count, worth_a_thread(args.n * args.n * args.n + 1), [&](int64_t first, int64_t last) {
     FK_DISPATCH(lu_fold_matrices<T>(args, static_cast<double*>(thread_scratch(bytes)), backward, first, last));
-  };
-  const int64_t grain = std::max<int64_t>(1, 50000 / (args.n * args.n * args.n + 1));  // multiply-adds that are worth a thread
-  if (count <= grain)
-    work(0, count);
-  else
-    torch::stable::parallel_for(0, count, grain, work);
+  });
 }
 
 template <class T>
@@ -99,16 +88,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dweight, const Tensor&
                                             bool inverse) {
   return with_args<T>(lists, inverse, [&](LuFoldArgs<T>& args, const Tensor& like) -> std::tuple<Tensor, Tensor, Tensor> {
     const int64_t count = static_cast<int64_t>(lists.factors.size()), n = args.n;
-    for (const Tensor* t : {&dweight, &weight}) {
-      check(t->is_cpu() && t->is_contiguous() && t->scalar_type() == like.scalar_type() && t->numel() == count * n * n, "dweight does not fit");
-    }
-    check(dlogabsdet.is_cpu() && dlogabsdet.is_contiguous() && dlogabsdet.scalar_type() == like.scalar_type() && dlogabsdet.numel() == count,
-          "dlogabsdet does not fit");
     const bool scaled = args.log_scale != nullptr;
     Tensor dfactors = empty(like, {count, n, n}), dlog_diagonal = empty(like, {count, n}), dlog_scale = empty(like, {scaled ? count : 0, n});
-    args.dweight = data_of<T>(dweight);
-    args.dlogabsdet = data_of<T>(dlogabsdet);
-    args.composed = data_of<T>(weight);
+    args.dweight = checked_data<T>("lu_fold", dweight, {count, n, n});
+    args.dlogabsdet = checked_data<T>("lu_fold", dlogabsdet, {count});
+    args.composed = checked_data<T>("lu_fold", weight, {count, n, n});
     args.dfactors = static_cast<T*>(dfactors.mutable_data_ptr());
     args.dlog_diagonal = static_cast<T*>(dlog_diagonal.mutable_data_ptr());
     args.dlog_scale = scaled ? static_cast<T*>(dlog_scale.mutable_data_ptr()) : nullptr;

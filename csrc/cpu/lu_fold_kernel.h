@@ -105,7 +105,7 @@ class LuFold {
   static constexpr int64_t kRows = 4;  // that are computed together
 
   static int64_t rows(int64_t n) { return (n + kRows - 1) / kRows * kRows; }
-  static int64_t width(int64_t n, bool backward) { return backward ? n : padded<double>(n); }
+  static int64_t width(int64_t n, bool backward) { return backward ? n : whole_vectors<double>(n); }
 
   // u = U, d = exp(log_scale)
   void prepare(int64_t m) {

@@ -53,7 +53,7 @@ class FewRows {
     int64_t stairs[kInputs];  // the first column that sees each
     for (int64_t i = 0; i < n; stairs[i++] = first)
       while (args_.visible[column_ + first] <= k + i) ++first;
-    int64_t j = n < kInputs ? columns_ : smaller((first + L - 1) / L * L, columns_);  // from here on vectors have all inputs
+    int64_t j = n < kInputs ? columns_ : smaller(whole_vectors<T>(first), columns_);  // from here on vectors have all inputs
     for (int64_t i = 0; i < n; ++i)
       for (int64_t some = stairs[i] / L * L; some < j; some += L) add_to(some, x + i, weight + i * ld, stairs[i]);
     for (; j + L <= columns_; j += L) {

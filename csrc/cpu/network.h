@@ -6,7 +6,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <span>
 #include <vector>
 
 #include "cpu/autoregressive.h"
@@ -24,12 +23,6 @@ inline int activation_code(int64_t code) {
   return static_cast<int>(code);
 }
 
-// The tensors of a conditioner, in the order of the schema.
-struct NetworkParts {
-  std::span<const torch::stable::Tensor> weights, biases, context_weights, context_biases, visible;
-  std::span<const int64_t> activations, wiring;
-};
-
 // The layers of a conditioner.
 template <class T>
 struct Network {
@@ -42,10 +35,7 @@ struct Network {
 
   Network(const NetworkParts& parts, ScalarType dtype, int64_t features, int64_t context_features) : dtype(dtype) {
     const size_t n = parts.weights.size(), n_contexts = parts.context_weights.size();
-    check_network(n >= 1 && parts.biases.size() == n && parts.visible.size() == n && parts.activations.size() == n &&
-                      (parts.wiring.empty() ? n_contexts <= 1 || n_contexts == n : parts.wiring.size() == Wiring::kNumbers * n),
-                  "weights, biases, visible, activations and wiring must have one entry per layer");
-    check_network(parts.context_biases.empty() || parts.context_biases.size() == n_contexts, "context_biases must have one entry per context weight");
+    check_lengths(parts);
     kept.reserve(5 * n + 2);
     layers.reserve(n);
     size_t context = 0;
@@ -118,31 +108,6 @@ struct Network {
     kept.push_back(rows_contiguous(t));
     ld = rows > 1 ? kept.back().stride(0) : columns;
     return data_of<T>(kept.back());
-  }
-};
-
-// The networks of a stack, whose lists stand one after the other.
-struct Networks {
-  Rest<torch::stable::Tensor> weights, biases, context_weights, context_biases, visible;
-  Rest<int64_t> activations, wiring;
-
-  explicit Networks(const NetworkParts& all)
-      : weights{all.weights},
-        biases{all.biases},
-        context_weights{all.context_weights},
-        context_biases{all.context_biases},
-        visible{all.visible},
-        activations{all.activations},
-        wiring{all.wiring} {}
-
-  NetworkParts next(const MapNumbers& numbers) {
-    return {weights.next(numbers.layers),
-            biases.next(numbers.layers),
-            context_weights.next(numbers.contexts),
-            context_biases.next(numbers.context_biases),
-            visible.next(numbers.layers),
-            activations.next(numbers.layers),
-            wiring.next(numbers.wired ? static_cast<int64_t>(Wiring::kNumbers) * numbers.layers : 0)};
   }
 };
 

@@ -38,6 +38,12 @@ using UVec = typename VecOf<T>::bits;
 template <class T>
 constexpr int lanes = FK_VECTOR_BYTES / static_cast<int>(sizeof(T));
 
+// n elements, rounded up to whole vectors. Not FK_INLINE: code outside of the target's region calls it too.
+template <class T>
+constexpr int64_t whole_vectors(int64_t n) {
+  return (n + lanes<T> - 1) / lanes<T> * lanes<T>;
+}
+
 template <class V>
 struct ScalarOf;
 template <>
@@ -133,10 +139,6 @@ FK_INLINE void store_partial(double* p, Vec<double> v, int n) {
 
 FK_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
 FK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
-FK_INLINE Vec<float> sqrt(Vec<float> a) { return _mm256_sqrt_ps(a); }
-FK_INLINE Vec<double> sqrt(Vec<double> a) { return _mm256_sqrt_pd(a); }
-FK_INLINE Vec<float> floor(Vec<float> a) { return _mm256_floor_ps(a); }
-FK_INLINE Vec<double> floor(Vec<double> a) { return _mm256_floor_pd(a); }
 // at_most and at_least keep a's NaN, and a where it equals the limit, which must not be NaN
 FK_INLINE Vec<float> at_most(Vec<float> a, Vec<float> limit) { return _mm256_min_ps(limit, a); }
 FK_INLINE Vec<double> at_most(Vec<double> a, Vec<double> limit) { return _mm256_min_pd(limit, a); }
@@ -152,10 +154,6 @@ FK_INLINE void store_partial(double* p, Vec<double> v, int n) { _mm512_mask_stor
 
 FK_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
 FK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
-FK_INLINE Vec<float> sqrt(Vec<float> a) { return _mm512_maskz_sqrt_ps((__mmask16)-1, a); }
-FK_INLINE Vec<double> sqrt(Vec<double> a) { return _mm512_maskz_sqrt_pd((__mmask8)-1, a); }
-FK_INLINE Vec<float> floor(Vec<float> a) { return _mm512_maskz_roundscale_ps((__mmask16)-1, a, _MM_FROUND_FLOOR); }
-FK_INLINE Vec<double> floor(Vec<double> a) { return _mm512_maskz_roundscale_pd((__mmask8)-1, a, _MM_FROUND_FLOOR); }
 FK_INLINE Vec<float> at_most(Vec<float> a, Vec<float> limit) { return _mm512_maskz_min_ps((__mmask16)-1, limit, a); }
 FK_INLINE Vec<double> at_most(Vec<double> a, Vec<double> limit) { return _mm512_maskz_min_pd((__mmask8)-1, limit, a); }
 FK_INLINE Vec<float> at_least(Vec<float> a, Vec<float> limit) { return _mm512_maskz_max_ps((__mmask16)-1, limit, a); }
@@ -181,10 +179,6 @@ FK_INLINE void store_partial(T* p, Vec<T> v, int n) {
 #if defined(FK_TARGET_NEON)
 FK_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return vfmaq_f32(c, a, b); }
 FK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return vfmaq_f64(c, a, b); }
-FK_INLINE Vec<float> sqrt(Vec<float> a) { return vsqrtq_f32(a); }
-FK_INLINE Vec<double> sqrt(Vec<double> a) { return vsqrtq_f64(a); }
-FK_INLINE Vec<float> floor(Vec<float> a) { return vrndmq_f32(a); }
-FK_INLINE Vec<double> floor(Vec<double> a) { return vrndmq_f64(a); }
 #elif defined(FK_TARGET_WIDE)
 template <class V>
 struct TwoHalves {
@@ -206,17 +200,9 @@ FK_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 FK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return by_halves([](__m256d x, __m256d y, __m256d z) FK_BODY { return _mm256_fmadd_pd(x, y, z); }, a, b, c);
 }
-FK_INLINE Vec<float> sqrt(Vec<float> a) { return by_halves([](__m256 x) FK_BODY { return _mm256_sqrt_ps(x); }, a); }
-FK_INLINE Vec<double> sqrt(Vec<double> a) { return by_halves([](__m256d x) FK_BODY { return _mm256_sqrt_pd(x); }, a); }
-FK_INLINE Vec<float> floor(Vec<float> a) { return by_halves([](__m256 x) FK_BODY { return _mm256_floor_ps(x); }, a); }
-FK_INLINE Vec<double> floor(Vec<double> a) { return by_halves([](__m256d x) FK_BODY { return _mm256_floor_pd(x); }, a); }
 #else
 FK_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm_fmadd_ps(a, b, c); }
 FK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm_fmadd_pd(a, b, c); }
-FK_INLINE Vec<float> sqrt(Vec<float> a) { return _mm_sqrt_ps(a); }
-FK_INLINE Vec<double> sqrt(Vec<double> a) { return _mm_sqrt_pd(a); }
-FK_INLINE Vec<float> floor(Vec<float> a) { return _mm_floor_ps(a); }
-FK_INLINE Vec<double> floor(Vec<double> a) { return _mm_floor_pd(a); }
 #endif
 template <class V>
 FK_INLINE V at_most(V a, V limit) {

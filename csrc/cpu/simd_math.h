@@ -244,15 +244,6 @@ FK_INLINE V log_or_log1p(M near_one, V u, V d) {
   return log_limits(u, log_reduced(t.k, f));
 }
 
-// 1.56 ulp; double 1.27
-template <class V>
-FK_INLINE V log1p(V x) {
-  using T = scalar_t<V>;
-  // for large x the rounding of 1 + x does not matter, and 2^-k could be out of range
-  const auto near_one = x < T(1ull << (Format<T>::mantissa + 5));
-  return with_sign_of(log_or_log1p(near_one, x + T(1), x), x);
-}
-
 // log(1 + x) for 0 <= x <= 1
 template <class V>
 FK_INLINE V log1p_unit(V x) {

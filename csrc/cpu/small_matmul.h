@@ -5,11 +5,6 @@ namespace FK_TARGET {
 
 constexpr int kMostMatmulRows = 8;
 
-template <class T>
-FK_INLINE int64_t padded(int64_t n) {
-  return (n + lanes<T> - 1) / lanes<T> * lanes<T>;
-}
-
 // M rows and N vectors of to (+)= a b
 template <class T, int M, int N, bool ADD>
 FK_INLINE void matmul_block(int64_t depth, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row, T* to, int64_t to_row) {

@@ -3,13 +3,15 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <array>
 #include <cstring>
 #include <initializer_list>
 #include <span>
-#include <vector>
+
+#include "tensor_sizes.h"
 
 namespace flowkernels {
 
@@ -21,18 +23,23 @@ const T* data_of(const torch::stable::Tensor& t) {
   return static_cast<const T*>(data);
 }
 
+// The same of a tensor that must be contiguous, on the CPU, of dtype T and of these sizes: what Python has made so, and a kernel reads unasked.
+template <class T>
+const T* checked_data(const char* op, const torch::stable::Tensor& t, std::initializer_list<int64_t> sizes) {
+  bool fits = t.is_cpu() && t.is_contiguous() && t.scalar_type() == torch::headeronly::CppTypeToScalarType<T>::value &&
+              t.dim() == static_cast<int64_t>(sizes.size());
+  int64_t d = 0;
+  for (int64_t size : sizes) fits = fits && t.size(d++) == size;
+  STD_TORCH_CHECK(fits, "flowkernels::", op, ": tensors must be contiguous, on the CPU, of one dtype and of fitting sizes");
+  return data_of<T>(t);
+}
+
 // asks first: the call of contiguous itself goes through the dispatcher
 inline torch::stable::Tensor made_contiguous(const torch::stable::Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // a matrix whose rows are contiguous, also where there is one row alone
 inline torch::stable::Tensor rows_contiguous(const torch::stable::Tensor& t) {
   return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
-}
-
-inline std::vector<int64_t> sizes_of(const torch::stable::Tensor& t) {
-  std::vector<int64_t> sizes(t.dim());
-  for (int64_t i = 0; i < t.dim(); ++i) sizes[i] = t.size(i);
-  return sizes;
 }
 
 // of [batch, channels, *sites]

@@ -13,10 +13,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <tuple>
 #include <vector>
 
 #include "cuda/launch.h"
+#include "lu_call.h"
 #include "lu_plan.h"
 
 namespace flowkernels {
@@ -135,80 +135,48 @@ __global__ void __launch_bounds__(512, 1) lu_kernel(LuCudaArgs<In, T> args) {
   }
 }
 
-template <class In, class T>
-void launch(const Tensor& given, const Tensor& sign, const Tensor& logabsdet, const Tensor* inverse) {
-  const Tensor w = given.dim() == 3 ? given : torch::stable::contiguous(given);
-  const int64_t dims = w.dim(), n = w.size(dims - 1), batch = sign.numel();
-  if (batch == 0) return;
-  STD_TORCH_CHECK(n <= 256, "flowkernels::slogdet: w must have at most 256 rows");
+struct CudaLu {
+  static Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) { return torch::stable::new_empty(like, sizes); }
 
-  const int32_t device = w.get_device_index();
-  const DeviceGuard guard(device);
-  const Device properties = device_of(device);
-  const LuPlan plan = lu_plan(n, batch, sizeof(T), properties.shared_per_block);
+  template <class In, class T>
+  static void launch(const Tensor& given, const Tensor& sign, const Tensor& logabsdet, const Tensor* inverse) {
+    const Tensor w = given.dim() == 3 ? given : torch::stable::contiguous(given);
+    const int64_t dims = w.dim(), n = w.size(dims - 1), batch = sign.numel();
+    if (batch == 0) return;
+    STD_TORCH_CHECK(n <= 256, "flowkernels::slogdet: w must have at most 256 rows");
 
-  LuCudaArgs<In, T> args{};
-  args.w = static_cast<const In*>(w.const_data_ptr());
-  args.batch_stride = dims == 3 ? w.stride(0) : n * n;
-  args.row_stride = w.stride(dims - 2);
-  args.column_stride = w.stride(dims - 1);
-  args.batch = batch;
-  args.n = static_cast<int>(n);
-  args.ld = static_cast<int>(plan.ld);
-  args.sign = static_cast<In*>(sign.mutable_data_ptr());
-  args.logabsdet = static_cast<In*>(logabsdet.mutable_data_ptr());
-  args.inverse = inverse ? static_cast<In*>(inverse->mutable_data_ptr()) : nullptr;
-  // freed when this function returns; the allocator gives it to nobody but this stream
-  std::vector<int64_t> size{plan.blocks * plan.workspace};
-  const Tensor workspace = torch::stable::new_empty(w, size, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float);
-  args.workspace = static_cast<T*>(workspace.mutable_data_ptr());
+    const int32_t device = w.get_device_index();
+    const DeviceGuard guard(device);
+    const Device properties = device_of(device);
+    const LuPlan plan = lu_plan(n, batch, sizeof(T), properties.shared_per_block);
 
-  auto* kernel = plan.workspace == 0 ? (inverse ? &lu_kernel<In, T, true, true> : &lu_kernel<In, T, true, false>)
-                                     : (inverse ? &lu_kernel<In, T, false, true> : &lu_kernel<In, T, false, false>);
-  allow_shared(kernel, properties);
-  launch_kernel(kernel, static_cast<unsigned>(plan.blocks), 32 * plan.warps, plan.shared_bytes, current_stream(device), args);
-}
+    LuCudaArgs<In, T> args{};
+    args.w = static_cast<const In*>(w.const_data_ptr());
+    args.batch_stride = dims == 3 ? w.stride(0) : n * n;
+    args.row_stride = w.stride(dims - 2);
+    args.column_stride = w.stride(dims - 1);
+    args.batch = batch;
+    args.n = static_cast<int>(n);
+    args.ld = static_cast<int>(plan.ld);
+    args.sign = static_cast<In*>(sign.mutable_data_ptr());
+    args.logabsdet = static_cast<In*>(logabsdet.mutable_data_ptr());
+    args.inverse = inverse ? static_cast<In*>(inverse->mutable_data_ptr()) : nullptr;
+    // freed when this function returns; the allocator gives it to nobody but this stream
+    std::vector<int64_t> size{plan.blocks * plan.workspace};
+    const Tensor workspace = torch::stable::new_empty(w, size, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float);
+    args.workspace = static_cast<T*>(workspace.mutable_data_ptr());
 
-void check_and_launch(const Tensor& w, const Tensor& sign, const Tensor& logabsdet, const Tensor* inverse, bool in_float64) {
-  if (w.scalar_type() == ScalarType::Double)
-    launch<double, double>(w, sign, logabsdet, inverse);
-  else if (in_float64)
-    launch<float, double>(w, sign, logabsdet, inverse);
-  else
-    launch<float, float>(w, sign, logabsdet, inverse);
-}
-
-// Python has checked what users get wrong; here only what would corrupt memory.
-std::vector<int64_t> batch_sizes(const Tensor& w) {
-  const int64_t dims = w.dim();
-  STD_TORCH_CHECK(dims >= 2 && w.size(dims - 1) == w.size(dims - 2), "flowkernels::slogdet: w must be [*, n, n]");
-  STD_TORCH_CHECK(w.scalar_type() == ScalarType::Float || w.scalar_type() == ScalarType::Double,
-                  "flowkernels::slogdet: w must be float32 or float64");
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d < dims - 2; ++d) sizes.push_back(w.size(d));
-  return sizes;
-}
-
-std::tuple<Tensor, Tensor> slogdet(Tensor w, bool in_float64) {
-  const std::vector<int64_t> sizes = batch_sizes(w);
-  Tensor sign = torch::stable::new_empty(w, sizes), logabsdet = torch::stable::new_empty(w, sizes);
-  check_and_launch(w, sign, logabsdet, nullptr, in_float64);
-  return {sign, logabsdet};
-}
-
-std::tuple<Tensor, Tensor, Tensor> slogdet_inverse(Tensor w, bool in_float64) {
-  std::vector<int64_t> sizes = batch_sizes(w);
-  Tensor sign = torch::stable::new_empty(w, sizes), logabsdet = torch::stable::new_empty(w, sizes);
-  sizes.insert(sizes.end(), 2, w.size(w.dim() - 1));
-  Tensor inverse = torch::stable::new_empty(w, sizes);
-  check_and_launch(w, sign, logabsdet, &inverse, in_float64);
-  return {sign, logabsdet, inverse};
-}
+    auto* kernel = plan.workspace == 0 ? (inverse ? &lu_kernel<In, T, true, true> : &lu_kernel<In, T, true, false>)
+                                       : (inverse ? &lu_kernel<In, T, false, true> : &lu_kernel<In, T, false, false>);
+    allow_shared(kernel, properties);
+    launch_kernel(kernel, static_cast<unsigned>(plan.blocks), 32 * plan.warps, plan.shared_bytes, current_stream(device), args);
+  }
+};
 
 }  // namespace
 }  // namespace flowkernels
 
 STABLE_TORCH_LIBRARY_IMPL(flowkernels, CUDA, m) {
-  m.impl("slogdet", TORCH_BOX(&flowkernels::slogdet));
-  m.impl("slogdet_inverse", TORCH_BOX(&flowkernels::slogdet_inverse));
+  m.impl("slogdet", TORCH_BOX(&flowkernels::slogdet<flowkernels::CudaLu>));
+  m.impl("slogdet_inverse", TORCH_BOX(&flowkernels::slogdet_inverse<flowkernels::CudaLu>));
 }
