@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from typing import Self
 
 import torch
@@ -10,7 +9,7 @@ from torch import Generator, Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from ..layers import Chain
-from ..layers._sizes import parse_context_features
+from ..layers._sizes import is_count, parse_context_features, parse_shape
 from ..layers.invertible_conv1x1 import InvertibleConv1x1, freeze_weights
 from .base import Base, StandardNormal
 
@@ -134,23 +133,9 @@ def _checked_base(base: Base) -> Base:
 
 
 def _count(n: int) -> tuple[int]:
-    if not isinstance(n, Integral) or isinstance(n, bool) or n < 0:
+    if not is_count(n, 0):
         raise ValueError(f"n must be a whole number of at least 0; got {n!r}: distribution(context).sample takes shapes")
     return (n,)
-
-
-def parse_shape(shape: int | Sequence[int], sites: int | None = 2) -> tuple[int, ...]:
-    """The shape of one row of x: (D,) or (C, H, W); or (C, *sites) with another number of sites, or with any.
-
-    Raises:
-        ValueError: it is neither, or something in it is no whole number or less than 1.
-    """
-    numbers = tuple(shape) if isinstance(shape, Sequence) else (shape,)
-    fits = len(numbers) == 1 or (len(numbers) > 1 if sites is None else len(numbers) == 1 + sites)
-    if not fits or not all(isinstance(n, Integral) and n >= 1 for n in numbers):
-        image = "(C, H, W)" if sites == 2 else "(C, *sites)"
-        raise ValueError(f"shape must be a number of features or {image}, whole numbers of at least 1; got {shape!r}")
-    return tuple(map(int, numbers))
 
 
 class FlowDistribution(Distribution):

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..layers import MLP, AffineCoupling, FactorOut, FlowBatchNorm, Permute, Reshape, Squeeze
-from ..layers._sizes import parse_count, parse_widths
-from .flow import Flow, parse_shape
+from ..layers._sizes import parse_count, parse_shape, parse_widths
+from .flow import Flow
 from .networks import ResNet
 
 

@@ -1,17 +1,22 @@
 """Numbers that say how large a module is."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 
 
-def parse_count(name: str, value: int) -> int:
+def is_count(value: int, least: int = 1) -> bool:
+    """Whether it is a whole number that is large enough; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
+def parse_count(name: str, value: int, least: int = 1) -> int:
     """How many there are of something.
 
     Raises:
-        ValueError: it is no whole number, or less than 1.
+        ValueError: it is no whole number, or less than the least.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+    if not is_count(value, least):
+        raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")
     return int(value)
 
 
@@ -21,10 +26,24 @@ def parse_sizes(name: str, shape: Iterable[int]) -> tuple[int, ...]:
     Raises:
         ValueError: it is no sequence, or something in it is no whole number or less than 1.
     """
-    sizes = () if isinstance(shape, Integral) else tuple(shape)
-    if not sizes or not all(isinstance(size, Integral) and size >= 1 for size in sizes):
+    sizes = tuple(shape) if isinstance(shape, Iterable) else ()
+    if not sizes or not all(map(is_count, sizes)):
         raise ValueError(f"{name} must be a shape, such as (3, 32, 32), of whole numbers of at least 1; got {shape!r}")
     return tuple(map(int, sizes))
+
+
+def parse_shape(shape: int | Sequence[int], sites: int | None = 2) -> tuple[int, ...]:
+    """The shape of one row of x: (D,) or (C, H, W); or (C, *sites) with another number of sites, or with any.
+
+    Raises:
+        ValueError: it is neither, or something in it is no whole number or less than 1.
+    """
+    numbers = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    fits = len(numbers) == 1 or (len(numbers) > 1 if sites is None else len(numbers) == 1 + sites)
+    if not fits or not all(map(is_count, numbers)):
+        image = "(C, H, W)" if sites == 2 else "(C, *sites)"
+        raise ValueError(f"shape must be a number of features or {image}, whole numbers of at least 1; got {shape!r}")
+    return tuple(map(int, numbers))
 
 
 def parse_widths(hidden_features: Iterable[int]) -> tuple[int, ...]:
@@ -33,12 +52,12 @@ def parse_widths(hidden_features: Iterable[int]) -> tuple[int, ...]:
     Raises:
         ValueError: they are no sequence, or none, or one of them is no whole number or less than 1.
     """
-    if isinstance(hidden_features, Integral):
+    if is_count(hidden_features):
         raise ValueError(
             f"hidden_features must be a sequence of widths; got {hidden_features}, which for one layer is ({hidden_features},)"
         )
-    widths = tuple(hidden_features)
-    if not widths or not all(isinstance(width, Integral) and width >= 1 for width in widths):
+    widths = tuple(hidden_features) if isinstance(hidden_features, Iterable) else (hidden_features,)
+    if not widths or not all(map(is_count, widths)):
         raise ValueError(f"hidden_features must be widths, whole numbers of at least 1; got {widths}")
     return tuple(map(int, widths))
 
@@ -47,8 +66,6 @@ def parse_context_features(context_features: int) -> int:
     """The width of a context; 0 is none.
 
     Raises:
-        ValueError: it is less than 0, or no integer.
+        ValueError: it is less than 0, or no whole number.
     """
-    if not isinstance(context_features, Integral) or context_features < 0:
-        raise ValueError(f"context_features must be a whole number of at least 0; got {context_features!r}")
-    return context_features
+    return parse_count("context_features", context_features, 0)

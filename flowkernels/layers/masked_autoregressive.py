@@ -82,7 +82,7 @@ class MaskedAutoregressive(KeepsPrograms, Structured):
         features = parse_count("features", features)
         if residual and len(set(widths)) > 1:
             raise ValueError(f"hidden_features must all be equal with residual=True; got {widths}")
-        parse_context_features(context_features)
+        context_features = parse_context_features(context_features)
         if context_rule not in ("every_output", "all_but_first"):
             raise ValueError(f"context_rule must be 'every_output' or 'all_but_first'; got {context_rule!r}")
         every_output = context_features > 0 and context_rule == "every_output"

@@ -63,7 +63,7 @@ class MLP(nn.Module):
 
     def __init__(self, features: int, hidden_features: Sequence[int], outputs: int, *, context_features: int = 0) -> None:
         super().__init__()
-        parse_context_features(context_features)
+        context_features = parse_context_features(context_features)
         first, *rest = pairwise([features, *parse_widths(hidden_features), outputs])
         self.layers = nn.ModuleList([Dense(*first, context_features=context_features), *(Dense(*widths) for widths in rest)])
 

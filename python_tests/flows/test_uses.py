@@ -112,6 +112,12 @@ def test_a_vectorized_hessian(flow):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: MAF(4, context_features=True), "context_features must be a whole number of at least 0; got True"),
+        (lambda: NICE(4, context_features=False), "context_features must be a whole number of at least 0; got False"),
+        (lambda: NICE((True, 4, 4)), r"shape must be a number of features or .*; got \(True, 4, 4\)"),
+        (lambda: NICE(True), "shape must be a number of features or .*; got True"),
+        (lambda: MAF(4, hidden_features=(8, True)), r"hidden_features must be widths, whole numbers of at least 1; got \(8, True\)"),
+        (lambda: MAF(4, hidden_features=None), r"hidden_features must be widths, whole numbers of at least 1; got \(None,\)"),
         (lambda: MAF(3, transforms=2.5), "transforms must be a whole number of at least 1; got 2.5"),
         (lambda: Glow((1, 8, 8), levels=1, steps=1, hidden_channels="8"), "hidden_channels must be a whole number of at least 1; got '8'"),
         (lambda: Permute([0, 1, 1]), r"permutation must be a permutation of 0..2; got \[0, 1, 1\]"),
@@ -338,6 +344,7 @@ def test_distributions_take_more_batch_dimensions():
         ),
         (lambda: Dequantize(2.5), "levels must be a whole number of at least 2; got 2.5"),
         (lambda: Permute("descending", 3.5), "features must be a whole number of at least 1; got 3.5"),
+        (lambda: Reshape((3,), (3, True)), r"after must be a shape, such as .*; got \(3, True\)"),
         (lambda: Reshape(3, (3,)), "before must be a shape, such as"),
         (lambda: FactorOut(4, [DiagonalScale(2)]), "shape must be a shape, such as"),
     ],
