@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from flowkernels import ops
-from flowkernels.flows import IAF, MAF, NICE, Flow, Glow, RealNVP, StandardLogistic, StandardNormal
+from flowkernels.flows import IAF, MAF, NICE, ConvNet, Flow, Glow, RealNVP, ResNet, StandardLogistic, StandardNormal, ZeroConv2d
 from flowkernels.layers import (
+    MLP,
     AffineCoupling,
     Dequantize,
     DiagonalScale,
@@ -23,6 +24,7 @@ from flowkernels.layers import (
     Permute,
     Reshape,
     Squeeze,
+    Unitwise,
 )
 from python_tests.battery import assert_same_bits
 
@@ -120,6 +122,20 @@ def test_a_vectorized_hessian(flow):
         (lambda: MAF(4, hidden_features=None), r"hidden_features must be widths, whole numbers of at least 1; got \(None,\)"),
         (lambda: MAF(3, transforms=2.5), "transforms must be a whole number of at least 1; got 2.5"),
         (lambda: Glow((1, 8, 8), levels=1, steps=1, hidden_channels="8"), "hidden_channels must be a whole number of at least 1; got '8'"),
+        (lambda: MLP(0, (8,), 4), "features must be a whole number of at least 1; got 0"),
+        (lambda: MLP(2, (8,), 0), "outputs must be a whole number of at least 1; got 0"),
+        (lambda: ResNet(0, 8, 4, 1), "channels must be a whole number of at least 1; got 0"),
+        (lambda: ResNet(2, 0, 4, 1), "hidden_channels must be a whole number of at least 1; got 0"),
+        (lambda: ResNet(2, 8, 0, 1), "outputs must be a whole number of at least 1; got 0"),
+        (lambda: ResNet(2, 8, 4, -1), "blocks must be a whole number of at least 0; got -1"),
+        (lambda: ConvNet(0, 8, 4), "channels must be a whole number of at least 1; got 0"),
+        (lambda: ConvNet(1, 0, 4), "hidden_channels must be a whole number of at least 1; got 0"),
+        (lambda: ConvNet(1, 8, 0), "outputs must be a whole number of at least 1; got 0"),
+        (lambda: ZeroConv2d(0, 4), "inputs must be a whole number of at least 1; got 0"),
+        (lambda: ZeroConv2d(4, 0), "outputs must be a whole number of at least 1; got 0"),
+        (lambda: Unitwise(1.5), "units must be a whole number of at least 1; got 1.5"),
+        (lambda: masked(2.5), "context_features must be a whole number of at least 0; got 2.5"),
+        (lambda: MaskedLinear(torch.tensor([1, 2]), 2.5), "in_features must be a whole number of at least 0; got 2.5"),
         (lambda: Permute([0, 1, 1]), r"permutation must be a permutation of 0..2; got \[0, 1, 1\]"),
         (lambda: Permute(torch.tensor([0.0, 1.0, 2.9])), "permutation must be a permutation of 0..2"),
         (lambda: masked()(torch.randn(2, 3)), r"context is missing: the network takes \[batch, 2\]"),
