@@ -46,6 +46,25 @@ def parse_shape(shape: int | Sequence[int], sites: int | None = 2) -> tuple[int,
     return tuple(map(int, numbers))
 
 
+def parse_image_shape(name: str, shape: Iterable[int], halvings: int, at: str) -> tuple[int, int, int]:
+    """The shape of an image whose sides are halved so many times; `at` says where.
+
+    Raises:
+        ValueError: it is no shape of an image, or height or width cannot be halved so often.
+    """
+    sizes = tuple(shape) if isinstance(shape, Iterable) else ()
+    if len(sizes) != 3 or not all(map(is_count, sizes)):
+        raise ValueError(f"{name} must be (C, H, W), each a whole number of at least 1; got {shape!r}")
+    channels, height, width = map(int, sizes)
+    if height % 2**halvings or width % 2**halvings:
+        fewer = max(n for n in range(halvings) if not (height % 2**n or width % 2**n))
+        advice = f"these can be halved {'once' if fewer == 1 else f'{fewer} times'}" if fewer else "these cannot be halved"
+        raise ValueError(
+            f"{name} must have height and width divisible by {2**halvings}, to be halved {at}; got {height} x {width}: {advice}"
+        )
+    return channels, height, width
+
+
 def parse_widths(hidden_features: Iterable[int]) -> tuple[int, ...]:
     """The widths of hidden layers.
 

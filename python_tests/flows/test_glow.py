@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from functools import partial
 
 import pytest
@@ -258,7 +259,13 @@ def test_compiles_without_graph_breaks():
             "divisible by 8, to be halved at each of 3 levels; got 28 x 24: these can be halved 2 times",
         ),
         (lambda: Glow((1, 7, 8), levels=1, steps=1), "divisible by 2, to be halved at each of 1 levels; got 7 x 8: these cannot be halved"),
-        (lambda: Glow(64, levels=1, steps=1), r"image_shape must be \(C, H, W\), each at least 1; got 64"),
+        *(
+            (
+                partial(Glow, shape, levels=1, steps=1),
+                rf"^image_shape must be \(C, H, W\), each a whole number of at least 1; got {re.escape(repr(shape))}$",
+            )
+            for shape in (64, None, (8, 8), (1, 0, 8), (1.5, 8, 8), (3, 8.0, 8), (True, 8, 8), ("3", 8, 8), "388")
+        ),
         (lambda: Glow((1, 8, 8), levels=0, steps=1), "levels must be a whole number of at least 1; got 0"),
         (lambda: Glow((1, 8, 8), levels=1, steps=0), "steps must be a whole number of at least 1; got 0"),
         (lambda: Glow((1, 8, 8), levels=1, steps=1, hidden_channels=0), "hidden_channels must be a whole number of at least 1; got 0"),
