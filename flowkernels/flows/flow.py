@@ -180,6 +180,8 @@ class FlowDistribution(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density (nats) of each value: [*batch, *event shape], broadcast against the contexts, to [*batch]."""
+        if not isinstance(value, Tensor):
+            raise TypeError(_no_tensor("value", value))
         event = len(self.event_shape)
         if value.shape[-event:] != self.event_shape:
             raise ValueError(f"value must have shape [*batch, {', '.join(map(str, self.event_shape))}]; got {list(value.shape)}")

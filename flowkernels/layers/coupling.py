@@ -25,6 +25,8 @@ class _Coupling(nn.Module):
 
     def __init__(self, conditioner: nn.Module, part: str) -> None:
         super().__init__()
+        if not callable(conditioner):
+            raise TypeError(f"conditioner must be a module, or something else that can be called; got {conditioner!r}")
         self.conditioner = conditioner
         self.part = parse_part(part)
 
@@ -111,6 +113,7 @@ class AdditiveCoupling(_Coupling):
     Raises:
         ValueError: x has fewer than two channels to split, no sites or no floating-point dtype, or the conditioner returns another
             shape, dtype or device.
+        TypeError: the conditioner cannot be called.
     """
 
     _outputs = ("shift",)
@@ -151,6 +154,7 @@ class AffineCoupling(_Coupling):
     Raises:
         ValueError: scale, form or part is none, or scale takes no scale_parameter; or x has fewer than two channels to split, no sites or
             no floating-point dtype, or the conditioner returns another shape, dtype or device.
+        TypeError: the conditioner cannot be called.
     """
 
     _outputs = ("shift", "raw scale")

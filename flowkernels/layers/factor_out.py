@@ -24,7 +24,7 @@ class FactorOut(nn.Module):
         rest: layers for what is kept; the last of them returns [batch, features].
 
     Raises:
-        ValueError: shape is none, or there are fewer than two channels; or x or z has another shape.
+        ValueError: shape is none, or there are fewer than two channels; or x or z has another shape, or what rest returns.
     """
 
     def __init__(self, shape: Sequence[int], rest: Iterable[nn.Module]) -> None:
@@ -40,6 +40,9 @@ class FactorOut(nn.Module):
         if x.shape[1:] != self.shape:
             raise ValueError(f"x must have shape [batch, {', '.join(map(str, self.shape))}]; got {list(x.shape)}")
         z, logabsdet = self.rest(x[:, : self._kept], context)
+        rest = math.prod(self.shape) - math.prod(self._left)
+        if z.dim() != 2 or z.shape[1] != rest:
+            raise ValueError(f"the last layer of rest must return flat noise, [batch, {rest}]; got {list(z.shape)}: add a layers.Reshape")
         return torch.cat([x[:, self._kept :].flatten(1), z], 1), logabsdet
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..ops import Conditioner, Map, MaskedLayer, ScaleMap, autoregressive, check_conditioner
 from ..ops.activation import Activation, parse_activation
-from ..ops.degrees import hidden_degrees, staircase
+from ..ops.degrees import check_rule, hidden_degrees, staircase
 from ..ops.scale_map import Form, parse_form
 from ._building import built_on_cpu
 from ._programs import KeepsPrograms, Step
@@ -85,6 +85,7 @@ class MaskedAutoregressive(KeepsPrograms, Structured):
         context_features = parse_context_features(context_features)
         if context_rule not in ("every_output", "all_but_first"):
             raise ValueError(f"context_rule must be 'every_output' or 'all_but_first'; got {context_rule!r}")
+        check_rule("degrees", degrees)
         every_output = context_features > 0 and context_rule == "every_output"
         code = parse_activation(activation)
         draw = lambda units: hidden_degrees(units, features, rule=degrees, context=every_output)

@@ -29,11 +29,16 @@ class MaskedLinear(Structured):
 
     Raises:
         ValueError: visible does not ascend, or exceeds the inputs; or a size is no whole number, or too small.
+        TypeError: visible is no tensor.
     """
 
     def __init__(self, visible: Tensor, in_features: int, *, context_features: int = 0, context_bias: bool = False) -> None:
         super().__init__()
         in_features, context_features = parse_count("in_features", in_features, 0), parse_context_features(context_features)
+        if not isinstance(visible, Tensor):
+            raise TypeError(f"visible must be a torch.Tensor, as ops.degrees.staircase makes it; got {type(visible).__name__}")
+        if visible.dim() != 1 or visible.is_floating_point():
+            raise ValueError(f"visible must be of whole numbers, [out_features]; got {visible.dtype}, {list(visible.shape)}")
         out_features = len(visible)
         check_staircase(visible, in_features)
         self.register_integers("visible", visible.to(torch.int32, copy=True))

@@ -13,11 +13,13 @@ from flowkernels import ops
 from flowkernels.flows import IAF, MAF, NICE, ConvNet, Flow, Glow, RealNVP, ResNet, StandardLogistic, StandardNormal, ZeroConv2d
 from flowkernels.layers import (
     MLP,
+    AdditiveCoupling,
     AffineCoupling,
     Dequantize,
     DiagonalScale,
     FactorOut,
     FlowBatchNorm,
+    Inverse,
     InvertibleConv1x1,
     MaskedAutoregressive,
     MaskedLinear,
@@ -136,6 +138,8 @@ def test_a_vectorized_hessian(flow):
         (lambda: Unitwise(1.5), "units must be a whole number of at least 1; got 1.5"),
         (lambda: masked(2.5), "context_features must be a whole number of at least 0; got 2.5"),
         (lambda: MaskedLinear(torch.tensor([1, 2]), 2.5), "in_features must be a whole number of at least 0; got 2.5"),
+        (lambda: MaskedLinear(torch.tensor([0.5, 1.5]), 2), r"visible must be of whole numbers, .*; got torch.float32, \[2\]"),
+        (lambda: MaskedLinear(torch.tensor([[1, 2]]), 2), r"visible must be of whole numbers, .*; got torch.int64, \[1, 2\]"),
         (lambda: Permute([0, 1, 1]), r"permutation must be a permutation of 0..2; got \[0, 1, 1\]"),
         (lambda: Permute(torch.tensor([0.0, 1.0, 2.9])), "permutation must be a permutation of 0..2"),
         (lambda: masked()(torch.randn(2, 3)), r"context is missing: the network takes \[batch, 2\]"),
@@ -155,6 +159,22 @@ def test_what_is_no_tensor_is_refused(method):
         getattr(flow, method)(np.zeros((4, 3), np.float32), torch.zeros(4, 2))
     with pytest.raises(TypeError, match=r"context must be a torch.Tensor; got builtins.list"):
         getattr(flow, method)(torch.zeros(4, 3), [[0.0, 0.0]] * 4)
+    with pytest.raises(TypeError, match=r"value must be a torch.Tensor; got builtins.list"):
+        flow.distribution(torch.zeros(2)).log_prob([[0.0, 0.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AffineCoupling(None), "conditioner must be a module, or something else that can be called; got None"),
+        (lambda: AdditiveCoupling("mlp"), "conditioner must be a module, or something else that can be called; got 'mlp'"),
+        (lambda: Inverse(nn.Linear(2, 2)), r"layer must have forward\(x, context\) and inverse\(z, context\), .*; got Linear"),
+        (lambda: MaskedLinear([1, 2], 3), "visible must be a torch.Tensor, .*; got list"),
+    ],
+)
+def test_what_is_no_layer_or_network_is_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
 def masked(context_features: int = 2) -> MaskedLinear:
