@@ -7,6 +7,8 @@ Actnorm is (x + b) * exp(3 logs): its shift and log scale. Batch norm is (x - me
 before and one after, since folding them into one would round badly where the scale is small.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -53,22 +55,8 @@ def _(dy: Tensor, dlogabsdet: Tensor, kept: Tensor, shift: Tensor | None, log_sc
     return empty_in_layout_of(dy), *(log_scale.new_empty(log_scale.shape) for _ in range(3))
 
 
-def _register_vmap(name: str) -> None:
-    """The op runs once for each, except that rows alone make one larger batch."""
-    op = getattr(torch.ops.flowkernels, name).default
-
-    def rule(info, in_dims, *args):
-        if name == "channel_affine" and all(dim is None for dim in in_dims[1:]):
-            y, logabsdet = op(args[0].movedim(in_dims[0], 0).flatten(0, 1), *args[1:])
-            batch = args[0].movedim(in_dims[0], 0).shape[1]
-            return (y.unflatten(0, (info.batch_size, batch)), logabsdet.view(info.batch_size, batch)), (0, 0)
-        return vmap_one_by_one(op, info, in_dims, *args)
-
-    torch.library.register_vmap(f"flowkernels::{name}", rule, lib=library)
-
-
-_register_vmap("channel_affine")
-_register_vmap("channel_affine_backward")
+_one_by_one = functools.partial(vmap_one_by_one, _channel_affine_backward)
+torch.library.register_vmap("flowkernels::channel_affine_backward", _one_by_one, lib=library)
 
 
 def _forward(x: Tensor, shift: Tensor | None, log_scale: Tensor, bias: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:

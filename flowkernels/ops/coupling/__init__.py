@@ -69,30 +69,17 @@ def _(dy: Tensor, dlogabsdet: Tensor, kept: Tensor, shift: Tensor, raw_scale: Te
     return empty_in_layout_of(dy), empty_in_layout_of(shift), empty_in_layout_of(raw_scale), dparameter
 
 
-def _register_vmap(name: str, op, n_rows: int, parameter: int) -> None:
-    """vmap over batch-first arguments, the first n_rows, makes one larger batch; over a scale_parameter the op runs once for each."""
-
-    def rule(info, in_dims, *args):
-        size = info.batch_size
-        if in_dims[parameter] is None and (args[parameter] is None or name == "coupling"):
-            rows = []
-            for arg, dim in zip(args[:n_rows], in_dims[:n_rows], strict=True):
-                if arg is not None:
-                    arg = arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
-                    arg = arg.flatten(0, 1)
-                rows.append(arg)
-            outputs = op(*rows, *args[n_rows:])
-            batched = tuple(
-                o.unflatten(0, (size, -1)) if len(o) else o.new_empty((size, *(() if o.dim() == 1 else o.shape))) for o in outputs
-            )
-            return batched, (0,) * len(outputs)
-        return vmap_one_by_one(op, info, in_dims, *args)
-
-    torch.library.register_vmap(f"flowkernels::{name}", rule, lib=library)
+def _vmap_backward(info, in_dims, *args) -> tuple:
+    """Rows of all batches make one larger batch; for a scale_parameter, whose gradient is a sum over rows, the op runs once for each."""
+    if args[5] is not None:
+        return vmap_one_by_one(_coupling_backward, info, in_dims, *args)
+    size = info.batch_size
+    rows = [t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in zip(args[:5], in_dims[:5], strict=True)]
+    *gradients, none = _coupling_backward(*(t.flatten(0, 1) for t in rows), *args[5:])
+    return (*(g.unflatten(0, (size, rows[0].shape[1])) for g in gradients), none.new_empty(size, 0)), (0,) * 4
 
 
-_register_vmap("coupling", _coupling, 3, 3)
-_register_vmap("coupling_backward", _coupling_backward, 5, 5)
+torch.library.register_vmap("flowkernels::coupling_backward", _vmap_backward, lib=library)
 
 
 def _forward(x: Tensor, shift: Tensor, raw_scale: Tensor | None, scale_parameter: Tensor | None, options: Packed) -> tuple[Tensor, Tensor]:
