@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..activation import Activation
 from ..degrees import check_staircase
-from ..scale_map import PoweredMap, ScaleKind, ScaleMap
+from ..scale_map import PoweredMap, ScaleKind, ScaleMap, default_scale
 
 
 class MaskedLayer(NamedTuple):
@@ -214,7 +214,7 @@ def check_conditioner(conditioner: Conditioner, scale: ScaleMap | None = None) -
         widths.append(len(visible))
         staircases.append(visible)
         reads.append((source, residual))
-    scale = ScaleMap.softclip() if scale is None else scale
+    scale = default_scale() if scale is None else scale
     if conditioner.order is None and scale.kind != ScaleKind.UNIT and widths[-1] != 2 * features:
         raise ValueError(f"the last layer must have {2 * features} outputs, shift and raw scale of {features} features; got {widths[-1]}")
     passing = conditioner.passing(scale)

@@ -14,7 +14,7 @@ from ..._backend import as_called, chosen, register_triton, wants_reference
 from ..._library import library, register_fake
 from .._differentiation import apply_function, needs_autograd, transformed, vmap_one_by_one
 from .._layout import empty_in_layout_of, in_layout_of
-from ..scale_map import Form, ScaleKind, ScaleMap, parse_form
+from ..scale_map import Form, ScaleKind, ScaleMap, default_scale, parse_form, parse_scale
 from .part import Part, parse_part
 from .reference import Coupling, coupling_backward_reference, coupling_reference
 
@@ -183,15 +183,12 @@ def coupling(
             raise ValueError("raw_scale is missing: without it the coupling is additive, and takes neither scale nor scale_parameter")
         if form == Form.GATE:
             raise ValueError("raw_scale is missing: form 'gate' needs one")
-        scale = _default(learned=False)
+        scale = default_scale()
     else:
         if raw_scale.shape != expected or raw_scale.dtype != dtype or raw_scale.device != device:
             raw_scale = _fitted("raw_scale", raw_scale, x, expected)
-        if scale is None:
-            scale = _default(learned=scale_parameter is not None)
-        elif not isinstance(scale, ScaleMap):
-            raise ValueError(f"scale must be a ScaleMap, such as ScaleMap.sigmoid(bias=2.0); got {scale!r}")
-        elif scale.kind == ScaleKind.UNIT:
+        scale = parse_scale(scale, learned=scale_parameter is not None)
+        if scale.kind == ScaleKind.UNIT:
             raise ValueError("scale must not be ScaleMap.unit() beside a raw scale; without both the coupling is additive")
         if scale_parameter is not None:
             scale_parameter = _checked_parameter(scale_parameter, scale, x, expected)
@@ -203,16 +200,6 @@ def coupling(
     if needs_autograd((x, shift, raw_scale, scale_parameter)):
         return apply_function(_Coupling, x, shift, raw_scale, scale_parameter, keep == "output", options)
     return _forward(x, shift, raw_scale, scale_parameter, options)
-
-
-_SOFTCLIP, _TANH = ScaleMap.softclip(), ScaleMap.exp_tanh(1.0)
-
-
-def _default(*, learned: bool) -> ScaleMap:
-    """For a compiler the same from literals: where shapes are dynamic, it takes the numbers of a global for variables, and loses them."""
-    if torch.compiler.is_compiling():
-        return ScaleMap(ScaleKind.EXP_TANH, (1.0, 1.0)) if learned else ScaleMap(ScaleKind.SOFTCLIP, (1e-3,))
-    return _TANH if learned else _SOFTCLIP
 
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
