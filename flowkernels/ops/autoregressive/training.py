@@ -27,7 +27,7 @@ from ... import _extension
 from ..._backend import as_called, chosen, wants_reference
 from ..._library import library, register_fake
 from .._differentiation import apply_function, each_cotangent, pulled_back, transformed
-from ..activation import Activation
+from ..activation import DERIVED_FROM_SUM, Activation
 from ..masked_linear import masked_linear
 from ..scale_map import PoweredMap, ScaleKind, ScaleMap
 from .conditioner import Conditioner, MaskedLayer
@@ -80,10 +80,14 @@ def _like_training(x: Tensor, lists: Sequence, *, remakes: bool) -> tuple[Tensor
 
 def _columns(layer: MaskedLayer) -> int:
     """How many columns of `values` the kernels have of a layer: TrainingColumns in csrc/training_columns.h."""
-    needs_pre = (Activation.GELU, Activation.SILU)
-    apart = layer.context_weight is not None and (layer.gate or layer.context_activation != Activation.IDENTITY)
-    term = apart * (1 + (layer.context_activation in needs_pre))
-    return layer.visible.shape[0] * (1 + (layer.activation in needs_pre) + layer.gate + term)
+    of = lambda activation: 1 + (activation in DERIVED_FROM_SUM)
+    term = of(layer.context_activation) if _keeps_term(layer) else 0
+    return layer.visible.shape[0] * (of(layer.activation) + layer.gate + term)
+
+
+def _keeps_term(layer: MaskedLayer) -> bool:
+    """Whether the context term is more than a part of the sum."""
+    return layer.context_weight is not None and (layer.gate or layer.context_activation != Activation.IDENTITY)
 
 
 def _remade_columns(layers: list[MaskedLayer]) -> int:
@@ -97,8 +101,7 @@ def _remade_columns(layers: list[MaskedLayer]) -> int:
 
 def _is_link(number: int, layer: MaskedLayer) -> bool:
     """Whether a layer reads the one before it and adds at most its context to the sums."""
-    apart = layer.context_weight is not None and (layer.gate or layer.context_activation != Activation.IDENTITY)
-    return not (layer.unitwise or apart) and layer.residual is None and layer.source in (None, number)
+    return not (layer.unitwise or _keeps_term(layer)) and layer.residual is None and layer.source in (None, number)
 
 
 @register_fake("_autoregressive_backward")
