@@ -30,8 +30,8 @@ from .._differentiation import apply_function, each_cotangent, pulled_back, tran
 from ..activation import DERIVED_FROM_SUM, Activation
 from ..masked_linear import masked_linear
 from ..scale_map import PoweredMap, ScaleKind, ScaleMap
-from .conditioner import Conditioner, MaskedLayer
-from .loop import NUMBERS, Lists, Map, autoregressive_op, stack_op
+from .conditioner import Conditioner, MaskedLayer, Wiring
+from .loop import Lists, Map, autoregressive_op, begins_with_inverse, stack_op
 from .mirror import is_plain, mirrored_layers
 from .products import backward_by_products, training_by_products
 from .reference import autoregressive_reference
@@ -116,8 +116,7 @@ def _like_backward(
     dy, dlogabsdet, kept, context, weights, biases, context_weights, context_biases, visible, orders, *numbers
 ) -> list[Tensor]:
     *_, stages, _, learned, need_dx, need_parameters = numbers
-    inverse = stages[len(stages) // len(orders) - 1]  # whether the first map is; the last of its numbers
-    dx = dy.new_empty(dy.shape if need_dx or inverse else (0, dy.shape[1]))
+    dx = dy.new_empty(dy.shape if need_dx or begins_with_inverse(stages) else (0, dy.shape[1]))
     dcontext, *parameters = _gradients_like(dy, context, weights, biases, context_weights, context_biases)
     parameters = parameters if need_parameters else [dy.new_empty(0) for _ in parameters]
     return [dx, dcontext, *parameters, *(dy.new_empty(1) for _ in range(sum(learned)))]
@@ -150,7 +149,7 @@ def _inverses_one_by_one(dy, dlogabsdet, kept, context, *lists_and_rest) -> list
 
 def _backward_on_cuda(dy, dlogabsdet, kept, context, *lists_and_rest) -> list[Tensor]:
     *_, stages, _, _, _, _ = lists_and_rest
-    backward = _inverses_one_by_one if stages[NUMBERS - 1] else backward_by_products  # whether the first map is an inverse
+    backward = _inverses_one_by_one if begins_with_inverse(stages) else backward_by_products
     return backward(dy, dlogabsdet, kept, context, *lists_and_rest)
 
 
@@ -168,7 +167,7 @@ def loop_serves(conditioner: Conditioner, scale: ScaleMap | PoweredMap, cuda: bo
     weights, features = conditioner.weights, conditioner.features
     if len(weights) > CUDA_LAYERS or sum([w.numel() for w in weights]) > _MOST_WEIGHTS:
         return False
-    sources = conditioner.wiring[::4] or range(len(weights))
+    sources = [layer.source for layer in Wiring.each(conditioner.wiring)] or range(len(weights))
     reads_all = all([w.shape[0] == features for w, source in zip(weights, sources, strict=True) if source == 0 and w.dim() == 2])
     return reads_all and _is_whole(conditioner, scale)
 
