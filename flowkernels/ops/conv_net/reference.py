@@ -1,8 +1,12 @@
 """Glow's conditioner in plain PyTorch, and its vector-Jacobian product."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+PARAMETERS = 7  # of a network: weights and biases of three convolutions, and log_gain
 
 
 def conv_net_reference(
@@ -42,6 +46,11 @@ def conv_net_training_reference(
         first = F.relu(F.conv2d(x, weight_in, bias_in, padding=1), inplace=True)
         second = F.relu(F.conv2d(first, weight_mid, bias_mid), inplace=True)
     return F.conv2d(second, weight_out, bias_out, padding=1), first, second
+
+
+def per_network(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """The parameters of each of several networks, which stand one network after the other."""
+    return [tensors[i : i + PARAMETERS] for i in range(0, len(tensors), PARAMETERS)]
 
 
 def conv_net_backward_reference(

@@ -26,6 +26,7 @@ from ..._library import library, register_fake
 from ..._torch import any_autocast
 from .._differentiation import apply_function, needs_autograd, pulled_back, transformed
 from ..conv_net import MOST_HIDDEN, conv_net, conv_net_backward
+from ..conv_net.reference import PARAMETERS, per_network
 from .reference import (
     glow_step_backward_reference,
     glow_step_reference,
@@ -158,8 +159,8 @@ class _GlowSteps(torch.autograd.Function):
 
 
 def _steps_lists(tensors: Sequence[Tensor], count: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    networks, weights, biases = tensors[: 7 * count], tensors[7 * count : 8 * count], tensors[8 * count :]
-    return list(networks), list(weights), list(biases)
+    matrices = PARAMETERS * count
+    return list(tensors[:matrices]), list(tensors[matrices : matrices + count]), list(tensors[matrices + count :])
 
 
 def _steps_backward(
@@ -180,10 +181,11 @@ def _steps_backward(
 ) -> list[Tensor | None]:
     """Gradients to x, the context, the networks' tensors, the weights and the biases."""
     count, half = len(weights), x.shape[-1] // 2
-    dnetworks: list[Tensor | None] = [None] * (7 * count)
+    dnetworks: list[Sequence[Tensor]] = [()] * count
     dweights: list[Tensor | None] = [None] * count
     dbiases: list[Tensor | None] = [None] * count
     dcontext = dpassing = None
+    parameters = per_network(networks)
     for i in range(count) if inverse else reversed(range(count)):
         matrix = i if inverse else i + 1
         weight, bias = (weights[matrix], biases[matrix]) if matrix < count else (None, None)
@@ -191,8 +193,8 @@ def _steps_backward(
         dy, draw, dweight, dbias = _glow_step_backward(dy, dlogabsdet, dpassing, given, raw[i], weight, bias, inverse)
         if matrix < count:
             dweights[matrix], dbiases[matrix] = dweight, dbias
-        weight_in, _, weight_mid, _, weight_out, bias_out, log_gain = networks[7 * i : 7 * i + 7]
-        dinput, *dnetworks[7 * i : 7 * i + 7] = conv_net_backward(
+        weight_in, _, weight_mid, _, weight_out, bias_out, log_gain = parameters[i]
+        dinput, *dnetworks[i] = conv_net_backward(
             draw, inputs[i], first[i], second[i], weight_in, weight_mid, weight_out, bias_out, log_gain
         )
         dpassing = dinput if context is None else dinput[..., :half].contiguous()
@@ -203,7 +205,7 @@ def _steps_backward(
         dy = dy + torch.nn.functional.pad(dpassing, (0, half))
     else:
         dy, _, dweights[0], dbiases[0] = _glow_step_backward(dy, dlogabsdet, dpassing, x, None, weights[0], biases[0], inverse)
-    return [dy, dcontext, *dnetworks, *dweights, *dbiases]
+    return [dy, dcontext, *(d for own in dnetworks for d in own), *dweights, *dbiases]
 
 
 def glow_step(
@@ -277,7 +279,7 @@ def glow_steps(
 
     Args:
         x: [batch, H, W, channels], an even number of channels, float32 or float64; a view of channels-first images is read in place.
-        networks: for each step the seven tensors of its conditioner, as `conv_net` takes them.
+        networks: for each step the tensors of its conditioner, as `conv_net` takes them.
         weights: for each step [channels, channels], actnorm's scale being part of it. biases: for each step [channels].
         context: [batch, features], which joins what the conditioners are given as channels of constant value; or None.
         inverse: the steps undone, last first.
@@ -291,7 +293,7 @@ def glow_steps(
     if not weights or len(networks) != len(weights) or len(biases) != len(weights):
         got = ", ".join(str(len(each)) for each in (networks, weights, biases))
         raise ValueError(f"networks, weights and biases must have one entry for each step, and at least one; got {got}")
-    if counts := [len(network) for network in networks if len(network) != 7]:
+    if counts := [len(network) for network in networks if len(network) != PARAMETERS]:
         raise ValueError(f"each of networks must be the seven tensors of a conditioner; got {counts[0]}")
     parameters = [t for network in networks for t in network]
     tensors = x, context, *parameters, *weights, *biases

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..conv_net.reference import conv_net_reference, conv_net_training_reference
+from ..conv_net.reference import conv_net_reference, conv_net_training_reference, per_network
 from ..coupling.part import Part
 from ..coupling.reference import Coupling, coupling_backward_reference, coupling_reference
 from ..scale_map import Form, ScaleMap
@@ -55,8 +55,8 @@ def with_context(x: Tensor, context: Tensor | None) -> Tensor:
 def glow_steps_reference(
     x: Tensor, context: Tensor | None, networks: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """networks: seven tensors for each step, as `conv_net` takes them."""
-    nets = [partial(_network, context, networks[i : i + 7]) for i in range(0, len(networks), 7)]
+    """networks: the tensors of one for each step, as `conv_net` takes them."""
+    nets = [partial(_network, context, own) for own in per_network(networks)]
     return steps_in_turn(glow_step_reference, x, nets, weights, biases, inverse=inverse)
 
 
@@ -65,12 +65,13 @@ def glow_steps_training_reference(
 ) -> tuple[Tensor, ...]:
     """The same, and what the gradient asks for of each step, [steps, batch, H, W, ...]: the rows that its coupling is given, what its
     network returns and is given, and the two hidden layers. The inverse begins with the last step, whose rows are x and not among them."""
+    own = per_network(networks)
     kept: dict[int, tuple[Tensor, ...]] = {}
     rows: list[Tensor] = []
 
     def network(i: int, images: Tensor) -> Tensor:
         given = with_context(images, context)
-        raw, first, second = conv_net_training_reference(given, *networks[7 * i : 7 * i + 7])
+        raw, first, second = conv_net_training_reference(given, *own[i])
         kept[i] = tuple(t.movedim(1, -1) for t in (raw, given, first, second))
         return raw
 
