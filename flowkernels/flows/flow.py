@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from .._dtypes import HALF
 from ..layers import Chain
 from ..layers._sizes import is_count, parse_context_features, parse_shape
 from ..layers.invertible_conv1x1 import InvertibleConv1x1, freeze_weights
@@ -246,12 +247,11 @@ class FlowDistribution(Distribution):
 
 def _check_context(context: Tensor, parameter: Tensor | None) -> None:
     """The noise has the context's dtype: that of the flow, or half precision beside float32."""
-    if parameter is None or context.dtype == parameter.dtype or (context.dtype in _HALF and parameter.dtype == torch.float32):
+    if parameter is None or context.dtype == parameter.dtype or (context.dtype in HALF and parameter.dtype == torch.float32):
         return
     raise ValueError(f"context must be {parameter.dtype}, like the flow's parameters; got {context.dtype}")
 
 
-_HALF = (torch.float16, torch.bfloat16)
 _LONG = 512  # samples of a context, from where on putting them together pays: more than a tile of the kernels'
 
 

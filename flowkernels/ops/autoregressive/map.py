@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._backend import rounds_loop_weights, wants_reference
+from ..._dtypes import HALF
 from ..._torch import any_autocast
 from .._autocast import cast
 from .._differentiation import needs_autograd, transformed
@@ -103,7 +104,7 @@ def _passes_are_many(conditioner: Conditioner, scale: ScaleMap | PoweredMap, dev
 
 
 # the loop computes in float64 for float64, in float32 for everything narrower
-_COMPUTE = {torch.float64: torch.float64} | dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float32)
+_COMPUTE = {torch.float64: torch.float64} | dict.fromkeys((torch.float32, *HALF), torch.float32)
 
 
 def checked(check: Callable[..., None], subject: tuple, op: Callable, *args):
@@ -132,8 +133,7 @@ def check_input(x: Tensor, conditioner: Conditioner, context: Tensor | None) -> 
         raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {x.dtype}")
     if x.device != last.device:
         raise ValueError(f"x must be on {last.device}, like the weights; got {x.device}")
-    half = (torch.float16, torch.bfloat16)
-    if x.dtype != last.dtype and not (x.dtype in half and last.dtype is torch.float32):
+    if x.dtype != last.dtype and not (x.dtype in HALF and last.dtype is torch.float32):
         raise ValueError(f"x must be {last.dtype}, like the weights; got {x.dtype}")
     wanted = context_features(conditioner)
     if context is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._backend import as_called, chosen, register_triton, wants_reference
+from ..._dtypes import FLOATING
 from ..._library import library, register_fake
 from .._differentiation import apply_function, needs_autograd, transformed, vmap_one_by_one
 from .._layout import empty_in_layout_of, in_layout_of
@@ -123,7 +124,7 @@ def channel_affine(
         ValueError: a shape, dtype or device does not fit, or keep is unknown.
     """
     shape, dtype, device = x.shape, x.dtype, x.device
-    if dtype not in _DTYPES:
+    if dtype not in FLOATING:
         raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {dtype}")
     if len(shape) < 2 or 0 in shape[1:]:
         raise ValueError(f"x must have shape [batch, channels, *sites] with at least one channel and site; got {list(shape)}")
@@ -141,9 +142,6 @@ def channel_affine(
     if needs_autograd((x, shift, log_scale, bias)):
         return apply_function(_ChannelAffine, x, shift, log_scale, bias, inverse, keep == "output")
     return _forward(x, shift, log_scale, bias, inverse)
-
-
-_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
 def _fitted(name: str, value: Tensor, x: Tensor, compute: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._backend import as_called, chosen, register_triton, wants_reference
+from ..._dtypes import FLOATING
 from ..._library import library, register_fake
 from .._differentiation import apply_function, needs_autograd, transformed, vmap_one_by_one
 from .._layout import empty_in_layout_of, in_layout_of
@@ -174,7 +175,7 @@ def coupling(
     form = parse_form(form)
     shape, dtype, device = x.shape, x.dtype, x.device
     expected = _expected_shape(shape, part)
-    if dtype not in _DTYPES:
+    if dtype not in FLOATING:
         raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {dtype}")
     if shift.shape != expected or shift.dtype != dtype or shift.device != device:
         shift = _fitted("shift", shift, x, expected)
@@ -200,9 +201,6 @@ def coupling(
     if needs_autograd((x, shift, raw_scale, scale_parameter)):
         return apply_function(_Coupling, x, shift, raw_scale, scale_parameter, keep == "output", options)
     return _forward(x, shift, raw_scale, scale_parameter, options)
-
-
-_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
 def _expected_shape(shape: torch.Size, part: Part) -> tuple[int, ...]:

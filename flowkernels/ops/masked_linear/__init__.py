@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from ..._backend import as_called, chosen, register_triton, wants_reference
+from ..._dtypes import FLOATING
 from ..._library import library, register_fake
 from ..._torch import any_autocast
 from .._autocast import cast
 from .._differentiation import apply_function, needs_autograd, transformed
 from ..degrees import check_staircase
 from .reference import masked_linear_dweight_reference, masked_linear_dx_reference, masked_linear_reference
-
-_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 library.define("masked_linear(Tensor x, Tensor weight, Tensor? bias, Tensor visible) -> Tensor")
 library.define("masked_linear_dx(Tensor dy, Tensor weight, Tensor visible) -> Tensor")
@@ -169,7 +168,7 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tenso
     if visible.shape != (outputs,) or visible.dtype != torch.int32:
         raise ValueError(f"visible must be int32 [{outputs}], one count per output; got {visible.dtype} {list(visible.shape)}")
     dtype, device = x.dtype, x.device
-    if dtype not in _DTYPES:
+    if dtype not in FLOATING:
         raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {dtype}")
     if visible.device != device:
         raise ValueError(f"visible must be on {device}, like x; got {visible.device}")
