@@ -1,7 +1,9 @@
-"""Numbers that say how large a module is."""
+"""Numbers that say how large a module is, and whether what it is given is as large."""
 
 from collections.abc import Iterable, Sequence
 from numbers import Integral
+
+from torch import Tensor
 
 
 def is_count(value: int, least: int = 1) -> bool:
@@ -88,3 +90,15 @@ def parse_context_features(context_features: int) -> int:
         ValueError: it is less than 0, or no whole number.
     """
     return parse_count("context_features", context_features, 0)
+
+
+def check_channels(name: str, x: Tensor, channels: int) -> None:
+    """Raises ValueError where x is not [batch, channels, *sites]."""
+    if x.dim() < 2 or x.shape[1] != channels:
+        raise ValueError(f"{name} must have shape [batch, {channels}, *sites]; got {list(x.shape)}")
+
+
+def check_rows(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError where x is not [batch, *shape]."""
+    if x.shape[1:] != shape:
+        raise ValueError(f"{name} must have shape [batch, {', '.join(map(str, shape))}]; got {list(x.shape)}")

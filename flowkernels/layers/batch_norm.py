@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .._dtypes import HALF
 from ..ops import channel_affine
 from ..ops.channel_affine.normalize import log_scale_of, normalize_channels, statistics
-from ._sizes import parse_count
+from ._sizes import check_channels, parse_count
 
 
 class FlowBatchNorm(nn.Module):
@@ -76,8 +76,7 @@ class FlowBatchNorm(nn.Module):
         return log_scale_of(self.running_var, self.log_gain, self.eps)
 
     def _check(self, name: str, x: Tensor) -> None:
-        if x.dim() < 2 or x.shape[1] != self.features:
-            raise ValueError(f"{name} must have shape [batch, {self.features}, *sites]; got {list(x.shape)}")
+        check_channels(name, x, self.features)
         dtype = self.running_var.dtype
         if x.dtype != dtype and (x.dtype not in HALF or dtype != torch.float32):
             raise ValueError(f"{name} must be {dtype}, like the layer's statistics; got {x.dtype}")

@@ -13,7 +13,7 @@ from ..ops import lu_fold, slogdet, slogdet_inverse
 from ._building import built_on_cpu
 from ._dtype import check_dtype
 from ._plain import is_plain
-from ._sizes import parse_count
+from ._sizes import check_channels, parse_count
 from ._structure import Structured
 from .actnorm import ActNorm
 
@@ -125,12 +125,12 @@ class InvertibleConv1x1(Structured):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         weight = self.weight()
-        _check(x, weight)
+        _check("x", x, weight)
         return conv1x1(x, weight), _over_sites(self.weight_logabsdet(), x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         logabsdet, inverse = self.logabsdet_and_inverse()
-        _check(z, inverse)
+        _check("z", z, inverse)
         return conv1x1(z, inverse), _over_sites(-logabsdet, z)
 
     def freeze(self) -> Self:
@@ -197,7 +197,7 @@ class ActNormConv1x1(nn.Module):
             return _in_turn(x, self.actnorm, self.conv)
         self.actnorm.prepare(x)
         weight, logabsdet = _number(at, fold([self]) if folded is None else folded)
-        _check(x, weight)
+        _check("x", x, weight)
         return conv1x1(x, weight, before=self.actnorm.bias), _over_sites(logabsdet, x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None, *, folded: Folded | None = None, at: int = 0) -> tuple[Tensor, Tensor]:
@@ -206,7 +206,7 @@ class ActNormConv1x1(nn.Module):
             return _in_turn(z, self.conv.inverse, self.actnorm.inverse)
         self.actnorm.prepare_inverse(z)
         weight, logabsdet = _number(at, fold([self], inverse=True) if folded is None else folded)
-        _check(z, weight)
+        _check("z", z, weight)
         return conv1x1(z, weight, after=-self.actnorm.bias), _over_sites(logabsdet, z)
 
 
@@ -368,10 +368,9 @@ def _random_rotation(channels: int) -> Tensor:
     return q
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
-    if x.dim() < 2 or x.shape[1] != len(weight):
-        raise ValueError(f"x must have shape [batch, {len(weight)}, *sites]; got {list(x.shape)}")
-    check_dtype(weight, x=x)
+def _check(name: str, x: Tensor, weight: Tensor) -> None:
+    check_channels(name, x, len(weight))
+    check_dtype(weight, **{name: x})
 
 
 def _over_sites(logabsdet: Tensor, x: Tensor) -> Tensor:

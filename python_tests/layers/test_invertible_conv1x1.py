@@ -262,7 +262,7 @@ def test_compiles_without_graph_breaks(kind):
         (lambda: InvertibleConv1x1(0), "channels must be a whole number of at least 1; got 0"),
         (lambda: InvertibleConv1x1(4, parametrization="qr"), "parametrization must be 'lu' or 'plain'; got 'qr'"),
         (lambda: InvertibleConv1x1(4)(torch.zeros(2, 5, 3)), r"x must have shape \[batch, 4, \*sites\]; got \[2, 5, 3\]"),
-        (lambda: InvertibleConv1x1(4).inverse(torch.zeros(4)), r"x must have shape \[batch, 4, \*sites\]; got \[4\]"),
+        (lambda: InvertibleConv1x1(4).inverse(torch.zeros(4)), r"z must have shape \[batch, 4, \*sites\]; got \[4\]"),
         (lambda: ActNormConv1x1(4)(torch.zeros(2, 5)), r"x must have shape \[batch, 4, \*sites\]; got \[2, 5\]"),
     ],
 )
