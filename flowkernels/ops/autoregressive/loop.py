@@ -1,6 +1,6 @@
 """The bare ops of the loop, which neither check nor record a gradient: one map, and several one after another."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -166,18 +166,31 @@ class Lists(NamedTuple):
         return maps
 
 
-def moved(x: Tensor, affine: Tensor | None) -> Tensor:
-    return x if affine is None or not affine.numel() else ((x + affine[0]) * affine[1] + affine[2]).to(x.dtype)
+def in_turn(
+    x: Tensor, context: Tensor | None, maps: Sequence[Map], run: Callable[[Tensor, Tensor | None, Map], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Maps one after another, each by `run` of what the affine map before it gives; the sum of their log|det|s. A map that takes no
+    context is not given it."""
+    total = None
+    for m in maps:
+        own = context if m.conditioner.context_weights else None
+        if m.affine is not None:
+            x = ((x + m.affine[0]) * m.affine[1] + m.affine[2]).to(x.dtype)
+        x, logabsdet = run(x, own, m)
+        total = logabsdet if total is None else total + logabsdet
+    return x, total
 
 
 def _composite_stack(x: Tensor, context: Tensor | None, *lists_and_keep) -> tuple[Tensor, Tensor, Tensor]:
     *lists, keep = lists_and_keep
-    total, outputs = None, []
-    for conditioner, scale, form, inverse, affine in Lists(*lists).maps():
-        own = context if conditioner.context_weights else None
-        x, logabsdet = autoregressive_op(moved(x, affine), own, conditioner, scale, form, inverse)
-        total = logabsdet if total is None else total + logabsdet
-        outputs.append(x)
+    outputs = []
+
+    def run(x: Tensor, own: Tensor | None, m: Map) -> tuple[Tensor, Tensor]:
+        y, logabsdet = autoregressive_op(x, own, m.conditioner, m.scale, m.form, m.inverse)
+        outputs.append(y)
+        return y, logabsdet
+
+    x, total = in_turn(x, context, Lists(*lists).maps(), run)
     kept = torch.stack(outputs[:-1]) if keep and len(outputs) > 1 else x.new_empty((0, *x.shape))
     return x, total, kept
 

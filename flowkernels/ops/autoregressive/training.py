@@ -31,7 +31,7 @@ from ..activation import DERIVED_FROM_SUM, Activation
 from ..masked_linear import masked_linear
 from ..scale_map import PoweredMap, ScaleKind, ScaleMap
 from .conditioner import Conditioner, MaskedLayer, Wiring
-from .loop import Lists, Map, autoregressive_op, begins_with_inverse, stack_op
+from .loop import Lists, Map, autoregressive_op, begins_with_inverse, in_turn, stack_op
 from .mirror import is_plain, mirrored_layers
 from .products import backward_by_products, training_by_products
 from .reference import autoregressive_reference
@@ -333,11 +333,8 @@ def _differentiable_gradient(
     ctx, x: Tensor, context: Tensor | None, maps: Sequence[Map], parameters: Sequence[Tensor], dy: Tensor, dlogabsdet: Tensor
 ) -> tuple:
     """The same gradient as a graph of its own, for create_graph=True."""
-    y, total = x, None
-    for conditioner, scale, form, inverse, _ in maps:
-        own = context if conditioner.context_weights else None
-        y, logabsdet = autoregressive_reference(y, conditioner, own, scale, form, inverse, linear=masked_linear)
-        total = logabsdet if total is None else total + logabsdet
+    by_parts = lambda x, own, m: autoregressive_reference(x, m.conditioner, own, m.scale, m.form, m.inverse, linear=masked_linear)
+    y, total = in_turn(x, context, maps, by_parts)
     inputs = (x, context, None, None, *parameters)
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
     gradients = iter(pulled_back((y, total), (dy, dlogabsdet), wanted, create_graph=True))
