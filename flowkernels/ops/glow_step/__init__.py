@@ -15,7 +15,6 @@ two meetings. Images go through all steps a few at a time (csrc/cpu/glow_steps.c
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,8 +31,8 @@ from .reference import (
     glow_step_reference,
     glow_steps_reference,
     glow_steps_training_reference,
+    networks_of,
     steps_in_turn,
-    with_context,
 )
 
 library.define("glow_step(Tensor x, Tensor? raw, Tensor? weight, Tensor? bias, bool inverse) -> (Tensor, Tensor, Tensor)")
@@ -326,7 +325,7 @@ def _in_turn(
     """The steps by `conv_net` and `glow_step`, of the first rows or of all."""
     if context is not None and (context.dim() != 2 or len(context) != len(x) or context.dtype != x.dtype):
         raise ValueError(f"context must be [{len(x)}, features], {x.dtype}, to fit x; got {list(context.shape)}, {context.dtype}")
-    nets = [partial(_network, None if context is None else context[:rows], network) for network in networks]
+    nets = networks_of(networks, None if context is None else context[:rows], conv_net)
     return steps_in_turn(glow_step, x[:rows], nets, weights, biases, inverse=inverse)
 
 
@@ -337,7 +336,3 @@ def _serves(x: Tensor, networks: Sequence[Sequence[Tensor]], with_gradient: bool
     if with_gradient and not (all(n == first[0] for n in first) and all(n == second[0] for n in second)):  # layers are kept together
         return False
     return max(second) <= MOST_HIDDEN and not wants_reference("glow_steps", x.device)
-
-
-def _network(context: Tensor | None, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
-    return conv_net(with_context(x, context), *parameters)

@@ -1,6 +1,6 @@
 """The joined Glow step in plain PyTorch, and its vector-Jacobian product."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -52,11 +52,16 @@ def with_context(x: Tensor, context: Tensor | None) -> Tensor:
     return x if context is None else torch.cat([x, context[:, :, None, None].expand(*context.shape, *x.shape[2:])], 1)
 
 
+def networks_of(parameters: Iterable[Sequence[Tensor]], context: Tensor | None, conv_net: Callable) -> list[Callable[[Tensor], Tensor]]:
+    """Networks for `steps_in_turn`, by `conv_net` or its reference, from the parameters of each."""
+    return [lambda x, own=own: conv_net(with_context(x, context), *own) for own in parameters]
+
+
 def glow_steps_reference(
     x: Tensor, context: Tensor | None, networks: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """networks: the tensors of one for each step, as `conv_net` takes them."""
-    nets = [partial(_network, context, own) for own in per_network(networks)]
+    nets = networks_of(per_network(networks), context, conv_net_reference)
     return steps_in_turn(glow_step_reference, x, nets, weights, biases, inverse=inverse)
 
 
@@ -86,10 +91,6 @@ def glow_steps_training_reference(
         rows = rows[:0:-1]
     others = (torch.stack([kept[i][k] for i in range(len(weights))]) for k in range(4))
     return y, logabsdet, torch.stack(rows) if rows else x.new_empty(0, *x.shape), *others
-
-
-def _network(context: Tensor | None, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
-    return conv_net_reference(with_context(x, context), *parameters)
 
 
 def glow_step_backward_reference(
