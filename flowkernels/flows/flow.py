@@ -9,9 +9,9 @@ from torch import Generator, Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from .._dtypes import HALF
-from ..layers import Chain
+from ..layers import Chain, InvertibleConv1x1
+from ..layers._fold import freeze_weights
 from ..layers._sizes import is_count, parse_context_features, parse_shape
-from ..layers.invertible_conv1x1 import InvertibleConv1x1, freeze_weights
 from .base import Base, StandardNormal
 
 
