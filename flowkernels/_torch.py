@@ -22,9 +22,11 @@ def _find(path: str, otherwise: Callable) -> Callable:
 # which transform of torch.func a call is in; None outside of all
 transform_level: Callable[[], int | None] = _find("_C._functorch.maybe_current_level", lambda: 0)
 transforms_active: Callable[[], bool] = _find("_C._are_functorch_transforms_active", lambda: True)
-# of torch.func's tensors, and those of is_grads_batched
+# of torch.func's tensors
 is_wrapped: Callable[[torch.Tensor], bool] = _find("_C._functorch.is_functorch_wrapped_tensor", lambda t: False)
 unwrapped: Callable[[torch.Tensor], torch.Tensor] = _find("_C._functorch.get_unwrapped", lambda t: t)
+# of torch.func.vmap's tensors, and of those of is_grads_batched
+is_vmapped: Callable[[torch.Tensor], bool] = _find("_C._functorch.is_batchedtensor", lambda t: False)
 is_batched: Callable[[torch.Tensor], bool] = _find("_C._functorch.is_legacy_batchedtensor", lambda t: False)
 # who records or replaces the ops that are called; None if nobody does
 dispatch_mode: Callable[[], Any] = _find("utils._python_dispatch._get_current_dispatch_mode", lambda: "perhaps")

@@ -8,7 +8,8 @@ from importlib.util import find_spec
 
 import torch
 
-_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+from ._dtypes import FLOATING
+
 _CAPABILITY = (8, 0)  # Triton supports NVIDIA GPUs from here on, and our kernels are compiled for nothing older
 _modules: dict[str, str] = {}
 
@@ -63,7 +64,7 @@ def _why_not_on_cuda(op: str, device: torch.device, dtype: torch.dtype) -> str |
 def _why_not_at_all(op: str, dtype: torch.dtype) -> str | None:
     if op not in _modules:
         return f"{op} has no Triton kernel"
-    if dtype not in _DTYPES:
+    if dtype not in FLOATING:
         return f"Triton kernels take floating point; got {dtype}"
     if not installed():
         return "Triton is not installed: pip install triton"

@@ -227,3 +227,20 @@ class OpBattery:
         one = [t[0] for t in rows]
         f = lambda x: op([x[None], *(t[None] for t in one[1:])], parameters)[0][0]
         torch.testing.assert_close(torch.func.jacrev(f)(one[0]), torch.autograd.functional.jacobian(f, one[0]))
+
+    @pytest.mark.parametrize("way", ["vmap", "is_grads_batched"])
+    def test_many_cotangents_at_once(self, case, way):
+        """Of a graph that was made before."""
+        rows, parameters, op, *_ = case(4, torch.float64)
+        inputs = with_grad([*rows, *parameters])
+        outputs = [o for o in op(inputs[: len(rows)], inputs[len(rows) :]) if o.requires_grad]
+        cotangents = [torch.stack([torch.full_like(o, k).cumsum(0) for k in range(3)]) for o in outputs]
+        pull = lambda *v, **options: torch.autograd.grad(outputs, inputs, v, retain_graph=True, **options)
+        try:
+            got = torch.func.vmap(pull)(*cotangents) if way == "vmap" else pull(*cotangents, is_grads_batched=True)
+        except RuntimeError as error:  # implicit differentiation asks for gradients in its backward
+            if "requires_grad_() (or perhaps" not in str(error):
+                raise
+            pytest.skip("torch.func takes no autograd inside of it")
+        want = [pull(*v) for v in zip(*cotangents, strict=True)]
+        torch.testing.assert_close(got, tuple(torch.stack(each) for each in zip(*want, strict=True)))

@@ -337,6 +337,7 @@ def test_a_mistake_in_training_makes_no_folder(files, tmp_path, monkeypatch, cap
         ("sample run -n 3 --class 2", ["--class is for runs trained on the digits with their classes; got 2"]),
         ("sample run -n 3 --out s.png", ["not trained on images"]),
         ("interpolate run --data x.npy", ["interpolate is for runs trained on images; run was trained on a table"]),
+        ("interpolate run --data x.npy --steps 1", ["argument --steps: must be at least 2, for both ends; got 1"]),
         ("sample conditional -n 3", ["context is missing"]),
         ("sample run -n 3 --context context.npy", ["context was given"]),
         ("train maf --data x.npy --out run --transforms 3", ["other settings: transforms was 1, now 3"]),

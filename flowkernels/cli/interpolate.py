@@ -26,6 +26,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.steps < 2:
+        raise ValueError(f"argument --steps: must be at least 2, for both ends; got {options.steps}")
     model, config = open_run(options)
     path = output_path(options, "interpolation.png", (".png", ".npy"))
     if image_shape(config) is None:
@@ -35,8 +37,6 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"data must have at least 2 images to go between; {table.name} has {len(table)}")
     first, second = _pairs(table, options.pairs, noise(options))
     z = model.encode(table, noise(options))
-    if options.steps < 2:
-        raise ValueError(f"argument --steps: must be at least 2, for both ends; got {options.steps}")
     t = torch.linspace(0, 1, options.steps)
     between = great_circle(z[first], z[second], t).flatten(0, 1)
     context = None

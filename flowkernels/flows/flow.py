@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from typing import Self
 
 import torch
 from torch import Generator, Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from ..layers import Chain
-from ..layers._sizes import parse_context_features
-from ..layers.invertible_conv1x1 import InvertibleConv1x1, freeze_weights
+from .._dtypes import HALF
+from ..layers import Chain, InvertibleConv1x1
+from ..layers._fold import freeze_weights
+from ..layers._sizes import is_count, parse_context_features, parse_shape
 from .base import Base, StandardNormal
 
 
@@ -140,23 +140,9 @@ def check_temperature(temperature: float) -> None:
 
 
 def _count(n: int) -> tuple[int]:
-    if not isinstance(n, Integral) or isinstance(n, bool) or n < 0:
+    if not is_count(n, 0):
         raise ValueError(f"n must be a whole number of at least 0; got {n!r}: distribution(context).sample takes shapes")
     return (n,)
-
-
-def parse_shape(shape: int | Sequence[int], sites: int | None = 2) -> tuple[int, ...]:
-    """The shape of one row of x: (D,) or (C, H, W); or (C, *sites) with another number of sites, or with any.
-
-    Raises:
-        ValueError: it is neither, or something in it is no whole number or less than 1.
-    """
-    numbers = tuple(shape) if isinstance(shape, Sequence) else (shape,)
-    fits = len(numbers) == 1 or (len(numbers) > 1 if sites is None else len(numbers) == 1 + sites)
-    if not fits or not all(isinstance(n, Integral) and n >= 1 for n in numbers):
-        image = "(C, H, W)" if sites == 2 else "(C, *sites)"
-        raise ValueError(f"shape must be a number of features or {image}, whole numbers of at least 1; got {shape!r}")
-    return tuple(map(int, numbers))
 
 
 class FlowDistribution(Distribution):
@@ -201,6 +187,8 @@ class FlowDistribution(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density (nats) of each value: [*batch, *event shape], broadcast against the contexts, to [*batch]."""
+        if not isinstance(value, Tensor):
+            raise TypeError(_no_tensor("value", value))
         event = len(self.event_shape)
         if value.shape[-event:] != self.event_shape:
             raise ValueError(f"value must have shape [*batch, {', '.join(map(str, self.event_shape))}]; got {list(value.shape)}")
@@ -264,12 +252,11 @@ class FlowDistribution(Distribution):
 
 def _check_context(context: Tensor, parameter: Tensor | None) -> None:
     """The noise has the context's dtype: that of the flow, or half precision beside float32."""
-    if parameter is None or context.dtype == parameter.dtype or (context.dtype in _HALF and parameter.dtype == torch.float32):
+    if parameter is None or context.dtype == parameter.dtype or (context.dtype in HALF and parameter.dtype == torch.float32):
         return
     raise ValueError(f"context must be {parameter.dtype}, like the flow's parameters; got {context.dtype}")
 
 
-_HALF = (torch.float16, torch.bfloat16)
 _LONG = 512  # samples of a context, from where on putting them together pays: more than a tile of the kernels'
 
 

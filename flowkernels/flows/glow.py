@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..layers import ActNormConv1x1, AdditiveCoupling, AffineCoupling, FactorOut, Reshape, Squeeze
 from ..layers._dtype import check_dtype
-from ..layers._sizes import parse_count
+from ..layers._sizes import parse_count, parse_image_shape
 from ..ops import ScaleMap
 from .flow import Flow
 from .glow_steps import SCALE, GlowSteps
@@ -59,7 +59,7 @@ class Glow(Flow):
         hidden_channels = parse_count("hidden_channels", hidden_channels)
         if coupling not in ("affine", "additive"):
             raise ValueError(f"coupling must be 'affine' or 'additive'; got {coupling!r}")
-        _check_sizes(image_shape, levels)
+        image_shape = parse_image_shape("image_shape", image_shape, levels, f"at each of {levels} levels")
 
         def make_coupling(channels: int) -> nn.Module:
             outputs = channels if coupling == "affine" else channels // 2
@@ -102,16 +102,3 @@ class _Prior(nn.Module):
         mean, log_scale = both[:, :, None, None].chunk(2, 1)
         logabsdet = -x.shape[2:].numel() * log_scale.to(torch.promote_types(x.dtype, torch.float32)).sum((1, 2, 3))
         return mean, log_scale, logabsdet.expand(x.shape[0])
-
-
-def _check_sizes(image_shape: Sequence[int], levels: int) -> None:
-    if isinstance(image_shape, int) or len(image_shape) != 3 or min(image_shape) < 1:
-        raise ValueError(f"image_shape must be (C, H, W), each at least 1; got {image_shape}")
-    _, height, width = image_shape
-    if height % 2**levels or width % 2**levels:
-        fewer = max(n for n in range(levels) if not (height % 2**n or width % 2**n))
-        advice = f"these can be halved {fewer} times" if fewer else "these cannot be halved"
-        raise ValueError(
-            f"image_shape must have height and width divisible by {2**levels}, to be halved at each of {levels} levels; "
-            f"got {height} x {width}: {advice}"
-        )

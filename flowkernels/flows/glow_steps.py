@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from .._torch import has_global_hooks
 from ..layers import ActNormConv1x1, AdditiveCoupling, AffineCoupling
 from ..layers._dtype import check_dtype
+from ..layers._fold import Folded, fold
 from ..layers._plain import is_plain
-from ..layers.invertible_conv1x1 import Folded, fold
 from ..ops import Form, Part, ScaleMap, glow_step, glow_steps
 from ..ops.glow_step.reference import steps_in_turn
 from .networks import plain_parameters

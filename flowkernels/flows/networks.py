@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .._torch import has_global_hooks
 from ..layers._dtype import check_dtype
 from ..layers._plain import is_plain
-from ..layers._sizes import parse_context_features
+from ..layers._sizes import parse_context_features, parse_count
 from ..ops import conv_net
 from ..ops.glow_step.reference import with_context
 
@@ -55,10 +55,15 @@ class ResNet(nn.Module):
 
     Shape:
         x: [batch, channels, H, W]; context: [batch, context_features]; output: [batch, outputs, H, W].
+
+    Raises:
+        ValueError: a size is no whole number, or too small.
     """
 
     def __init__(self, channels: int, hidden_channels: int, outputs: int, blocks: int, *, context_features: int = 0) -> None:
         super().__init__()
+        channels, hidden_channels = parse_count("channels", channels), parse_count("hidden_channels", hidden_channels)
+        outputs, blocks = parse_count("outputs", outputs), parse_count("blocks", blocks, 0)
         self.conv_in = WeightNormConv2d(channels + parse_context_features(context_features), hidden_channels, 3)
         self.blocks = nn.Sequential(*(_Block(hidden_channels) for _ in range(blocks)))
         self.norm_out, self.conv_out = nn.BatchNorm2d(hidden_channels), WeightNormConv2d(hidden_channels, outputs, 1)
@@ -76,9 +81,13 @@ class ZeroConv2d(nn.Conv2d):
         inputs: channels of x.
         outputs: channels of what is returned.
         context_features: width of the context; 0 for none.
+
+    Raises:
+        ValueError: a size is no whole number, or too small.
     """
 
     def __init__(self, inputs: int, outputs: int, *, context_features: int = 0) -> None:
+        inputs, outputs = parse_count("inputs", inputs), parse_count("outputs", outputs)
         super().__init__(inputs + parse_context_features(context_features), outputs, 3, padding=1)
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
@@ -103,10 +112,15 @@ class ConvNet(nn.Module):
 
     Shape:
         x: [batch, channels, H, W]; context: [batch, context_features]; output: [batch, outputs, H, W].
+
+    Raises:
+        ValueError: a size is no whole number, or too small.
     """
 
     def __init__(self, channels: int, hidden_channels: int, outputs: int, *, context_features: int = 0) -> None:
         super().__init__()
+        channels, hidden_channels = parse_count("channels", channels), parse_count("hidden_channels", hidden_channels)
+        outputs = parse_count("outputs", outputs)
         self.conv_in = nn.Conv2d(channels + parse_context_features(context_features), hidden_channels, 3, padding=1)
         self.conv_mid = nn.Conv2d(hidden_channels, hidden_channels, 1)
         self.conv_out = ZeroConv2d(hidden_channels, outputs)

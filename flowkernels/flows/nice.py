@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 
 from ..layers import MLP, AdditiveCoupling, DiagonalScale, Reshape
-from ..layers._sizes import parse_count, parse_widths
+from ..layers._sizes import parse_count, parse_shape, parse_widths
 from .base import Base, StandardLogistic
-from .flow import Flow, parse_shape
+from .flow import Flow
 
 
 class NICE(Flow):

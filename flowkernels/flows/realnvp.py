@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..layers import MLP, AffineCoupling, FactorOut, FlowBatchNorm, Permute, Reshape, Squeeze
-from ..layers._sizes import parse_count, parse_widths
-from .flow import Flow, parse_shape
+from ..layers._sizes import parse_count, parse_image_shape, parse_shape, parse_widths
+from .flow import Flow
 from .networks import ResNet
 
 
@@ -112,9 +112,6 @@ def _diagonals_first(channels: int) -> list[int]:
 
 
 def _check_sizes(shape: Sequence[int], levels: int) -> None:
-    _, height, width = shape
-    divisor = 2 ** (levels - 1)
-    if height % divisor or width % divisor:
-        raise ValueError(f"shape must have height and width divisible by {divisor} for {levels} levels; got {height} x {width}")
-    if height * width < 2 * divisor**2:
+    _, height, width = parse_image_shape("shape", shape, levels - 1, f"at each of {levels} levels but the last")
+    if height * width < 2 * 4 ** (levels - 1):
         raise ValueError(f"shape must have at least 2 sites at the last of {levels} levels; got {height} x {width}")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .._torch import is_wrapped, unwrapped
 from .._wide import wide
 from ..ops import channel_affine
-from ._sizes import parse_count
+from ._sizes import check_channels, parse_count
 
 
 class ActNorm(nn.Module):
@@ -56,8 +56,7 @@ class ActNorm(nn.Module):
 
     def prepare(self, x: Tensor) -> None:
         """Check x, and initialise from it if this is the first batch in training."""
-        if x.dim() < 2 or x.shape[1] != self.channels:
-            raise ValueError(f"x must have shape [batch, {self.channels}, *sites]; got {list(x.shape)}")
+        check_channels("x", x, self.channels)
         if self.ready:
             return
         if not x.is_floating_point():
@@ -102,7 +101,7 @@ class ActNorm(nn.Module):
             raise RuntimeError(
                 "ActNorm was inverted before it was initialised: pass a batch of data in training mode, or load a checkpoint"
             )
-        self.prepare(z)
+        check_channels("z", z, self.channels)
 
     def _load_from_state_dict(self, *arguments) -> None:
         super()._load_from_state_dict(*arguments)

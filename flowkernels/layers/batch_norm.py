@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .._dtypes import HALF
 from ..ops import channel_affine
 from ..ops.channel_affine.normalize import log_scale_of, normalize_channels, statistics
-from ._sizes import parse_count
+from ._sizes import check_channels, parse_count
 
 
 class FlowBatchNorm(nn.Module):
@@ -75,17 +76,13 @@ class FlowBatchNorm(nn.Module):
         return log_scale_of(self.running_var, self.log_gain, self.eps)
 
     def _check(self, name: str, x: Tensor) -> None:
-        if x.dim() < 2 or x.shape[1] != self.features:
-            raise ValueError(f"{name} must have shape [batch, {self.features}, *sites]; got {list(x.shape)}")
+        check_channels(name, x, self.features)
         dtype = self.running_var.dtype
-        if x.dtype != dtype and (x.dtype not in _HALF or dtype != torch.float32):
+        if x.dtype != dtype and (x.dtype not in HALF or dtype != torch.float32):
             raise ValueError(f"{name} must be {dtype}, like the layer's statistics; got {x.dtype}")
 
     def extra_repr(self) -> str:
         return f"features={self.features}, eps={self.eps}, momentum={self.momentum}, affine={self.bias is not None}"
-
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def evaluation_affines(layers: Sequence[FlowBatchNorm], *, inverse: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,8 @@ from torch import Tensor, nn
 
 from .._torch import kept
 from ..ops import Form, Map, Part, ScaleMap, autoregressive_stack, coupling, parse_part
-from ..ops.scale_map import ScaleKind, parse_form
+from ..ops.scale_map import ScaleKind, parse_form, parse_scale
 from ._coupling_map import UNIT, coupling_map
-
-_SOFTCLIP, _TANH = ScaleMap.softclip(), ScaleMap.exp_tanh(1.0)
 
 
 @kept
@@ -25,6 +23,8 @@ class _Coupling(nn.Module):
 
     def __init__(self, conditioner: nn.Module, part: str) -> None:
         super().__init__()
+        if not callable(conditioner):
+            raise TypeError(f"conditioner must be a module, or something else that can be called; got {conditioner!r}")
         self.conditioner = conditioner
         self.part = parse_part(part)
 
@@ -111,6 +111,7 @@ class AdditiveCoupling(_Coupling):
     Raises:
         ValueError: x has fewer than two channels to split, no sites or no floating-point dtype, or the conditioner returns another
             shape, dtype or device.
+        TypeError: the conditioner cannot be called.
     """
 
     _outputs = ("shift",)
@@ -151,6 +152,7 @@ class AffineCoupling(_Coupling):
     Raises:
         ValueError: scale, form or part is none, or scale takes no scale_parameter; or x has fewer than two channels to split, no sites or
             no floating-point dtype, or the conditioner returns another shape, dtype or device.
+        TypeError: the conditioner cannot be called.
     """
 
     _outputs = ("shift", "raw scale")
@@ -167,16 +169,14 @@ class AffineCoupling(_Coupling):
         interleaved: bool = False,
     ) -> None:
         super().__init__(conditioner, part)
-        if scale is not None and not isinstance(scale, ScaleMap):
-            raise ValueError(f"scale must be a ScaleMap, such as ScaleMap.sigmoid(bias=2.0); got {scale!r}")
-        if scale is not None and scale.kind == ScaleKind.UNIT:
+        self.scale = parse_scale(scale, learned=scale_parameter is not None)
+        if self.scale.kind == ScaleKind.UNIT:
             raise ValueError("scale must not be ScaleMap.unit(): an AdditiveCoupling has no raw scale")
         self.form = parse_form(form)
-        self.scale = scale
         self.interleaved = interleaved
-        if scale_parameter is not None and scale is not None and scale.kind != ScaleKind.EXP_TANH:
-            raise ValueError(f"scale must be an exp_tanh map with a scale_parameter; got {scale!r}")
         if scale_parameter is not None:
+            if self.scale.kind != ScaleKind.EXP_TANH:
+                raise ValueError(f"scale must be an exp_tanh map with a scale_parameter; got {scale!r}")
             initial = torch.as_tensor(scale_parameter, dtype=torch.get_default_dtype())
             scale_parameter = nn.Parameter(torch.atleast_1d(initial).clone())
         self.register_parameter("scale_parameter", scale_parameter)
@@ -184,10 +184,7 @@ class AffineCoupling(_Coupling):
     def as_map(self, x: Tensor, *, inverse: bool) -> Map | None:
         if not self.interleaved:
             return None
-        scale = self.scale
-        if scale is None:
-            scale = _SOFTCLIP if self.scale_parameter is None else _TANH
-        return coupling_map(x, self.part, self.conditioner, scale, self.scale_parameter, self.form, inverse)
+        return coupling_map(x, self.part, self.conditioner, self.scale, self.scale_parameter, self.form, inverse)
 
     def _apply_map(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
         out = self._condition(x, context)
@@ -204,5 +201,4 @@ class AffineCoupling(_Coupling):
         )
 
     def extra_repr(self) -> str:
-        scale = f"scale={self.scale!r}, " if self.scale is not None else ""
-        return f"{super().extra_repr()}, {scale}form={self.form.name.lower()}, interleaved={self.interleaved}"
+        return f"{super().extra_repr()}, scale={self.scale!r}, form={self.form.name.lower()}, interleaved={self.interleaved}"

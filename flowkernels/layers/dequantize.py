@@ -1,11 +1,11 @@
 """From grey levels to unbounded numbers: dequantisation and the logit, with their log-determinants."""
 
 import math
-from numbers import Integral
 
 import torch
 from torch import Generator, Tensor, nn
 
+from ._sizes import parse_count
 from ._zero import zero_logabsdet
 
 
@@ -31,9 +31,7 @@ class Dequantize(nn.Module):
 
     def __init__(self, levels: int = 256) -> None:
         super().__init__()
-        if not isinstance(levels, Integral) or levels < 2:
-            raise ValueError(f"levels must be a whole number of at least 2; got {levels!r}")
-        self.levels = int(levels)
+        self.levels = parse_count("levels", levels, 2)
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         if not x.is_floating_point():

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ._sizes import parse_sizes
+from ._sizes import check_rows, parse_sizes
 from .chain import Chain
 
 
@@ -24,7 +24,7 @@ class FactorOut(nn.Module):
         rest: layers for what is kept; the last of them returns [batch, features].
 
     Raises:
-        ValueError: shape is none, or there are fewer than two channels; or x or z has another shape.
+        ValueError: shape is none, or there are fewer than two channels; or x or z has another shape, or what rest returns.
     """
 
     def __init__(self, shape: Sequence[int], rest: Iterable[nn.Module]) -> None:
@@ -37,14 +37,15 @@ class FactorOut(nn.Module):
         self._left = (self.shape[0] - self._kept, *self.shape[1:])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if x.shape[1:] != self.shape:
-            raise ValueError(f"x must have shape [batch, {', '.join(map(str, self.shape))}]; got {list(x.shape)}")
+        check_rows("x", x, self.shape)
         z, logabsdet = self.rest(x[:, : self._kept], context)
+        rest = math.prod(self.shape) - math.prod(self._left)
+        if z.dim() != 2 or z.shape[1] != rest:
+            raise ValueError(f"the last layer of rest must return flat noise, [batch, {rest}]; got {list(z.shape)}: add a layers.Reshape")
         return torch.cat([x[:, self._kept :].flatten(1), z], 1), logabsdet
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if z.dim() != 2 or z.shape[1] != math.prod(self.shape):
-            raise ValueError(f"z must have shape [batch, {math.prod(self.shape)}]; got {list(z.shape)}")
+        check_rows("z", z, (math.prod(self.shape),))
         size = math.prod(self._left)
         kept, logabsdet = self.rest.inverse(z[:, size:], context)
         return torch.cat([kept, z[:, :size].reshape(z.shape[0], *self._left)], 1), logabsdet

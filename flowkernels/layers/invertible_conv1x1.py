@@ -1,39 +1,21 @@
-"""Invertible 1x1 convolution, its fold with actnorm, and what all such layers of a flow compute in one go."""
+"""Invertible 1x1 convolution, by itself and with the actnorm before it."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Self
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from .._torch import has_global_hooks
-from .._wide import wide
-from ..ops import lu_fold, slogdet, slogdet_inverse
 from ._building import built_on_cpu
 from ._dtype import check_dtype
+from ._fold import Folded, Frozen, compose, fold, freeze_weights, logabsdets_of
 from ._plain import is_plain
-from ._sizes import parse_count
+from ._sizes import check_channels, parse_count
 from ._structure import Structured
 from .actnorm import ActNorm
 
 _Call = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-class Frozen(NamedTuple):
-    """What `freeze` keeps of a layer: its weight, log|det| of it, and its inverse, computed in float64."""
-
-    weight: Tensor
-    logabsdet: Tensor
-    inverse: Tensor
-    versions: tuple[tuple[Tensor, int], ...]  # of the parameters and buffers that this was made of
-
-
-class Folded(NamedTuple):
-    """What `fold` makes of actnorms and convolutions: a matrix for each, in the direction asked for, and log|det| of each, [layers]."""
-
-    weights: Sequence[Tensor]
-    logabsdets: Tensor
 
 
 class InvertibleConv1x1(Structured):
@@ -108,29 +90,29 @@ class InvertibleConv1x1(Structured):
     def weight(self) -> Tensor:
         """W, [channels, channels]."""
         kept = self.kept()
-        return _compose([self]).weights[0] if kept is None else kept.weight
+        return compose([self]).weights[0] if kept is None else kept.weight
 
     def weight_logabsdet(self) -> Tensor:
         """log|det W|, in float32, or float64 for a float64 weight."""
         kept = self.kept()
-        return _logabsdets([self])[0] if kept is None else kept.logabsdet
+        return logabsdets_of([self])[0] if kept is None else kept.logabsdet
 
     def logabsdet_and_inverse(self) -> tuple[Tensor, Tensor]:
         """log|det W| and W^-1, which is computed in float64."""
         kept = self.kept()
         if kept is not None:
             return kept.logabsdet, kept.inverse
-        inverses, logabsdets = _compose([self], inverse=True)
+        inverses, logabsdets = compose([self], inverse=True)
         return -logabsdets[0], inverses[0]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         weight = self.weight()
-        _check(x, weight)
+        _check("x", x, weight)
         return conv1x1(x, weight), _over_sites(self.weight_logabsdet(), x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         logabsdet, inverse = self.logabsdet_and_inverse()
-        _check(z, inverse)
+        _check("z", z, inverse)
         return conv1x1(z, inverse), _over_sites(-logabsdet, z)
 
     def freeze(self) -> Self:
@@ -197,7 +179,7 @@ class ActNormConv1x1(nn.Module):
             return _in_turn(x, self.actnorm, self.conv)
         self.actnorm.prepare(x)
         weight, logabsdet = _number(at, fold([self]) if folded is None else folded)
-        _check(x, weight)
+        _check("x", x, weight)
         return conv1x1(x, weight, before=self.actnorm.bias), _over_sites(logabsdet, x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None, *, folded: Folded | None = None, at: int = 0) -> tuple[Tensor, Tensor]:
@@ -206,7 +188,7 @@ class ActNormConv1x1(nn.Module):
             return _in_turn(z, self.conv.inverse, self.actnorm.inverse)
         self.actnorm.prepare_inverse(z)
         weight, logabsdet = _number(at, fold([self], inverse=True) if folded is None else folded)
-        _check(z, weight)
+        _check("z", z, weight)
         return conv1x1(z, weight, after=-self.actnorm.bias), _over_sites(logabsdet, z)
 
 
@@ -214,32 +196,6 @@ def _in_turn(x: Tensor, first: _Call, second: _Call) -> tuple[Tensor, Tensor]:
     x, a = first(x)
     x, b = second(x)
     return x, a + b
-
-
-def fold(layers: Sequence[ActNormConv1x1], *, inverse: bool = False) -> Folded:
-    """The matrix of each layer, W diag(exp(log_scale)) or its inverse, and log|det| of it.
-
-    What all layers of one size need is computed in one go: a deep Glow has as many factorisations, and as many calls, as it has distinct
-    sizes. An actnorm that is not initialised yet changes what its layer's matrix is.
-    """
-    parts = [layer._modules for layer in layers]  # without a detour: a small flow feels each
-    convs, log_scales = [each["conv"] for each in parts], [each["actnorm"]._parameters["log_scale"] for each in parts]
-    kept = [conv.kept() for conv in convs]
-    groups: dict[tuple, list[int]] = {}
-    for i, conv in enumerate(convs):
-        groups.setdefault((_kind(conv), kept[i] is None), []).append(i)
-    made = []
-    for (_, anew), members in groups.items():
-        scales = [log_scales[i] for i in members]
-        if anew:
-            made.append(_compose([convs[i] for i in members], scales, inverse=inverse))
-        else:
-            made.append(_recall([kept[i] for i in members], scales, inverse=inverse))
-    if len(made) == 1:
-        return made[0]
-    order = [i for members in groups.values() for i in members]
-    weights, logabsdets = (dict(zip(order, [t for each in made for t in each[k]], strict=True)) for k in (0, 1))
-    return Folded([weights[i] for i in range(len(layers))], torch.stack([logabsdets[i] for i in range(len(layers))]))
 
 
 def _number(at: int, folded: Folded) -> tuple[Tensor, Tensor]:
@@ -272,93 +228,6 @@ def conv1x1(x: Tensor, weight: Tensor, *, before: Tensor | None = None, after: T
     return y if after is None else y + after.view((-1,) + (1,) * sites)
 
 
-@torch.inference_mode(False)  # what is kept may be needed by a gradient later
-@torch.no_grad()
-def freeze_weights(layers: Mapping[str, InvertibleConv1x1]) -> None:
-    """Keep the weight of each named layer, its log|det| and its inverse: all weights of one size are inverted in one call, in float64.
-
-    A parametrized layer keeps nothing: what its parameters are made of is for others to watch.
-
-    Raises:
-        ValueError: a weight is singular to the precision of float64; the message names the layer and its condition number.
-    """
-    groups: dict[tuple, list[tuple[str, InvertibleConv1x1]]] = {}
-    for name, layer in layers.items():
-        layer._frozen = None
-        if not is_parametrized(layer):
-            groups.setdefault(_kind(layer)[1:], []).append((name, layer))
-    frozen: list[tuple[InvertibleConv1x1, Frozen]] = []
-    for members in groups.values():
-        versions = [layer._versions() for _, layer in members]  # before the weights: whoever writes meanwhile is noticed later
-        weights = torch.stack([layer.weight() for _, layer in members])
-        exact = wide(weights)
-        _, logabsdets, inverses = slogdet_inverse(exact)
-        # in the 1-norm; what is not a number is not less
-        condition = torch.linalg.matrix_norm(exact, 1) * torch.linalg.matrix_norm(inverses, 1)
-        regular = (condition < 1 / torch.finfo(exact.dtype).eps).tolist()
-        for i, (name, layer) in enumerate(members):
-            if not regular[i]:
-                number = torch.linalg.cond(exact[i]).item() if exact[i].any() else torch.inf  # of a matrix of zeros torch says nan
-                raise ValueError(f"{name} cannot be frozen: its weight is singular, with condition number {number:.1e}")
-            logabsdet = logabsdets[i].to(torch.promote_types(weights.dtype, torch.float32))
-            frozen.append((layer, Frozen(weights[i], logabsdet, inverses[i].to(weights.dtype), versions[i])))
-    for layer, kept in frozen:
-        layer._frozen = kept
-
-
-def _kind(layer: InvertibleConv1x1) -> tuple:
-    """Layers of one kind compute together."""
-    parameter = _tensor(layer, "factors" if layer.parametrization == "lu" else "plain_weight")
-    return layer.parametrization, layer.channels, parameter.dtype, parameter.device
-
-
-def _tensor(layer: InvertibleConv1x1, name: str) -> Tensor:
-    for own in (layer._parameters, layer._buffers):
-        if name in own:
-            return own[name]
-    return getattr(layer, name)  # what parametrizations and pruning make
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
-
-
-def _compose(layers: Sequence[InvertibleConv1x1], log_scales: Sequence[Tensor] = (), *, inverse: bool = False) -> Folded:
-    """W diag(exp(log_scale)) of some layers of one kind, or its inverse, which is computed in float64, in one call."""
-    if layers[0].parametrization == "lu":
-        names = ("factors", "log_diagonal", "sign", "row")
-        weights, logabsdets = lu_fold(*([_tensor(layer, name) for layer in layers] for name in names), log_scales, inverse=inverse)
-        return Folded(weights.unbind(), logabsdets)
-    weights = _stack([layer.plain_weight for layer in layers])
-    if inverse:
-        _, logabsdets, weights = slogdet_inverse(weights, in_float64=True)
-    else:
-        _, logabsdets = slogdet(weights, in_float64=True)
-    return _scaled(weights, logabsdets, log_scales, inverse)
-
-
-def _recall(kept: Sequence[Frozen], log_scales: Sequence[Tensor], *, inverse: bool = False) -> Folded:
-    """The same from what `freeze` keeps."""
-    return _scaled(_stack([k.inverse if inverse else k.weight for k in kept]), _stack([k.logabsdet for k in kept]), log_scales, inverse)
-
-
-def _scaled(weights: Tensor, logabsdets: Tensor, log_scales: Sequence[Tensor], inverse: bool) -> Folded:
-    """weights: of the convolutions, or their inverses. logabsdets: of the convolutions."""
-    if log_scales:
-        scales = _stack(log_scales)
-        weights = weights * (scales.neg().exp()[:, :, None] if inverse else scales.exp()[:, None])
-        logabsdets = logabsdets + scales.to(logabsdets.dtype).sum(1)
-    return Folded(weights.unbind(), logabsdets.neg() if inverse else logabsdets)
-
-
-def _logabsdets(layers: Sequence[InvertibleConv1x1]) -> Tensor:
-    """log|det W| of each of some layers of one kind, [layers]: one call of `ops.slogdet` for all plain weights."""
-    if layers[0].parametrization == "plain":
-        return slogdet(_stack([layer.plain_weight for layer in layers]), in_float64=True)[1]
-    log_diagonal = _stack([layer.log_diagonal for layer in layers])
-    return log_diagonal.to(torch.promote_types(log_diagonal.dtype, torch.float32)).sum(1)
-
-
 def _random_rotation(channels: int) -> Tensor:
     """Uniform over rotations (Mezzadri 2007), in float64."""
     q, r = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
@@ -368,10 +237,9 @@ def _random_rotation(channels: int) -> Tensor:
     return q
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
-    if x.dim() < 2 or x.shape[1] != len(weight):
-        raise ValueError(f"x must have shape [batch, {len(weight)}, *sites]; got {list(x.shape)}")
-    check_dtype(weight, x=x)
+def _check(name: str, x: Tensor, weight: Tensor) -> None:
+    check_channels(name, x, len(weight))
+    check_dtype(weight, **{name: x})
 
 
 def _over_sites(logabsdet: Tensor, x: Tensor) -> Tensor:

@@ -7,20 +7,13 @@ from torch import Tensor, nn
 
 from ..ops import Conditioner, Map, MaskedLayer, ScaleMap, autoregressive, check_conditioner
 from ..ops.activation import Activation, parse_activation
-from ..ops.degrees import hidden_degrees, staircase
-from ..ops.scale_map import Form, parse_form
+from ..ops.degrees import check_rule, hidden_degrees, staircase
+from ..ops.scale_map import Form, parse_form, parse_scale
 from ._building import built_on_cpu
 from ._programs import KeepsPrograms, Step
 from ._sizes import parse_context_features, parse_count, parse_widths
 from ._structure import Structured
 from .masked_linear import MaskedLinear, Unitwise
-
-
-def _checked_scale(scale: ScaleMap | None) -> ScaleMap:
-    if scale is not None and not isinstance(scale, ScaleMap):
-        raise ValueError(f"scale must be a ScaleMap, such as ScaleMap.sigmoid(bias=2.0); got {scale!r}")
-    return ScaleMap.softclip() if scale is None else scale
-
 
 # Shift and raw scale begin at so much of what nn.Linear would give: a new layer is near its form with both at zero, and a flow of several
 # near standard noise. From there training reaches a better likelihood: measured on digits, and on made tables of 16 and 43 features.
@@ -82,9 +75,10 @@ class MaskedAutoregressive(KeepsPrograms, Structured):
         features = parse_count("features", features)
         if residual and len(set(widths)) > 1:
             raise ValueError(f"hidden_features must all be equal with residual=True; got {widths}")
-        parse_context_features(context_features)
+        context_features = parse_context_features(context_features)
         if context_rule not in ("every_output", "all_but_first"):
             raise ValueError(f"context_rule must be 'every_output' or 'all_but_first'; got {context_rule!r}")
+        check_rule("degrees", degrees)
         every_output = context_features > 0 and context_rule == "every_output"
         code = parse_activation(activation)
         draw = lambda units: hidden_degrees(units, features, rule=degrees, context=every_output)
@@ -110,7 +104,7 @@ class MaskedAutoregressive(KeepsPrograms, Structured):
         Raises:
             ValueError: the network is not autoregressive; see `ops.check_conditioner`.
         """
-        check_conditioner(conditioner, _checked_scale(scale))
+        check_conditioner(conditioner, parse_scale(scale))
         last = conditioner.weights[-1]
         if conditioner.order is None:
             conditioner = conditioner._replace(order=torch.arange(last.shape[1] // 2, device=last.device))
@@ -120,7 +114,7 @@ class MaskedAutoregressive(KeepsPrograms, Structured):
         return layer
 
     def _assemble(self, modules: list[nn.Module], network: Conditioner, scale: ScaleMap | None, form: str) -> None:
-        self.scale = _checked_scale(scale)
+        self.scale = parse_scale(scale)
         check_conditioner(network, self.scale)
         self.features = len(network.order)
         self.context_features = network.context_weights[0].shape[0] if network.context_weights else 0

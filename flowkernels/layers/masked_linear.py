@@ -9,6 +9,7 @@ from ..ops import masked_linear
 from ..ops.degrees import check_staircase
 from ..ops.masked_linear.reference import staircase_mask
 from ._context import check_context
+from ._sizes import parse_context_features, parse_count
 from ._structure import Structured
 
 
@@ -27,11 +28,17 @@ class MaskedLinear(Structured):
         context_bias: give the context term a bias of its own, for networks that put an activation between the two.
 
     Raises:
-        ValueError: visible does not ascend, or exceeds the inputs.
+        ValueError: visible does not ascend, or exceeds the inputs; or a size is no whole number, or too small.
+        TypeError: visible is no tensor.
     """
 
     def __init__(self, visible: Tensor, in_features: int, *, context_features: int = 0, context_bias: bool = False) -> None:
         super().__init__()
+        in_features, context_features = parse_count("in_features", in_features, 0), parse_context_features(context_features)
+        if not isinstance(visible, Tensor):
+            raise TypeError(f"visible must be a torch.Tensor, as ops.degrees.staircase makes it; got {type(visible).__name__}")
+        if visible.dim() != 1 or visible.is_floating_point():
+            raise ValueError(f"visible must be of whole numbers, [out_features]; got {visible.dtype}, {list(visible.shape)}")
         out_features = len(visible)
         check_staircase(visible, in_features)
         self.register_integers("visible", visible.to(torch.int32, copy=True))
@@ -71,10 +78,14 @@ class Unitwise(Structured):
     Args:
         units: number of units.
         affine: whether there are weight and bias, as a batch norm in evaluation mode leaves them.
+
+    Raises:
+        ValueError: units is no whole number of at least 1.
     """
 
     def __init__(self, units: int, *, affine: bool = False) -> None:
         super().__init__()
+        units = parse_count("units", units)
         self.register_buffer("visible", torch.arange(1, units + 1, dtype=torch.int32), persistent=False)
         if affine:
             self.weight, self.bias = nn.Parameter(torch.ones(units)), nn.Parameter(torch.zeros(units))

@@ -11,7 +11,7 @@ from .._torch import has_global_hooks
 from ._context import check_context
 from ._dtype import check_dtype
 from ._plain import is_plain
-from ._sizes import parse_context_features, parse_widths
+from ._sizes import parse_context_features, parse_count, parse_widths
 
 
 class Dense(nn.Module):
@@ -59,11 +59,15 @@ class MLP(nn.Module):
 
     Shape:
         x: [batch, features]; context: [batch, context_features]; output: [batch, outputs].
+
+    Raises:
+        ValueError: a size is no whole number, or too small.
     """
 
     def __init__(self, features: int, hidden_features: Sequence[int], outputs: int, *, context_features: int = 0) -> None:
         super().__init__()
-        parse_context_features(context_features)
+        features, outputs = parse_count("features", features), parse_count("outputs", outputs)
+        context_features = parse_context_features(context_features)
         first, *rest = pairwise([features, *parse_widths(hidden_features), outputs])
         self.layers = nn.ModuleList([Dense(*first, context_features=context_features), *(Dense(*widths) for widths in rest)])
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._building import built_on_cpu
-from ._sizes import parse_count
+from ._sizes import check_channels, parse_count
 from ._structure import Structured
 from ._zero import zero_logabsdet
 from .masked_autoregressive import parse_order
@@ -38,13 +38,9 @@ class Permute(Structured):
         return cls(torch.randperm(features, generator=generator, device=device))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._check("x", x)
+        check_channels("x", x, self.features)
         return x[:, self.permutation], zero_logabsdet(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._check("z", z)
+        check_channels("z", z, self.features)
         return z[:, torch.argsort(self.permutation)], zero_logabsdet(z)
-
-    def _check(self, name: str, x: Tensor) -> None:
-        if x.dim() < 2 or x.shape[1] != self.features:
-            raise ValueError(f"{name} must have shape [batch, {self.features}, *sites]; got {list(x.shape)}")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ._sizes import parse_sizes
+from ._sizes import check_rows, parse_sizes
 from ._zero import zero_logabsdet
 
 
@@ -37,6 +37,5 @@ class Reshape(nn.Module):
 
 
 def _reshaped(name: str, value: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
-    if value.shape[1:] != before:
-        raise ValueError(f"{name} must have shape [batch, {', '.join(map(str, before))}]; got {list(value.shape)}")
+    check_rows(name, value, before)
     return value.reshape(value.shape[0], *after)

@@ -5,7 +5,8 @@ from .autoregressive import Conditioner, Map, MaskedLayer, autoregressive, autor
 from .channel_affine import channel_affine
 from .conv_net import conv_net
 from .coupling import Part, coupling, parse_part
-from .glow_step import glow_step, glow_steps
+from .glow_step import glow_step
+from .glow_step.steps import glow_steps
 from .lu import lu_fold, slogdet, slogdet_inverse
 from .masked_linear import masked_linear
 from .scale_map import Form, PoweredMap, ScaleMap

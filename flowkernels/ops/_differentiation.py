@@ -1,12 +1,13 @@
 """Whether a call may go straight to its op, or autograd, torch.func or forward mode has to see it; and what gradients by hand share."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from .._library import library
-from .._torch import forward_mode, is_batched, transform_level, transforms_active
+from .._torch import forward_mode, is_batched, is_vmapped, transform_level, transforms_active
 
 
 def transformed() -> bool:
@@ -32,9 +33,10 @@ library.impl("_each_cotangent", lambda dy, dlogabsdet, job: _jobs[job](dy, dloga
 
 def each_cotangent(op: Callable[..., list[Tensor]], dy: Tensor, dlogabsdet: Tensor, *args) -> list[Tensor]:
     """op(dy, dlogabsdet, *args), also where autograd goes back for several cotangents at once (is_grads_batched,
-    torch.autograd.functional.jacobian with vectorize=True). There it runs an op once for each, if the op takes and returns single tensors.
+    torch.autograd.functional.jacobian with vectorize=True, torch.func.vmap over torch.autograd.grad). There it runs an op once for each, if
+    the op takes and returns single tensors.
     """
-    if torch.compiler.is_compiling() or not any(map(is_batched, (dy, dlogabsdet))):
+    if torch.compiler.is_compiling() or not any([is_batched(t) or is_vmapped(t) for t in (dy, dlogabsdet)]):
         return op(dy, dlogabsdet, *args)
     shapes: list[torch.Size] = []
 
@@ -73,6 +75,10 @@ def vmap_one_by_one(op: Callable, info, in_dims: Sequence[int | None], *args) ->
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
     return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+_one_by_one = functools.partial(vmap_one_by_one, torch.ops.flowkernels._each_cotangent.default)
+torch.library.register_vmap("flowkernels::_each_cotangent", _one_by_one, lib=library)
 
 
 def pulled_back(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor], **options) -> list[Tensor]:

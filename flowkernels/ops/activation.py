@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Activation", "apply_activation", "parse_activation"]
+__all__ = ["DERIVED_FROM_SUM", "Activation", "apply_activation", "parse_activation"]
 
 
 class Activation(enum.IntEnum):
@@ -24,6 +24,8 @@ class Activation(enum.IntEnum):
     SOFTPLUS = 7
     SIGMOID = 8
 
+
+DERIVED_FROM_SUM = (Activation.GELU, Activation.SILU)  # the others' derivatives can be taken from their values
 
 _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.IDENTITY: lambda x: x,

@@ -29,8 +29,7 @@ def hidden_degrees(
     Returns:
         Degrees between 0 and features - 1, int64 [units], ascending.
     """
-    if rule not in ("even", "cycling", "random"):
-        raise ValueError(f"rule must be 'even', 'cycling' or 'random'; got {rule!r}")
+    check_rule("rule", rule)
     top = features - 1
     if top == 0:
         return torch.zeros(units, dtype=torch.int64)
@@ -46,6 +45,12 @@ def hidden_degrees(
     else:
         spread = 1 + torch.arange(rest) * top // max(rest, 1)
     return torch.cat([torch.zeros(free, dtype=torch.int64), spread])
+
+
+def check_rule(name: str, rule: str) -> None:
+    """Raises ValueError where it is no rule of `hidden_degrees`."""
+    if rule not in ("even", "cycling", "random"):
+        raise ValueError(f"{name} must be 'even', 'cycling' or 'random'; got {rule!r}")
 
 
 def staircase(below: Tensor, above: Tensor, *, strict: bool) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Form", "PoweredMap", "ScaleKind", "ScaleMap", "apply_form", "invert_form", "parse_form"]
+__all__ = ["Form", "PoweredMap", "ScaleKind", "ScaleMap", "apply_form", "default_scale", "invert_form", "parse_form", "parse_scale"]
 
 _LEAST_FLOOR = 2e-38
 _SOFTPLUS_THRESHOLD = 40.0  # torch's own 20 is visible in float64
@@ -312,6 +312,30 @@ class Form(enum.IntEnum):
     SHIFT_SCALE = 1
     DIVIDE = 2
     GATE = 3
+
+
+_SOFTCLIP, _TANH = ScaleMap.softclip(), ScaleMap.exp_tanh(1.0)
+
+
+def default_scale(*, learned: bool = False) -> ScaleMap:
+    """The scale map where none is named; learned: under a scale parameter."""
+    # for a compiler from literals: where shapes are dynamic, it takes the numbers of a global for variables, and loses them
+    if torch.compiler.is_compiling():
+        return ScaleMap(ScaleKind.EXP_TANH, (1.0, 1.0)) if learned else ScaleMap(ScaleKind.SOFTCLIP, (1e-3,))
+    return _TANH if learned else _SOFTCLIP
+
+
+def parse_scale(scale: ScaleMap | None, *, learned: bool = False) -> ScaleMap:
+    """The scale map, or the default one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if scale is None:
+        return default_scale(learned=learned)
+    if not isinstance(scale, ScaleMap):
+        raise ValueError(f"scale must be a ScaleMap, such as ScaleMap.sigmoid(bias=2.0); got {scale!r}")
+    return scale
 
 
 _FORMS = {form.name.lower(): form for form in Form}

@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from .._wide import wide
 from ..data import Split
 from ..flows import Flow
 from ..layers import FlowBatchNorm, InvertibleConv1x1
+from ..layers._sizes import parse_count
 from .model import DataModel, rows_in_flight
 
 VALIDATION_DRAWS = 3  # fixed dequantisations of the held-out images
@@ -43,9 +43,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 1), ("batch_size", 2), ("patience", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or value < low:
-                raise ValueError(f"{name} must be a whole number of at least {low}; got {value!r}")
+            parse_count(name, getattr(self, name), low)
         for name in ("learning_rate", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")

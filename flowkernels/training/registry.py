@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import ScaleMap
 from ..flows import IAF, MAF, NICE, Base, Flow, Glow, RealNVP, StandardLogistic, StandardNormal
-from ..flows.flow import parse_shape
+from ..layers._sizes import parse_shape
 from ..ops import Activation
 from .loop import TrainingSettings
 

@@ -130,3 +130,4 @@ def test_many_models_as_one(make):
 def test_numbers_of_numpy():
     for flow in (MAF, IAF, NICE, RealNVP):
         assert flow(np.int64(4), hidden_features=(np.int64(8),)).shape == (4,)
+        assert type(flow(4, hidden_features=(8,), context_features=np.int64(2)).context_features) is int

@@ -219,7 +219,10 @@ def test_standard_logistic_has_its_density_and_its_samples():
         (lambda: NICE((4, 4)), r"shape must be a number of features or \(C, H, W\), whole numbers of at least 1; got \(4, 4\)"),
         (lambda: NICE(4, hidden_features=()), r"hidden_features must be widths, whole numbers of at least 1; got \(\)"),
         (lambda: RealNVP(1), "shape must have at least 2 features to split; got 1"),
-        (lambda: RealNVP((3, 6, 6), levels=3), "height and width divisible by 4 for 3 levels; got 6 x 6"),
+        (
+            lambda: RealNVP((3, 6, 6), levels=3),
+            "at each of 3 levels but the last; got 6 x 6: these can be halved once",
+        ),
         (lambda: RealNVP((3, 2, 2), levels=2), "at least 2 sites at the last of 2 levels; got 2 x 2"),
         (lambda: RealNVP((3, 8, 8), blocks=0), "blocks must be a whole number of at least 1; got 0"),
         (lambda: RealNVP(4, hidden_features=(3,)).log_prob(torch.zeros(2, 5)), r"x must have shape \[batch, 4\]; got \[2, 5\]"),

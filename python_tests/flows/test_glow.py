@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from flowkernels.flows import Glow
-from flowkernels.layers import ActNorm, InvertibleConv1x1, invertible_conv1x1
+from flowkernels.layers import ActNorm, ActNormConv1x1, InvertibleConv1x1, _fold
 
 SMALL = {"levels": 2, "steps": 2, "hidden_channels": 5}
 CASES = {
@@ -101,8 +102,8 @@ class TestGlow:
             z, logabsdet = flow(x, context)
             want = flow.inverse(z, context)
             flow.freeze()
-            monkeypatch.setattr(invertible_conv1x1, "slogdet", None)
-            monkeypatch.setattr(invertible_conv1x1, "slogdet_inverse", None)
+            monkeypatch.setattr(_fold, "slogdet", None)
+            monkeypatch.setattr(_fold, "slogdet_inverse", None)
             torch.testing.assert_close(flow(x, context), (z, logabsdet))
             torch.testing.assert_close(flow.inverse(z, context), want)
 
@@ -113,7 +114,7 @@ def test_the_first_batch_initialises_every_actnorm():
     x = torch.randn(300, *SHAPE) * 5 - 3
     outputs = []
     for module in flow.modules():
-        if isinstance(module, invertible_conv1x1.ActNormConv1x1):
+        if isinstance(module, ActNormConv1x1):
             module.register_forward_pre_hook(lambda m, args: outputs.append((m.actnorm, args[0])))
     with pytest.raises(RuntimeError, match="before it was initialised"):
         flow.eval().log_prob(x)
@@ -225,8 +226,8 @@ def test_both_parametrisations_of_equal_weights_have_equal_likelihoods():
 def test_as_many_factorisations_as_there_are_sizes(monkeypatch, inverse):
     flow = initialised((1, 8, 8), levels=3, steps=32, hidden_channels=2, parametrization="plain", by=0.01).eval()
     name, shapes = "slogdet_inverse" if inverse else "slogdet", []
-    computed = getattr(invertible_conv1x1, name)
-    monkeypatch.setattr(invertible_conv1x1, name, lambda w, **options: shapes.append(tuple(w.shape)) or computed(w, **options))
+    computed = getattr(_fold, name)
+    monkeypatch.setattr(_fold, name, lambda w, **options: shapes.append(tuple(w.shape)) or computed(w, **options))
     with torch.no_grad():
         flow.sample(2) if inverse else flow.log_prob(torch.randn(2, 1, 8, 8))
     assert sorted(shapes) == [(32, 4, 4), (32, 8, 8), (32, 16, 16)]
@@ -258,7 +259,13 @@ def test_compiles_without_graph_breaks():
             "divisible by 8, to be halved at each of 3 levels; got 28 x 24: these can be halved 2 times",
         ),
         (lambda: Glow((1, 7, 8), levels=1, steps=1), "divisible by 2, to be halved at each of 1 levels; got 7 x 8: these cannot be halved"),
-        (lambda: Glow(64, levels=1, steps=1), r"image_shape must be \(C, H, W\), each at least 1; got 64"),
+        *(
+            (
+                partial(Glow, shape, levels=1, steps=1),
+                rf"^image_shape must be \(C, H, W\), each a whole number of at least 1; got {re.escape(repr(shape))}$",
+            )
+            for shape in (64, None, (8, 8), (1, 0, 8), (1.5, 8, 8), (3, 8.0, 8), (True, 8, 8), ("3", 8, 8), "388")
+        ),
         (lambda: Glow((1, 8, 8), levels=0, steps=1), "levels must be a whole number of at least 1; got 0"),
         (lambda: Glow((1, 8, 8), levels=1, steps=0), "steps must be a whole number of at least 1; got 0"),
         (lambda: Glow((1, 8, 8), levels=1, steps=1, hidden_channels=0), "hidden_channels must be a whole number of at least 1; got 0"),

@@ -10,19 +10,23 @@ import torch
 from torch import nn
 
 from flowkernels import ops
-from flowkernels.flows import IAF, MAF, NICE, Flow, Glow, RealNVP, StandardLogistic, StandardNormal
+from flowkernels.flows import IAF, MAF, NICE, ConvNet, Flow, Glow, RealNVP, ResNet, StandardLogistic, StandardNormal, ZeroConv2d
 from flowkernels.layers import (
+    MLP,
+    AdditiveCoupling,
     AffineCoupling,
     Dequantize,
     DiagonalScale,
     FactorOut,
     FlowBatchNorm,
+    Inverse,
     InvertibleConv1x1,
     MaskedAutoregressive,
     MaskedLinear,
     Permute,
     Reshape,
     Squeeze,
+    Unitwise,
 )
 from flowkernels.ops.autoregressive import training
 from python_tests.battery import assert_same_bits
@@ -113,8 +117,30 @@ def test_a_vectorized_hessian(flow):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: MAF(4, context_features=True), "context_features must be a whole number of at least 0; got True"),
+        (lambda: NICE(4, context_features=False), "context_features must be a whole number of at least 0; got False"),
+        (lambda: NICE((True, 4, 4)), r"shape must be a number of features or .*; got \(True, 4, 4\)"),
+        (lambda: NICE(True), "shape must be a number of features or .*; got True"),
+        (lambda: MAF(4, hidden_features=(8, True)), r"hidden_features must be widths, whole numbers of at least 1; got \(8, True\)"),
+        (lambda: MAF(4, hidden_features=None), r"hidden_features must be widths, whole numbers of at least 1; got \(None,\)"),
         (lambda: MAF(3, transforms=2.5), "transforms must be a whole number of at least 1; got 2.5"),
         (lambda: Glow((1, 8, 8), levels=1, steps=1, hidden_channels="8"), "hidden_channels must be a whole number of at least 1; got '8'"),
+        (lambda: MLP(0, (8,), 4), "features must be a whole number of at least 1; got 0"),
+        (lambda: MLP(2, (8,), 0), "outputs must be a whole number of at least 1; got 0"),
+        (lambda: ResNet(0, 8, 4, 1), "channels must be a whole number of at least 1; got 0"),
+        (lambda: ResNet(2, 0, 4, 1), "hidden_channels must be a whole number of at least 1; got 0"),
+        (lambda: ResNet(2, 8, 0, 1), "outputs must be a whole number of at least 1; got 0"),
+        (lambda: ResNet(2, 8, 4, -1), "blocks must be a whole number of at least 0; got -1"),
+        (lambda: ConvNet(0, 8, 4), "channels must be a whole number of at least 1; got 0"),
+        (lambda: ConvNet(1, 0, 4), "hidden_channels must be a whole number of at least 1; got 0"),
+        (lambda: ConvNet(1, 8, 0), "outputs must be a whole number of at least 1; got 0"),
+        (lambda: ZeroConv2d(0, 4), "inputs must be a whole number of at least 1; got 0"),
+        (lambda: ZeroConv2d(4, 0), "outputs must be a whole number of at least 1; got 0"),
+        (lambda: Unitwise(1.5), "units must be a whole number of at least 1; got 1.5"),
+        (lambda: masked(2.5), "context_features must be a whole number of at least 0; got 2.5"),
+        (lambda: MaskedLinear(torch.tensor([1, 2]), 2.5), "in_features must be a whole number of at least 0; got 2.5"),
+        (lambda: MaskedLinear(torch.tensor([0.5, 1.5]), 2), r"visible must be of whole numbers, .*; got torch.float32, \[2\]"),
+        (lambda: MaskedLinear(torch.tensor([[1, 2]]), 2), r"visible must be of whole numbers, .*; got torch.int64, \[1, 2\]"),
         (lambda: Permute([0, 1, 1]), r"permutation must be a permutation of 0..2; got \[0, 1, 1\]"),
         (lambda: Permute(torch.tensor([0.0, 1.0, 2.9])), "permutation must be a permutation of 0..2"),
         (lambda: masked()(torch.randn(2, 3)), r"context is missing: the network takes \[batch, 2\]"),
@@ -134,6 +160,22 @@ def test_what_is_no_tensor_is_refused(method):
         getattr(flow, method)(np.zeros((4, 3), np.float32), torch.zeros(4, 2))
     with pytest.raises(TypeError, match=r"context must be a torch.Tensor; got builtins.list"):
         getattr(flow, method)(torch.zeros(4, 3), [[0.0, 0.0]] * 4)
+    with pytest.raises(TypeError, match=r"value must be a torch.Tensor; got builtins.list"):
+        flow.distribution(torch.zeros(2)).log_prob([[0.0, 0.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AffineCoupling(None), "conditioner must be a module, or something else that can be called; got None"),
+        (lambda: AdditiveCoupling("mlp"), "conditioner must be a module, or something else that can be called; got 'mlp'"),
+        (lambda: Inverse(nn.Linear(2, 2)), r"layer must have forward\(x, context\) and inverse\(z, context\), .*; got Linear"),
+        (lambda: MaskedLinear([1, 2], 3), "visible must be a torch.Tensor, .*; got list"),
+    ],
+)
+def test_what_is_no_layer_or_network_is_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
 def masked(context_features: int = 2) -> MaskedLinear:
@@ -358,6 +400,7 @@ def test_distributions_take_more_batch_dimensions():
         ),
         (lambda: Dequantize(2.5), "levels must be a whole number of at least 2; got 2.5"),
         (lambda: Permute("descending", 3.5), "features must be a whole number of at least 1; got 3.5"),
+        (lambda: Reshape((3,), (3, True)), r"after must be a shape, such as .*; got \(3, True\)"),
         (lambda: Reshape(3, (3,)), "before must be a shape, such as"),
         (lambda: FactorOut(4, [DiagonalScale(2)]), "shape must be a shape, such as"),
     ],

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from flowkernels.layers import ActNorm
+from flowkernels.layers import ActNorm, ActNormConv1x1
 
 
 def data(*shape, dtype=torch.float32):
@@ -138,6 +138,14 @@ def test_statistics_are_those_of_all_ranks():
 def test_wrong_use_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("kind", [ActNorm, ActNormConv1x1])
+def test_noise_of_other_channels_is_named(kind):
+    layer = kind(3)
+    layer(torch.randn(8, 3))
+    with pytest.raises(ValueError, match=r"^z must have shape \[batch, 3, \*sites\]; got \[2, 4\]"):
+        layer.inverse(torch.zeros(2, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -262,6 +262,12 @@ def test_a_part_form_or_map_that_does_not_exist(options, message):
         AffineCoupling(nn.Identity(), **options)
 
 
+def test_the_map_is_known_where_none_was_named():
+    plain, learned = AffineCoupling(nn.Identity()), AffineCoupling(nn.Identity(), scale_parameter=0.5)
+    assert plain.scale == ScaleMap.softclip() and learned.scale == ScaleMap.exp_tanh(1.0)
+    assert "scale=ScaleMap.softclip(slope=0.001)" in repr(plain)
+
+
 def test_a_fake_call_leaves_nothing_behind():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

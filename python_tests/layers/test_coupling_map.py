@@ -22,6 +22,7 @@ from flowkernels.layers import (
     Permute,
     Reshape,
 )
+from flowkernels.layers.mlp import Dense
 from flowkernels.ops import parse_part
 
 KINDS = {
@@ -304,9 +305,15 @@ def test_a_tensor_in_the_place_of_a_parameter():  # `len(parameters) < 3` droppe
 @pytest.mark.parametrize("part", ["even", "odd"])
 def test_one_feature_cannot_be_split(part):
     transformed = 1 if part == "even" else 0
+
+    def network(outputs: int) -> MLP:  # which reads as many features as pass, and none is a number here
+        mlp = MLP(1, (4,), 1)
+        mlp.layers = nn.ModuleList([Dense(1 - transformed, 4), Dense(4, outputs)])
+        return mlp
+
     for layer in (
-        AdditiveCoupling(MLP(1 - transformed, (4,), transformed), part=part),
-        AffineCoupling(MLP(1 - transformed, (4,), 2 * transformed), part=part, interleaved=True),
+        AdditiveCoupling(network(transformed), part=part),
+        AffineCoupling(network(2 * transformed), part=part, interleaved=True),
     ):
         with pytest.raises(ValueError, match="x must have at least 2 channels"):
             layer(torch.randn(3, 1))

@@ -218,6 +218,10 @@ class TestFlowBatchNorm:
         (lambda: FactorOut((1, 4, 4), [nn.Identity()]), r"at least 2 channels, of which half leaves; got \(1, 4, 4\)"),
         (lambda: FactorOut((4,), [DiagonalScale(2)])(torch.zeros(2, 5)), r"x must have shape \[batch, 4\]; got \[2, 5\]"),
         (lambda: FactorOut((4,), [DiagonalScale(2)]).inverse(torch.zeros(2, 5)), r"z must have shape \[batch, 4\]; got \[2, 5\]"),
+        (
+            lambda: FactorOut((4, 2, 2), [Permute([1, 0])])(torch.zeros(3, 4, 2, 2)),
+            r"the last layer of rest must return flat noise, \[batch, 8\]; got \[3, 2, 2, 2\]: add a layers.Reshape",
+        ),
         (lambda: Chain([]), "layers must hold at least one layer; got none"),
         (lambda: Dequantize(1), "levels must be a whole number of at least 2; got 1"),
         (lambda: Logit(0.5), "alpha must be at least 0 and less than 0.5; got 0.5"),

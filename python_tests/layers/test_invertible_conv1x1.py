@@ -6,7 +6,8 @@ import torch
 
 from flowkernels.flows import Flow, Glow
 from flowkernels.layers import ActNormConv1x1, InvertibleConv1x1
-from flowkernels.layers.invertible_conv1x1 import conv1x1, fold
+from flowkernels.layers._fold import fold
+from flowkernels.layers.invertible_conv1x1 import conv1x1
 from flowkernels.ops import slogdet_inverse
 
 PARAMETRIZATIONS = ["lu", "plain"]
@@ -116,7 +117,7 @@ def test_lu_form_keeps_permutation_and_signs():
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_many_layers_are_folded_in_one_call_for_each_size(monkeypatch, inverse):
-    from flowkernels.layers import invertible_conv1x1 as module
+    from flowkernels.layers import _fold as module
 
     layers = [make(ActNormConv1x1, c, p) for c, p in [(4, "plain"), (6, "plain"), (4, "lu"), (4, "plain"), (6, "plain"), (4, "lu")]]
     x = [torch.randn(2, layer.actnorm.channels, 3, dtype=torch.float64) for layer in layers]
@@ -169,7 +170,7 @@ class TestFreeze:
             assert all(layer.kept() is not None for layer in flow.layers)
 
     def test_one_call_inverts_all_weights_of_one_size(self, monkeypatch):
-        from flowkernels.layers import invertible_conv1x1 as module
+        from flowkernels.layers import _fold as module
 
         shapes, original = [], module.slogdet_inverse
         monkeypatch.setattr(module, "slogdet_inverse", lambda w, **o: (shapes.append((tuple(w.shape), w.dtype)), original(w, **o))[1])
@@ -262,7 +263,7 @@ def test_compiles_without_graph_breaks(kind):
         (lambda: InvertibleConv1x1(0), "channels must be a whole number of at least 1; got 0"),
         (lambda: InvertibleConv1x1(4, parametrization="qr"), "parametrization must be 'lu' or 'plain'; got 'qr'"),
         (lambda: InvertibleConv1x1(4)(torch.zeros(2, 5, 3)), r"x must have shape \[batch, 4, \*sites\]; got \[2, 5, 3\]"),
-        (lambda: InvertibleConv1x1(4).inverse(torch.zeros(4)), r"x must have shape \[batch, 4, \*sites\]; got \[4\]"),
+        (lambda: InvertibleConv1x1(4).inverse(torch.zeros(4)), r"z must have shape \[batch, 4, \*sites\]; got \[4\]"),
         (lambda: ActNormConv1x1(4)(torch.zeros(2, 5)), r"x must have shape \[batch, 4, \*sites\]; got \[2, 5\]"),
     ],
 )
@@ -282,7 +283,7 @@ def test_a_weight_frozen_in_inference_mode_serves_gradients():
 
 
 def test_a_write_while_the_weight_is_frozen_is_noticed(monkeypatch):
-    from flowkernels.layers import invertible_conv1x1
+    from flowkernels.layers import _fold
 
     layer, z = InvertibleConv1x1(3), torch.randn(5, 3)
 
@@ -291,7 +292,7 @@ def test_a_write_while_the_weight_is_frozen_is_noticed(monkeypatch):
             layer.log_diagonal.add_(0.5)
         return slogdet_inverse(*args, **options)
 
-    monkeypatch.setattr(invertible_conv1x1, "slogdet_inverse", meanwhile)
+    monkeypatch.setattr(_fold, "slogdet_inverse", meanwhile)
     layer.eval().freeze()
     with torch.no_grad():
         torch.testing.assert_close(layer.inverse(z), copy.deepcopy(layer).train().inverse(z))

@@ -226,7 +226,7 @@ class TestFlowBatchNorm:
         ({"order": [0, 1, 1]}, r"order must be a permutation of 0..2; got \[0, 1, 1\]"),
         ({"hidden_features": (4, 5), "residual": True}, r"hidden_features must all be equal with residual=True; got \(4, 5\)"),
         ({"context_rule": "none"}, "context_rule must be 'every_output' or 'all_but_first'; got 'none'"),
-        ({"degrees": "odd"}, "rule must be 'even', 'cycling' or 'random'; got 'odd'"),
+        ({"degrees": "odd"}, "^degrees must be 'even', 'cycling' or 'random'; got 'odd'"),
         ({"activation": "swoosh"}, "swoosh"),
         ({"form": "affine"}, "affine"),
     ],

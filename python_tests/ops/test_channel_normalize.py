@@ -121,6 +121,23 @@ def test_compiles_without_graph_breaks(dynamic):
     torch.testing.assert_close(results(compiled, *arguments), results(normalize, *arguments))
 
 
+def test_statistics_have_no_gradient():
+    x, log_gain, bias = example((6, 2, 3))
+    of_statistics = lambda x: normalize(x, log_gain, bias)[2:]
+    assert not any(t.requires_grad for t in of_statistics(x.requires_grad_()))
+    for tangents in (torch.func.jvp(of_statistics, (x,), (x,))[1], torch.func.jacrev(of_statistics)(x)):
+        assert all(torch.equal(t, torch.zeros_like(t)) for t in tangents)
+
+
+def test_many_cotangents_at_once():
+    inputs = with_grad(example((6, 2, 3)))
+    outputs = normalize(*inputs)[:2]
+    cotangents = [torch.stack([torch.full_like(o, k).cumsum(0) for k in range(3)]) for o in outputs]
+    pull = lambda *v: torch.autograd.grad(outputs, inputs, v, retain_graph=True)
+    want = tuple(map(torch.stack, zip(*map(pull, *cotangents), strict=True)))
+    torch.testing.assert_close(torch.func.vmap(pull)(*cotangents), want)
+
+
 def test_batches_are_apart_under_vmap():
     x, log_gain, bias = example((6, 2, 3), torch.float64)
     batches = x.view(2, 3, 2, 3)

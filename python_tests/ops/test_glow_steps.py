@@ -295,9 +295,9 @@ def test_a_failure_of_the_kernel_is_not_passed_over(monkeypatch, grad):
     def broken(*_):
         raise RuntimeError("the kernel failed")
 
-    module = sys.modules["flowkernels.ops.glow_step"]
+    module = sys.modules["flowkernels.ops.glow_step.steps"]
     monkeypatch.setattr(module, "_glow_steps", broken)
-    monkeypatch.setattr(module, "_glow_steps_training", broken)
+    monkeypatch.setattr(module, "_training", broken)
     x, _ = images(3, 4, 4, 6)
     networks, weights, biases = parted([t for s in level(6, 8, 2, 0) for t in s])
     with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="the kernel failed"):

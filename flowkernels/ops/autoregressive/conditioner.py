@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..activation import Activation
 from ..degrees import check_staircase
-from ..scale_map import PoweredMap, ScaleKind, ScaleMap
+from ..scale_map import PoweredMap, ScaleKind, ScaleMap, default_scale
 
 
 class MaskedLayer(NamedTuple):
@@ -66,6 +66,14 @@ class Wiring(NamedTuple):
         source = number if layer.source is None else layer.source
         activation = layer.context_activation if use else Activation.IDENTITY
         return cls(source, -1 if layer.residual is None else layer.residual, use, activation)
+
+    @classmethod
+    def each(cls, wiring: Sequence[int]) -> "list[Wiring]":
+        """Of the layers whose numbers stand one after the other in `wiring`."""
+        return [cls(*wiring[i : i + WIRING]) for i in range(0, len(wiring), WIRING)]
+
+
+WIRING = len(Wiring._fields)  # numbers to a layer
 
 
 class Conditioner(NamedTuple):
@@ -140,13 +148,13 @@ class Conditioner(NamedTuple):
     @property
     def layers(self) -> list[MaskedLayer]:
         weights, biases = iter(self.context_weights), iter(self.context_biases)
-        layers = []
+        layers, wired = [], Wiring.each(self.wiring)
         parts = zip(self.weights, self.biases, self.visible, self.activations, strict=True)
         for number, (weight, bias, visible, activation) in enumerate(parts):
             alone = weight.dim() == 1 and not weight.numel()
             layer = MaskedLayer(None if alone else weight, None if alone else bias, visible, Activation(activation))
-            if self.wiring:
-                source, residual, use, context_activation = Wiring(*self.wiring[4 * number : 4 * number + 4])
+            if wired:
+                source, residual, use, context_activation = wired[number]
                 layer = layer._replace(source=source, residual=None if residual < 0 else residual, gate=use == ContextUse.GATE)
                 layer = layer._replace(context_activation=Activation(context_activation))
             else:
@@ -185,7 +193,7 @@ def check_conditioner(conditioner: Conditioner, scale: ScaleMap | None = None) -
         ValueError: shapes do not fit, a staircase does not ascend or leaves its inputs, order is not a permutation, or an
             output depends on itself or on a later feature (the message says which).
     """
-    takes = [use for use in conditioner.wiring[2::4] if use != ContextUse.NONE]
+    takes = [layer for layer in Wiring.each(conditioner.wiring) if layer.context != ContextUse.NONE]
     allowed = [len(takes)] if conditioner.wiring else [0, 1, len(conditioner.weights)]
     if len(conditioner.context_weights) not in allowed:
         raise ValueError(
@@ -214,7 +222,7 @@ def check_conditioner(conditioner: Conditioner, scale: ScaleMap | None = None) -
         widths.append(len(visible))
         staircases.append(visible)
         reads.append((source, residual))
-    scale = ScaleMap.softclip() if scale is None else scale
+    scale = default_scale() if scale is None else scale
     if conditioner.order is None and scale.kind != ScaleKind.UNIT and widths[-1] != 2 * features:
         raise ValueError(f"the last layer must have {2 * features} outputs, shift and raw scale of {features} features; got {widths[-1]}")
     passing = conditioner.passing(scale)

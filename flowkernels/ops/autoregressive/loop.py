@@ -1,6 +1,6 @@
 """The bare ops of the loop, which neither check nor record a gradient: one map, and several one after another."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..._library import library, register_fake
 from ..scale_map import Form, PoweredMap, ScaleMap
-from .conditioner import Conditioner
+from .conditioner import WIRING, Conditioner
 from .reference import autoregressive_reference
 
 library.define(
@@ -24,7 +24,26 @@ library.define(
 )
 _autoregressive = torch.ops.flowkernels.autoregressive.default
 stack_op = torch.ops.flowkernels.autoregressive_stack.default
-NUMBERS = 8  # of `stages`, to a map; the last is whether it is an inverse
+
+
+class MapNumbers(NamedTuple):
+    """What `stages` has of one map: MapNumbers in csrc/stack_lists.h."""
+
+    layers: int
+    contexts: int
+    context_biases: int  # whether each of the context weights has one
+    wired: int
+    scale_kind: int
+    form: int
+    bfloat16_weights: int  # whether a GPU rounds the matrices
+    inverse: int
+
+
+NUMBERS = len(MapNumbers._fields)
+
+
+def begins_with_inverse(stages: Sequence[int]) -> bool:
+    return bool(MapNumbers(*stages[:NUMBERS]).inverse)
 
 
 def _composite(
@@ -84,8 +103,7 @@ class Map(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """The maps as the op takes them, list after list. `stages` has for each map: layers, context weights, whether they have biases,
-    whether the network is wired, scale map, form, whether a GPU rounds its matrices to bfloat16, inverse."""
+    """The maps as the op takes them, list after list; in `stages` stand the `MapNumbers` of each."""
 
     weights: list[Tensor]
     biases: list[Tensor]
@@ -112,9 +130,8 @@ class Lists(NamedTuple):
             lists.affines.append(none if affine is None else affine)
             lists.activations.extend(activations)
             lists.wiring.extend(wiring)
-            contexts = len(context_weights)
-            sizes = len(weights), contexts, len(context_biases) > 0, len(wiring) > 0
-            lists.stages.extend((*sizes, int(scale.kind), int(form), bfloat16_weights, inverse))
+            sizes = len(weights), len(context_weights), len(context_biases) > 0, len(wiring) > 0
+            lists.stages.extend(MapNumbers(*sizes, int(scale.kind), int(form), bfloat16_weights, inverse))
             lists.scales.extend(scale.packed)
         return lists
 
@@ -133,34 +150,47 @@ class Lists(NamedTuple):
 
         maps = []
         for order, affine in zip(self.orders, self.affines, strict=True):
-            layers, contexts, biased, wired, kind, form, _, inverse = take("stages", NUMBERS)
+            numbers = MapNumbers(*take("stages", NUMBERS))
             conditioner = Conditioner(
-                take("weights", layers),
-                take("biases", layers),
-                take("visible", layers),
-                take("activations", layers),
-                take("context_weights", contexts),
+                take("weights", numbers.layers),
+                take("biases", numbers.layers),
+                take("visible", numbers.layers),
+                take("activations", numbers.layers),
+                take("context_weights", numbers.contexts),
                 order,
-                take("wiring", 4 * layers * wired),
-                take("context_biases", contexts * biased),
+                take("wiring", WIRING * numbers.layers if numbers.wired else 0),
+                take("context_biases", numbers.contexts if numbers.context_biases else 0),
             )
-            scale = ScaleMap.from_packed(kind, *take("scales", 2))
-            maps.append(Map(conditioner, scale, Form(form), bool(inverse), affine if affine.numel() else None))
+            scale = ScaleMap.from_packed(numbers.scale_kind, *take("scales", 2))
+            maps.append(Map(conditioner, scale, Form(numbers.form), bool(numbers.inverse), affine if affine.numel() else None))
         return maps
 
 
-def moved(x: Tensor, affine: Tensor | None) -> Tensor:
-    return x if affine is None or not affine.numel() else ((x + affine[0]) * affine[1] + affine[2]).to(x.dtype)
+def in_turn(
+    x: Tensor, context: Tensor | None, maps: Sequence[Map], run: Callable[[Tensor, Tensor | None, Map], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Maps one after another, each by `run` of what the affine map before it gives; the sum of their log|det|s. A map that takes no
+    context is not given it."""
+    total = None
+    for m in maps:
+        own = context if m.conditioner.context_weights else None
+        if m.affine is not None:
+            x = ((x + m.affine[0]) * m.affine[1] + m.affine[2]).to(x.dtype)
+        x, logabsdet = run(x, own, m)
+        total = logabsdet if total is None else total + logabsdet
+    return x, total
 
 
 def _composite_stack(x: Tensor, context: Tensor | None, *lists_and_keep) -> tuple[Tensor, Tensor, Tensor]:
     *lists, keep = lists_and_keep
-    total, outputs = None, []
-    for conditioner, scale, form, inverse, affine in Lists(*lists).maps():
-        own = context if conditioner.context_weights else None
-        x, logabsdet = autoregressive_op(moved(x, affine), own, conditioner, scale, form, inverse)
-        total = logabsdet if total is None else total + logabsdet
-        outputs.append(x)
+    outputs = []
+
+    def run(x: Tensor, own: Tensor | None, m: Map) -> tuple[Tensor, Tensor]:
+        y, logabsdet = autoregressive_op(x, own, m.conditioner, m.scale, m.form, m.inverse)
+        outputs.append(y)
+        return y, logabsdet
+
+    x, total = in_turn(x, context, Lists(*lists).maps(), run)
     kept = torch.stack(outputs[:-1]) if keep and len(outputs) > 1 else x.new_empty((0, *x.shape))
     return x, total, kept
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from ..._backend import rounds_loop_weights, wants_reference
+from ..._dtypes import HALF
 from ..._torch import any_autocast
 from .._autocast import cast
 from .._differentiation import needs_autograd, transformed
 from ..masked_linear import masked_linear
-from ..scale_map import Form, PoweredMap, ScaleKind, ScaleMap, parse_form
+from ..scale_map import Form, PoweredMap, ScaleKind, ScaleMap, parse_form, parse_scale
 from .conditioner import Conditioner, context_features
 from .implicit import inverse_with_gradient
 from .loop import Lists, Map, autoregressive_op, stack_op
@@ -59,9 +60,8 @@ def autoregressive(
         with torch.autocast(x.device.type, enabled=False):
             x, context = (cast(t, conditioner.weights[-1].dtype) for t in (x, context))
             return autoregressive(x, conditioner, context, scale=scale, form=form, inverse=inverse)
-    scale = _SOFTCLIP if scale is None else scale
-    if not isinstance(scale, _SCALE_MAPS):
-        raise ValueError(f"scale must be a ScaleMap, such as ScaleMap.sigmoid(bias=2.0); got {scale!r}")
+    if not isinstance(scale, PoweredMap):
+        scale = parse_scale(scale)
     form = parse_form(form)
     last, dtype = conditioner.weights[-1], x.dtype
     compute, is_bfloat16 = _COMPUTE.get(dtype), False
@@ -103,10 +103,8 @@ def _passes_are_many(conditioner: Conditioner, scale: ScaleMap | PoweredMap, dev
     return not is_coupling(conditioner, conditioner.passing(scale))
 
 
-_SOFTCLIP = ScaleMap.softclip()
-_SCALE_MAPS = (ScaleMap, PoweredMap)  # made once: a union is made where it stands, in 0.1 us
 # the loop computes in float64 for float64, in float32 for everything narrower
-_COMPUTE = {torch.float64: torch.float64} | dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float32)
+_COMPUTE = {torch.float64: torch.float64} | dict.fromkeys((torch.float32, *HALF), torch.float32)
 
 
 def checked(check: Callable[..., None], subject: tuple, op: Callable, *args):
@@ -135,8 +133,7 @@ def check_input(x: Tensor, conditioner: Conditioner, context: Tensor | None) -> 
         raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {x.dtype}")
     if x.device != last.device:
         raise ValueError(f"x must be on {last.device}, like the weights; got {x.device}")
-    half = (torch.float16, torch.bfloat16)
-    if x.dtype != last.dtype and not (x.dtype in half and last.dtype is torch.float32):
+    if x.dtype != last.dtype and not (x.dtype in HALF and last.dtype is torch.float32):
         raise ValueError(f"x must be {last.dtype}, like the weights; got {x.dtype}")
     wanted = context_features(conditioner)
     if context is None:

@@ -17,7 +17,8 @@ def mirrored_layers(network: Conditioner) -> int | None:
     if is_plain(network):
         return len(network.weights)
     kinds = (_CHAIN if w.dim() == 2 else _FACTORS if w.numel() else _READ for w in network.weights)
-    wiring = network.wiring or [n for layer in range(len(network.weights)) for n in (layer, -1, 0, 0)]
+    chain = (Wiring(layer, -1, ContextUse.NONE, Activation.IDENTITY) for layer in range(len(network.weights)))
+    wiring = network.wiring or [n for layer in chain for n in layer]
     count = _count.__wrapped__ if torch.compiler.is_compiling() else _count
     return count(tuple(wiring), tuple(network.activations), tuple(kinds))
 
@@ -29,7 +30,7 @@ def is_plain(network: Conditioner) -> bool:
 
 @functools.lru_cache(1024)
 def _count(wiring: tuple[int, ...], activations: tuple[int, ...], kinds: tuple[int, ...]) -> int | None:
-    layers = [Wiring(*wiring[i : i + 4]) for i in range(0, len(wiring), 4)]
+    layers = Wiring.each(wiring)
     n = len(layers)
     readers, adders = (
         [[i for i in range(n) if getattr(layers[i], way) == values] for values in range(n)] for way in ("source", "residual")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._autocast import autocast_off
-from ..activation import Activation, apply_activation
+from ..activation import DERIVED_FROM_SUM, Activation, apply_activation
 from ..coupling.part import Part
 from .loop import Lists, Map
 
@@ -23,8 +23,7 @@ _coupling = torch.ops.flowkernels.coupling.default
 _coupling_backward = torch.ops.flowkernels.coupling_backward.default
 _aten = torch.ops.aten
 
-_FROM_SUM = (Activation.GELU, Activation.SILU)  # whose derivative needs what came before them
-# the gradient by the sum from that by the activation's value, and from the value or, of those above, the sum
+# the gradient by the sum from that by the activation's value, and from the value or, of some, the sum
 _BACK: dict[Activation, Callable[[Tensor, Tensor], Tensor]] = {
     Activation.IDENTITY: lambda g, _: g,
     Activation.RELU: lambda g, h: _aten.threshold_backward(g, h, 0),
@@ -58,7 +57,7 @@ def training_by_products(x: Tensor, context: Tensor | None, *lists) -> tuple[Ten
             if n.context_weights:
                 s.addmm_(context, n.context_weights[i])
             activation = Activation(activation)
-            if activation in _FROM_SUM:
+            if activation in DERIVED_FROM_SUM:
                 kept.append(s)
             h = torch.relu_(s) if activation == Activation.RELU else apply_activation(activation, s)
             kept.append(h)
@@ -84,7 +83,7 @@ def backward_by_products(dy: Tensor, dlogabsdet: Tensor, kept: list[Tensor], con
         layers = []  # what each layer was given, and what its derivative is taken from; the last first
         for activation in map(Activation, reversed(n.activations)):
             value = kept.pop()
-            layers.append((activation, kept.pop() if activation in _FROM_SUM else value, value))
+            layers.append((activation, kept.pop() if activation in DERIVED_FROM_SUM else value, value))
         x = kept.pop()
         out = layers[0][2][:, None]
         g = dy.index_select(1, n.order)[:, None]

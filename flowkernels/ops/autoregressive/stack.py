@@ -12,7 +12,7 @@ from ..._backend import rounds_loop_weights, wants_reference
 from ..._torch import any_autocast
 from .._differentiation import needs_autograd, transformed
 from ..scale_map import PoweredMap
-from .loop import Lists, Map, moved, stack_op
+from .loop import Lists, Map, in_turn, stack_op
 from .map import autoregressive, check_input, check_outputs, checked
 from .training import loop_serves, serves, with_gradient
 
@@ -51,12 +51,8 @@ def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None 
             return y, logabsdet
         if serves(maps, x):
             return checked(_check, (x, maps, context), with_gradient, x, context, maps, lists)
-    total = None
-    for conditioner, scale, form, inverse, affine in maps:
-        own = context if conditioner.context_weights else None
-        x, logabsdet = autoregressive(moved(x, affine), conditioner, own, scale=scale, form=form, inverse=inverse)
-        total = logabsdet if total is None else total + logabsdet
-    return x, total
+    by_itself = lambda x, own, m: autoregressive(x, m.conditioner, own, scale=m.scale, form=m.form, inverse=m.inverse)
+    return in_turn(x, context, maps, by_itself)
 
 
 def _needs_autograd(x: Tensor, context: Tensor | None, maps: Sequence[Map], lists: Lists) -> bool:

@@ -28,11 +28,11 @@ from ..._backend import as_called, chosen, wants_reference
 from ..._library import library, register_fake
 from ..._torch import is_wanted
 from .._differentiation import apply_function, each_cotangent, pulled_back, transformed
-from ..activation import Activation
+from ..activation import DERIVED_FROM_SUM, Activation
 from ..masked_linear import masked_linear
 from ..scale_map import PoweredMap, ScaleKind, ScaleMap
-from .conditioner import Conditioner, MaskedLayer
-from .loop import NUMBERS, Lists, Map, autoregressive_op, stack_op
+from .conditioner import Conditioner, MaskedLayer, Wiring
+from .loop import Lists, Map, autoregressive_op, begins_with_inverse, in_turn, stack_op
 from .mirror import is_plain, mirrored_layers
 from .products import backward_by_products, training_by_products
 from .reference import autoregressive_reference
@@ -81,10 +81,14 @@ def _like_training(x: Tensor, lists: Sequence, *, remakes: bool) -> tuple[Tensor
 
 def _columns(layer: MaskedLayer) -> int:
     """How many columns of `values` the kernels have of a layer: TrainingColumns in csrc/training_columns.h."""
-    needs_pre = (Activation.GELU, Activation.SILU)
-    apart = layer.context_weight is not None and (layer.gate or layer.context_activation != Activation.IDENTITY)
-    term = apart * (1 + (layer.context_activation in needs_pre))
-    return layer.visible.shape[0] * (1 + (layer.activation in needs_pre) + layer.gate + term)
+    of = lambda activation: 1 + (activation in DERIVED_FROM_SUM)
+    term = of(layer.context_activation) if _keeps_term(layer) else 0
+    return layer.visible.shape[0] * (of(layer.activation) + layer.gate + term)
+
+
+def _keeps_term(layer: MaskedLayer) -> bool:
+    """Whether the context term is more than a part of the sum."""
+    return layer.context_weight is not None and (layer.gate or layer.context_activation != Activation.IDENTITY)
 
 
 def _remade_columns(layers: list[MaskedLayer]) -> int:
@@ -98,8 +102,7 @@ def _remade_columns(layers: list[MaskedLayer]) -> int:
 
 def _is_link(number: int, layer: MaskedLayer) -> bool:
     """Whether a layer reads the one before it and adds at most its context to the sums."""
-    apart = layer.context_weight is not None and (layer.gate or layer.context_activation != Activation.IDENTITY)
-    return not (layer.unitwise or apart) and layer.residual is None and layer.source in (None, number)
+    return not (layer.unitwise or _keeps_term(layer)) and layer.residual is None and layer.source in (None, number)
 
 
 @register_fake("_autoregressive_backward")
@@ -114,8 +117,7 @@ def _like_backward(
     dy, dlogabsdet, kept, context, weights, biases, context_weights, context_biases, visible, orders, *numbers
 ) -> list[Tensor]:
     *_, stages, _, learned, need_dx, need_parameters = numbers
-    inverse = stages[len(stages) // len(orders) - 1]  # whether the first map is; the last of its numbers
-    dx = dy.new_empty(dy.shape if need_dx or inverse else (0, dy.shape[1]))
+    dx = dy.new_empty(dy.shape if need_dx or begins_with_inverse(stages) else (0, dy.shape[1]))
     dcontext, *parameters = _gradients_like(dy, context, weights, biases, context_weights, context_biases)
     parameters = parameters if need_parameters else [dy.new_empty(0) for _ in parameters]
     return [dx, dcontext, *parameters, *(dy.new_empty(1) for _ in range(sum(learned)))]
@@ -148,7 +150,7 @@ def _inverses_one_by_one(dy, dlogabsdet, kept, context, *lists_and_rest) -> list
 
 def _backward_on_cuda(dy, dlogabsdet, kept, context, *lists_and_rest) -> list[Tensor]:
     *_, stages, _, _, _, _ = lists_and_rest
-    backward = _inverses_one_by_one if stages[NUMBERS - 1] else backward_by_products  # whether the first map is an inverse
+    backward = _inverses_one_by_one if begins_with_inverse(stages) else backward_by_products
     return backward(dy, dlogabsdet, kept, context, *lists_and_rest)
 
 
@@ -166,7 +168,7 @@ def loop_serves(conditioner: Conditioner, scale: ScaleMap | PoweredMap, cuda: bo
     weights, features = conditioner.weights, conditioner.features
     if len(weights) > CUDA_LAYERS or sum([w.numel() for w in weights]) > _MOST_WEIGHTS:
         return False
-    sources = conditioner.wiring[::4] or range(len(weights))
+    sources = [layer.source for layer in Wiring.each(conditioner.wiring)] or range(len(weights))
     reads_all = all([w.shape[0] == features for w, source in zip(weights, sources, strict=True) if source == 0 and w.dim() == 2])
     return reads_all and _is_whole(conditioner, scale)
 
@@ -332,11 +334,8 @@ def _differentiable_gradient(
     ctx, x: Tensor, context: Tensor | None, maps: Sequence[Map], parameters: Sequence[Tensor], dy: Tensor, dlogabsdet: Tensor
 ) -> tuple:
     """The same gradient as a graph of its own, for create_graph=True."""
-    y, total = x, None
-    for conditioner, scale, form, inverse, _ in maps:
-        own = context if conditioner.context_weights else None
-        y, logabsdet = autoregressive_reference(y, conditioner, own, scale, form, inverse, linear=masked_linear)
-        total = logabsdet if total is None else total + logabsdet
+    by_parts = lambda x, own, m: autoregressive_reference(x, m.conditioner, own, m.scale, m.form, m.inverse, linear=masked_linear)
+    y, total = in_turn(x, context, maps, by_parts)
     inputs = (x, context, None, None, *parameters)
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
     gradients = iter(pulled_back((y, total), (dy, dlogabsdet), wanted, create_graph=True))

@@ -7,10 +7,13 @@ Actnorm is (x + b) * exp(3 logs): its shift and log scale. Batch norm is (x - me
 before and one after, since folding them into one would round badly where the scale is small.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ..._backend import as_called, chosen, register_triton, wants_reference
+from ..._dtypes import FLOATING
 from ..._library import library, register_fake
 from .._differentiation import apply_function, needs_autograd, transformed, vmap_one_by_one
 from .._layout import empty_in_layout_of, in_layout_of
@@ -53,22 +56,8 @@ def _(dy: Tensor, dlogabsdet: Tensor, kept: Tensor, shift: Tensor | None, log_sc
     return empty_in_layout_of(dy), *(log_scale.new_empty(log_scale.shape) for _ in range(3))
 
 
-def _register_vmap(name: str) -> None:
-    """The op runs once for each, except that rows alone make one larger batch."""
-    op = getattr(torch.ops.flowkernels, name).default
-
-    def rule(info, in_dims, *args):
-        if name == "channel_affine" and all(dim is None for dim in in_dims[1:]):
-            y, logabsdet = op(args[0].movedim(in_dims[0], 0).flatten(0, 1), *args[1:])
-            batch = args[0].movedim(in_dims[0], 0).shape[1]
-            return (y.unflatten(0, (info.batch_size, batch)), logabsdet.view(info.batch_size, batch)), (0, 0)
-        return vmap_one_by_one(op, info, in_dims, *args)
-
-    torch.library.register_vmap(f"flowkernels::{name}", rule, lib=library)
-
-
-_register_vmap("channel_affine")
-_register_vmap("channel_affine_backward")
+_one_by_one = functools.partial(vmap_one_by_one, _channel_affine_backward)
+torch.library.register_vmap("flowkernels::channel_affine_backward", _one_by_one, lib=library)
 
 
 def _forward(x: Tensor, shift: Tensor | None, log_scale: Tensor, bias: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -135,7 +124,7 @@ def channel_affine(
         ValueError: a shape, dtype or device does not fit, or keep is unknown.
     """
     shape, dtype, device = x.shape, x.dtype, x.device
-    if dtype not in _DTYPES:
+    if dtype not in FLOATING:
         raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {dtype}")
     if len(shape) < 2 or 0 in shape[1:]:
         raise ValueError(f"x must have shape [batch, channels, *sites] with at least one channel and site; got {list(shape)}")
@@ -153,9 +142,6 @@ def channel_affine(
     if needs_autograd((x, shift, log_scale, bias)):
         return apply_function(_ChannelAffine, x, shift, log_scale, bias, inverse, keep == "output")
     return _forward(x, shift, log_scale, bias, inverse)
-
-
-_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
 def _fitted(name: str, value: Tensor, x: Tensor, compute: torch.dtype) -> Tensor:

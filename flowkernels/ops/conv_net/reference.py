@@ -1,22 +1,17 @@
 """Glow's conditioner in plain PyTorch, and its vector-Jacobian product."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PARAMETERS = 7  # of a network: weights and biases of three convolutions, and log_gain
 
-def conv_net_reference(
-    x: Tensor,
-    weight_in: Tensor,
-    bias_in: Tensor,
-    weight_mid: Tensor,
-    bias_mid: Tensor,
-    weight_out: Tensor,
-    bias_out: Tensor,
-    log_gain: Tensor,
-) -> Tensor:
+
+def conv_net_reference(x: Tensor, *parameters: Tensor) -> Tensor:
     """exp(3 log_gain) * conv(relu(conv1x1(relu(conv(x))))); x is [batch, channels, H, W]."""
-    return conv_net_training_reference(x, weight_in, bias_in, weight_mid, bias_mid, weight_out, bias_out, log_gain)[0]
+    return conv_net_training_reference(x, *parameters)[0]
 
 
 def conv_net_training_reference(
@@ -29,7 +24,7 @@ def conv_net_training_reference(
     bias_out: Tensor,
     log_gain: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, and the two hidden layers."""
+    """What `conv_net_reference` gives, and the two hidden layers."""
     gain = (3 * log_gain).exp()  # on the weight, which is smaller than the output
     weight_out, bias_out = weight_out * gain[:, None, None, None], bias_out * gain
     if x.device.type == "cpu":  # torch's convolutions are quickest there with channels last, and a 1 x 1 one is a matrix product
@@ -42,6 +37,11 @@ def conv_net_training_reference(
         first = F.relu(F.conv2d(x, weight_in, bias_in, padding=1), inplace=True)
         second = F.relu(F.conv2d(first, weight_mid, bias_mid), inplace=True)
     return F.conv2d(second, weight_out, bias_out, padding=1), first, second
+
+
+def per_network(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """The parameters of each of several networks, which stand one network after the other."""
+    return [tensors[i : i + PARAMETERS] for i in range(0, len(tensors), PARAMETERS)]
 
 
 def conv_net_backward_reference(

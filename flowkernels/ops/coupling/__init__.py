@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..._backend import as_called, chosen, register_triton, wants_reference
+from ..._dtypes import FLOATING
 from ..._library import library, register_fake
 from .._differentiation import apply_function, needs_autograd, transformed, vmap_one_by_one
 from .._layout import empty_in_layout_of, in_layout_of
-from ..scale_map import Form, ScaleKind, ScaleMap, parse_form
+from ..scale_map import Form, ScaleKind, ScaleMap, default_scale, parse_form, parse_scale
 from .part import Part, parse_part
 from .reference import Coupling, coupling_backward_reference, coupling_reference
 
@@ -69,30 +70,17 @@ def _(dy: Tensor, dlogabsdet: Tensor, kept: Tensor, shift: Tensor, raw_scale: Te
     return empty_in_layout_of(dy), empty_in_layout_of(shift), empty_in_layout_of(raw_scale), dparameter
 
 
-def _register_vmap(name: str, op, n_rows: int, parameter: int) -> None:
-    """vmap over batch-first arguments, the first n_rows, makes one larger batch; over a scale_parameter the op runs once for each."""
-
-    def rule(info, in_dims, *args):
-        size = info.batch_size
-        if in_dims[parameter] is None and (args[parameter] is None or name == "coupling"):
-            rows = []
-            for arg, dim in zip(args[:n_rows], in_dims[:n_rows], strict=True):
-                if arg is not None:
-                    arg = arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
-                    arg = arg.flatten(0, 1)
-                rows.append(arg)
-            outputs = op(*rows, *args[n_rows:])
-            batched = tuple(
-                o.unflatten(0, (size, -1)) if len(o) else o.new_empty((size, *(() if o.dim() == 1 else o.shape))) for o in outputs
-            )
-            return batched, (0,) * len(outputs)
-        return vmap_one_by_one(op, info, in_dims, *args)
-
-    torch.library.register_vmap(f"flowkernels::{name}", rule, lib=library)
+def _vmap_backward(info, in_dims, *args) -> tuple:
+    """Rows of all batches make one larger batch; for a scale_parameter, whose gradient is a sum over rows, the op runs once for each."""
+    if args[5] is not None:
+        return vmap_one_by_one(_coupling_backward, info, in_dims, *args)
+    size = info.batch_size
+    rows = [t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in zip(args[:5], in_dims[:5], strict=True)]
+    *gradients, none = _coupling_backward(*(t.flatten(0, 1) for t in rows), *args[5:])
+    return (*(g.unflatten(0, (size, rows[0].shape[1])) for g in gradients), none.new_empty(size, 0)), (0,) * 4
 
 
-_register_vmap("coupling", _coupling, 3, 3)
-_register_vmap("coupling_backward", _coupling_backward, 5, 5)
+torch.library.register_vmap("flowkernels::coupling_backward", _vmap_backward, lib=library)
 
 
 def _forward(x: Tensor, shift: Tensor, raw_scale: Tensor | None, scale_parameter: Tensor | None, options: Packed) -> tuple[Tensor, Tensor]:
@@ -187,7 +175,7 @@ def coupling(
     form = parse_form(form)
     shape, dtype, device = x.shape, x.dtype, x.device
     expected = _expected_shape(shape, part)
-    if dtype not in _DTYPES:
+    if dtype not in FLOATING:
         raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {dtype}")
     if shift.shape != expected or shift.dtype != dtype or shift.device != device:
         shift = _fitted("shift", shift, x, expected)
@@ -196,15 +184,12 @@ def coupling(
             raise ValueError("raw_scale is missing: without it the coupling is additive, and takes neither scale nor scale_parameter")
         if form == Form.GATE:
             raise ValueError("raw_scale is missing: form 'gate' needs one")
-        scale = _default(learned=False)
+        scale = default_scale()
     else:
         if raw_scale.shape != expected or raw_scale.dtype != dtype or raw_scale.device != device:
             raw_scale = _fitted("raw_scale", raw_scale, x, expected)
-        if scale is None:
-            scale = _default(learned=scale_parameter is not None)
-        elif not isinstance(scale, ScaleMap):
-            raise ValueError(f"scale must be a ScaleMap, such as ScaleMap.sigmoid(bias=2.0); got {scale!r}")
-        elif scale.kind == ScaleKind.UNIT:
+        scale = parse_scale(scale, learned=scale_parameter is not None)
+        if scale.kind == ScaleKind.UNIT:
             raise ValueError("scale must not be ScaleMap.unit() beside a raw scale; without both the coupling is additive")
         if scale_parameter is not None:
             scale_parameter = _checked_parameter(scale_parameter, scale, x, expected)
@@ -216,19 +201,6 @@ def coupling(
     if needs_autograd((x, shift, raw_scale, scale_parameter)):
         return apply_function(_Coupling, x, shift, raw_scale, scale_parameter, keep == "output", options)
     return _forward(x, shift, raw_scale, scale_parameter, options)
-
-
-_SOFTCLIP, _TANH = ScaleMap.softclip(), ScaleMap.exp_tanh(1.0)
-
-
-def _default(*, learned: bool) -> ScaleMap:
-    """For a compiler the same from literals: where shapes are dynamic, it takes the numbers of a global for variables, and loses them."""
-    if torch.compiler.is_compiling():
-        return ScaleMap(ScaleKind.EXP_TANH, (1.0, 1.0)) if learned else ScaleMap(ScaleKind.SOFTCLIP, (1e-3,))
-    return _TANH if learned else _SOFTCLIP
-
-
-_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
 def _expected_shape(shape: torch.Size, part: Part) -> tuple[int, ...]:

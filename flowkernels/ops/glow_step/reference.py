@@ -1,12 +1,12 @@
 """The joined Glow step in plain PyTorch, and its vector-Jacobian product."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..conv_net.reference import conv_net_reference, conv_net_training_reference
+from ..conv_net.reference import conv_net_reference, conv_net_training_reference, per_network
 from ..coupling.part import Part
 from ..coupling.reference import Coupling, coupling_backward_reference, coupling_reference
 from ..scale_map import Form, ScaleMap
@@ -52,11 +52,16 @@ def with_context(x: Tensor, context: Tensor | None) -> Tensor:
     return x if context is None else torch.cat([x, context[:, :, None, None].expand(*context.shape, *x.shape[2:])], 1)
 
 
+def networks_of(parameters: Iterable[Sequence[Tensor]], context: Tensor | None, conv_net: Callable) -> list[Callable[[Tensor], Tensor]]:
+    """Networks for `steps_in_turn`, by `conv_net` or its reference, from the parameters of each."""
+    return [lambda x, own=own: conv_net(with_context(x, context), *own) for own in parameters]
+
+
 def glow_steps_reference(
     x: Tensor, context: Tensor | None, networks: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """networks: seven tensors for each step, as `conv_net` takes them."""
-    nets = [partial(_network, context, networks[i : i + 7]) for i in range(0, len(networks), 7)]
+    """networks: the tensors of one for each step, as `conv_net` takes them."""
+    nets = networks_of(per_network(networks), context, conv_net_reference)
     return steps_in_turn(glow_step_reference, x, nets, weights, biases, inverse=inverse)
 
 
@@ -65,12 +70,13 @@ def glow_steps_training_reference(
 ) -> tuple[Tensor, ...]:
     """The same, and what the gradient asks for of each step, [steps, batch, H, W, ...]: the rows that its coupling is given, what its
     network returns and is given, and the two hidden layers. The inverse begins with the last step, whose rows are x and not among them."""
+    own = per_network(networks)
     kept: dict[int, tuple[Tensor, ...]] = {}
     rows: list[Tensor] = []
 
     def network(i: int, images: Tensor) -> Tensor:
         given = with_context(images, context)
-        raw, first, second = conv_net_training_reference(given, *networks[7 * i : 7 * i + 7])
+        raw, first, second = conv_net_training_reference(given, *own[i])
         kept[i] = tuple(t.movedim(1, -1) for t in (raw, given, first, second))
         return raw
 
@@ -85,10 +91,6 @@ def glow_steps_training_reference(
         rows = rows[:0:-1]
     others = (torch.stack([kept[i][k] for i in range(len(weights))]) for k in range(4))
     return y, logabsdet, torch.stack(rows) if rows else x.new_empty(0, *x.shape), *others
-
-
-def _network(context: Tensor | None, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
-    return conv_net_reference(with_context(x, context), *parameters)
 
 
 def glow_step_backward_reference(

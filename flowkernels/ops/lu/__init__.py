@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._backend import wants_reference
+from ..._dtypes import FLOATING, HALF
 from ..._library import library, register_fake
 from .._differentiation import forward_mode, needs_autograd
 from .fold import lu_fold
@@ -100,7 +101,7 @@ def slogdet(w: Tensor, *, in_float64: bool = False) -> tuple[Tensor, Tensor]:
         ValueError: w is not square or not floating.
     """
     _check(w)
-    w = w.float() if w.dtype in _HALF else w
+    w = w.float() if w.dtype in HALF else w
     if forward_mode():
         return slogdet_reference(w, in_float64)
     if needs_autograd((w,)):
@@ -121,7 +122,7 @@ def slogdet_inverse(w: Tensor, *, in_float64: bool = False) -> tuple[Tensor, Ten
     """
     _check(w)
     dtype = w.dtype
-    w = w.float() if dtype in _HALF else w
+    w = w.float() if dtype in HALF else w
     if forward_mode():
         sign, logabsdet, inverse = slogdet_inverse_reference(w, in_float64)
     elif needs_autograd((w,)):
@@ -130,15 +131,11 @@ def slogdet_inverse(w: Tensor, *, in_float64: bool = False) -> tuple[Tensor, Ten
         sign, logabsdet, inverse = slogdet_inverse_reference(w, in_float64)
     else:
         sign, logabsdet, inverse = _slogdet_inverse_op(w, in_float64)
-    return sign, logabsdet, (inverse.to(dtype) if dtype in _HALF else inverse)
-
-
-_HALF = (torch.float16, torch.bfloat16)
-_DTYPES = (torch.float64, torch.float32, *_HALF)
+    return sign, logabsdet, (inverse.to(dtype) if dtype in HALF else inverse)
 
 
 def _check(w: Tensor) -> None:
     if w.dim() < 2 or w.shape[-1] != w.shape[-2]:
         raise ValueError(f"w must hold square matrices, [*, n, n]; got {list(w.shape)}")
-    if w.dtype not in _DTYPES:
+    if w.dtype not in FLOATING:
         raise ValueError(f"w must be float64, float32, float16 or bfloat16; got {w.dtype}")

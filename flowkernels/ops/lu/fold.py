@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._backend import wants_reference
+from ..._dtypes import HALF
 from ..._library import library, register_fake
 from .._differentiation import apply_function, each_cotangent, needs_autograd, transformed
 from .reference import lu_fold_backward_reference, lu_fold_reference
@@ -111,7 +112,7 @@ def lu_fold(
     """
     _check(factors, log_diagonal, sign, row, log_scale)
     dtype = factors[0].dtype
-    if dtype in (torch.float16, torch.bfloat16):
+    if dtype in HALF:
         weight, logabsdet = lu_fold(
             *([t.float() for t in each] for each in (factors, log_diagonal, sign)), row, [t.float() for t in log_scale], inverse=inverse
         )

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from ..._backend import as_called, chosen, register_triton, wants_reference
+from ..._dtypes import FLOATING
 from ..._library import library, register_fake
 from ..._torch import any_autocast, is_wanted
 from .._autocast import cast
-from .._differentiation import apply_function, needs_autograd, transformed, vmap_one_by_one
+from .._differentiation import apply_function, needs_autograd, transformed
 from ..degrees import check_staircase
 from .reference import masked_linear_dweight_reference, masked_linear_dx_reference, masked_linear_reference
-
-_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 library.define("masked_linear(Tensor x, Tensor weight, Tensor? bias, Tensor visible) -> Tensor")
 library.define("masked_linear_dx(Tensor dy, Tensor weight, Tensor visible) -> Tensor")
@@ -44,23 +43,6 @@ def _(dy: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
 @register_fake("masked_linear_dweight")
 def _(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
     return x.new_empty((x.shape[-1], dy.shape[-1]))
-
-
-def _register_vmap(name: str, n_rows: int) -> None:
-    """vmap over the batch-first arguments, the first n_rows, adds a leading dimension; over others the op runs once for each."""
-    op = getattr(torch.ops.flowkernels, name).default
-
-    def rule(info, in_dims, *args):
-        if n_rows and all(d is None for d in in_dims[n_rows:]):
-            return op(args[0].movedim(in_dims[0], 0), *args[n_rows:]), 0
-        return vmap_one_by_one(op, info, in_dims, *args)
-
-    torch.library.register_vmap(f"flowkernels::{name}", rule, lib=library)
-
-
-_register_vmap("masked_linear", 1)
-_register_vmap("masked_linear_dx", 1)
-_register_vmap("masked_linear_dweight", 0)
 
 
 def _bare(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
@@ -145,10 +127,14 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) ->
 
 
 def _dx(dy: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
+    if transformed():
+        return masked_linear_dx_reference(dy, weight, visible)
     return apply_function(_Dx, dy, weight, visible) if needs_autograd((dy, weight)) else _bare_dx(dy, weight, visible)
 
 
 def _dweight(x: Tensor, dy: Tensor, visible: Tensor) -> Tensor:
+    if transformed():
+        return masked_linear_dweight_reference(x, dy, visible)
     return apply_function(_Dweight, x, dy, visible) if needs_autograd((x, dy)) else _bare_dweight(x, dy, visible)
 
 
@@ -182,7 +168,7 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tenso
     if visible.shape != (outputs,) or visible.dtype != torch.int32:
         raise ValueError(f"visible must be int32 [{outputs}], one count per output; got {visible.dtype} {list(visible.shape)}")
     dtype, device = x.dtype, x.device
-    if dtype not in _DTYPES:
+    if dtype not in FLOATING:
         raise ValueError(f"x must be float64, float32, float16 or bfloat16; got {dtype}")
     if visible.device != device:
         raise ValueError(f"visible must be on {device}, like x; got {visible.device}")
