@@ -156,8 +156,7 @@ __device__ __forceinline__ int find_steps(const LoopArgs<T>& args, int32_t* shar
   }
   const bool ascends = __syncthreads_and(count_seen(args, seen, threadIdx.x, blockDim.x));
   find_ready(args, seen, ready, next, threadIdx.x, blockDim.x);
-  __syncthreads();
-  bool one_by_one = true;  // as nearly always; following a chain takes a thread alone 20 ns a step
+  bool one_by_one = true;  // as nearly always; following a chain takes a thread alone 20 ns a step. A thread reads the next[d] that it wrote
   for (int d = threadIdx.x; d < args.most_steps(); d += blockDim.x) {
     one_by_one &= d == args.features || next[d] == d + 1;
     chain[d] = d;

@@ -139,6 +139,13 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be at least 0; got {temperature}")
 
 
+def _broadcast(a: Size, b: Size) -> Size | None:
+    """The shape that both broadcast to; None where there is none. torch.broadcast_shapes imports half a second of other packages."""
+    n = max(len(a), len(b))
+    pairs = [*zip((1,) * (n - len(a)) + a, (1,) * (n - len(b)) + b, strict=True)]
+    return Size([q if p == 1 else p for p, q in pairs]) if all(p == q or 1 in (p, q) for p, q in pairs) else None
+
+
 def _count(n: int) -> tuple[int]:
     if not is_count(n, 0):
         raise ValueError(f"n must be a whole number of at least 0; got {n!r}: distribution(context).sample takes shapes")
@@ -180,6 +187,8 @@ class FlowDistribution(Distribution):
 
     def expand(self, batch_shape: Size, _instance=None) -> "FlowDistribution":
         batch_shape = Size(batch_shape)
+        if self.context is None:
+            torch.empty(self.batch_shape, device="meta").expand(batch_shape)  # or torch says why not
         context = None if self.context is None else self.context.expand(*batch_shape, self.flow.context_features)
         expanded = FlowDistribution(self.flow, context)
         Distribution.__init__(expanded, batch_shape, self.event_shape, validate_args=False)
@@ -192,11 +201,10 @@ class FlowDistribution(Distribution):
         event = len(self.event_shape)
         if value.shape[-event:] != self.event_shape:
             raise ValueError(f"value must have shape [*batch, {', '.join(map(str, self.event_shape))}]; got {list(value.shape)}")
-        try:
-            shape = torch.broadcast_shapes(value.shape[:-event], self.batch_shape)
-        except RuntimeError:
+        shape = _broadcast(value.shape[:-event], self.batch_shape)
+        if shape is None:
             wanted = f"value must have a batch that broadcasts with that of the contexts, {list(self.batch_shape)}"
-            raise ValueError(f"{wanted}; got {list(value.shape)}") from None
+            raise ValueError(f"{wanted}; got {list(value.shape)}")
         rows = value.expand(*shape, *value.shape[-event:]).reshape(shape.numel(), *value.shape[-event:])
         return self.flow.log_prob(rows, self._rows(shape)).view(shape)
 

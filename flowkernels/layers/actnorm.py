@@ -36,8 +36,10 @@ class ActNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialised", torch.tensor(False))
-        # the buffer that was found true: a call must not read it back from the device, but that of a functional call is another one
+        # The buffer that was found true, and how often it had been written into: a call must not read it back from the device. That of a
+        # functional call is another one, and who writes False into it asks for another first batch.
         self._seen: Tensor | None = None
+        self._seen_at = 0
 
     @property
     def ready(self) -> bool:
@@ -45,14 +47,19 @@ class ActNorm(nn.Module):
         flag = self._buffers["initialised"]
         if torch.compiler.is_compiling():
             return self._seen is not None or flag.is_meta or bool(flag)
-        if flag is self._seen or flag.is_meta:  # on the meta device it has no value, and shapes alone are asked for
+        if flag.is_meta:  # it has no value there, and shapes alone are asked for
+            return True
+        if flag is self._seen and _times_written(flag) == self._seen_at:
             return True
         if type(flag) is not Tensor:  # nor has a fake one
             return self._seen is not None
         if not _is_true(flag):
             return False
-        self._seen = flag
+        self._see(flag)
         return True
+
+    def _see(self, flag: Tensor | None) -> None:
+        self._seen, self._seen_at = flag, 0 if flag is None else _times_written(flag)
 
     def prepare(self, x: Tensor) -> None:
         """Check x, and initialise from it if this is the first batch in training."""
@@ -85,7 +92,7 @@ class ActNorm(nn.Module):
         self.bias.copy_(-mean)
         self.log_scale.copy_(torch.where(varies, -std.log(), 0.0))
         self.initialised.fill_(True)
-        self._seen = self.initialised
+        self._see(self.initialised)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.prepare(x)
@@ -105,10 +112,14 @@ class ActNorm(nn.Module):
 
     def _load_from_state_dict(self, *arguments) -> None:
         super()._load_from_state_dict(*arguments)
-        self._seen = self.initialised if not self.initialised.is_meta and bool(self.initialised) else None
+        self._see(self.initialised if not self.initialised.is_meta and bool(self.initialised) else None)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"
+
+
+def _times_written(flag: Tensor) -> int:
+    return 0 if flag.is_inference() else flag._version
 
 
 def _is_true(flag: Tensor) -> bool:

@@ -19,6 +19,8 @@ class Dequantize(nn.Module):
     lies outside [0, 1) goes to the nearest. Values are not checked, because a check reads the data back to the host: that is for
     whoever loads them (`data.GreyLevels.check`).
 
+    Integers become floating-point of torch's default dtype; a flow in another one is given x in that.
+
     Args:
         levels: number of grey levels, 256 for bytes.
 

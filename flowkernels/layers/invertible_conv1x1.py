@@ -224,7 +224,9 @@ def conv1x1(x: Tensor, weight: Tensor, *, before: Tensor | None = None, after: T
         return nn.functional.linear(x if before is None else x + before, weight, after)
     if before is not None:
         x = x + before.view((-1,) + (1,) * sites)
-    y = torch.matmul(weight, x.flatten(2)).unflatten(2, x.shape[2:])
+    # matmul folds x into one product, and copies it for that, where the weight asks for a gradient, recorded or not
+    given = weight if torch.is_grad_enabled() else weight.detach()
+    y = torch.matmul(given, x.flatten(2)).unflatten(2, x.shape[2:])
     return y if after is None else y + after.view((-1,) + (1,) * sites)
 
 

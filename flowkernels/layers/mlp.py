@@ -35,6 +35,8 @@ class Dense(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         check_dtype(self.bias, x=x, context=context)
+        if x.shape[-1:] != self.weight.shape[:1]:
+            raise ValueError(f"x must have shape [*, {self.weight.shape[0]}], as wide as the network's input; got {list(x.shape)}")
         # not F.linear of a transposed weight, whose gradient comes out transposed and is copied
         y = torch.addmm(self.bias, x, self.weight) if x.dim() == 2 else x @ self.weight + self.bias
         check_context(self.context_weight, x, context)

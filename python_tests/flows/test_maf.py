@@ -94,6 +94,8 @@ class TestMAF:
         assert d.sample().shape == d.batch_shape + d.event_shape and d.sample((2, 3)).shape == (2, 3, *d.batch_shape, 4)
         torch.testing.assert_close(d.log_prob(x), flow.log_prob(x, context))
         wide = d.expand((2, 6))
+        with pytest.raises(RuntimeError):  # 6 is not 3, whatever the first dimension
+            wide.expand((2, 3))
         assert wide.batch_shape == (2, 6) and wide.sample().shape == (2, 6, 4) and wide.sample((3,)).shape == (3, 2, 6, 4)
         torch.testing.assert_close(wide.log_prob(x), flow.log_prob(x, context).expand(2, 6))
         assert repr(d) == f"FlowDistribution({type(flow).__name__}, batch_shape={tuple(d.batch_shape)}, event_shape=(4,))"

@@ -2,7 +2,10 @@
 
 import copy
 import math
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -426,3 +429,13 @@ def test_numbers_of_sampling_are_checked():
             flow.sample(2, context, temperature)
     with pytest.raises(ValueError, match=r"value must have a batch that broadcasts with that of the contexts, \[5\]; got \[4, 2\]"):
         flow.distribution(context).log_prob(torch.randn(4, 2))
+
+
+def test_the_first_density_of_a_process_imports_nothing_large():
+    code = (
+        "import sys, torch, flowkernels as fk\n"
+        "d = fk.flows.MAF(2, hidden_features=(4,), context_features=1).distribution(torch.zeros(3, 1))\n"
+        "assert d.log_prob(torch.zeros(5, 1, 2)).shape == (5, 3)\n"
+        "sys.exit('sympy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}).returncode == 0

@@ -85,6 +85,17 @@ def test_initialised_survives_saving_loading_and_copying():
     assert fresh(x + 5)[0].mean().abs() < 1e-5, "a checkpoint from before initialisation"
 
 
+def test_a_flag_that_is_taken_back_asks_for_another_first_batch():
+    layer, x = ActNorm(2), torch.randn(50, 2)
+    layer(x)
+    assert layer.ready
+    layer.initialised.fill_(False)
+    assert not layer.ready
+    z, _ = layer(10 * x + 100)
+    torch.testing.assert_close(z.mean(0), torch.zeros(2), rtol=0, atol=1e-4)
+    assert layer.ready
+
+
 def test_compiles_without_graph_breaks():
     layer, x = ActNorm(3), data(20, 3, 4)
     layer(x)

@@ -293,3 +293,9 @@ def test_a_hook_inside_the_network_may_keep_what_it_sees():
     AffineCoupling(network, interleaved=True)(torch.randn(5, 4))
     (kept, as_it_was), *_ = seen
     assert torch.equal(kept, as_it_was) and (kept < 0).any()
+
+
+def test_a_network_of_another_width_is_named():
+    layer = AdditiveCoupling(MLP(3, (4,), 2))
+    with pytest.raises(ValueError, match=r"x must have shape \[\*, 3\], as wide as the network's input; got \[4, 2\]"):
+        layer(torch.randn(4, 4))

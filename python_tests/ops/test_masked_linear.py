@@ -192,3 +192,9 @@ def test_few_rows_have_the_bits_of_many(inputs, outputs, dtype):
             for rows in range(1, 9):
                 assert_same_bits(masked_linear(x[:rows], weight, given, visible), many[:rows])
                 assert_same_bits(masked_linear(x[5 : 5 + rows, :], weight.mT.contiguous().mT, given, visible), many[5 : 5 + rows])
+
+
+def test_one_row_without_a_batch():
+    x, weight, bias, visible = torch.randn(3), torch.randn(3, 4), torch.randn(4), torch.tensor([0, 1, 2, 3], dtype=torch.int32)
+    y = masked_linear(x, weight, bias, visible)
+    assert y.shape == (4,) and torch.equal(y, masked_linear(x[None], weight, bias, visible)[0])

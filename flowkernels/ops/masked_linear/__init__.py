@@ -162,7 +162,9 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tenso
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             return masked_linear(cast(x, dtype), cast(weight, dtype), cast(bias, dtype), visible)
-    if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[0]:
+    if x.dim() == 1:
+        return masked_linear(x[None], weight, bias, visible)[0]
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"x must have shape [*, {weight.shape[0]}] for a weight {list(weight.shape)}; got {list(x.shape)}")
     outputs = weight.shape[1]
     if visible.shape != (outputs,) or visible.dtype != torch.int32:
