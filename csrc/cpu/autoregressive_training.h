@@ -9,8 +9,24 @@
 
 namespace flowkernels {
 
-// Two orders that most networks have, and that need no look at each number
-enum class OrderKind { any, ascending, descending };
+// Orders that most networks have, and that need no look at each number: of MADEs, and of couplings by halves (rotated: one after the other) and
+// by even and odd features
+enum class OrderKind { any, ascending, descending, rotated, evens_first, odds_first };
+
+inline OrderKind kind_of(const int64_t* order, int64_t features) {
+  const auto is = [&](auto&& feature) {
+    for (int64_t p = 0; p < features; ++p)
+      if (order[p] != feature(p)) return false;
+    return true;
+  };
+  const int64_t evens = (features + 1) / 2, odds = features / 2;
+  if (is([](int64_t p) { return p; })) return OrderKind::ascending;
+  if (is([&](int64_t p) { return features - 1 - p; })) return OrderKind::descending;
+  if (is([&](int64_t p) { return (order[0] + p) % features; })) return OrderKind::rotated;
+  if (is([&](int64_t p) { return p < evens ? 2 * p : 2 * (p - evens) + 1; })) return OrderKind::evens_first;
+  if (is([&](int64_t p) { return p < odds ? 2 * p + 1 : 2 * (p - odds); })) return OrderKind::odds_first;
+  return OrderKind::any;
+}
 
 template <class T>
 struct TrainingArgs {
@@ -35,6 +51,9 @@ struct TrainingArgs {
   int64_t x_row, x_column, dy_row, dy_column, dlogabsdet_step;
   T *y, *logabsdet, *dx;  // contiguous
   bool adds_log;          // to what logabsdet holds already
+
+  // y = x + shift, whose log-determinant is 0
+  bool only_adds() const { return scale.kind == static_cast<int>(ScaleKind::unit) && form == Form::scale_shift && output_columns.each == 1; }
 
   void set_x(const T* data, int64_t row, int64_t column) { x = data, x_row = row, x_column = column; }
   void set_cotangents(const T* of_y, int64_t row, int64_t column, const T* of_logabsdet, int64_t step) {

@@ -31,28 +31,75 @@ FK_INLINE void store_outputs(T* at, const OutputColumns& columns, Vec<T> shift, 
   if (2 * left > lanes<T>) store_some(at + lanes<T>, AllLanes<T>::high_pairs(shift, raw), 2 * left - lanes<T>);
 }
 
+// Even and odd elements of a row apart, and back
+template <class T>
+FK_INLINE void part_pairs(const T* from, int64_t n, T* evens, T* odds) {
+  int64_t i = 0;
+  for (; i + 2 * lanes<T> <= n; i += 2 * lanes<T>) {
+    const Vec<T> a = load(from + i), b = load(from + i + lanes<T>);
+    store(evens + i / 2, AllLanes<T>::even(a, b));
+    store(odds + i / 2, AllLanes<T>::odd(a, b));
+  }
+  for (; i < n; ++i) (i % 2 ? odds : evens)[i / 2] = from[i];
+}
+
+template <class T>
+FK_INLINE void join_pairs(const T* evens, const T* odds, int64_t n, T* to) {
+  int64_t i = 0;
+  for (; i + 2 * lanes<T> <= n; i += 2 * lanes<T>) {
+    const Vec<T> a = load(evens + i / 2), b = load(odds + i / 2);
+    store(to + i, AllLanes<T>::low_pairs(a, b));
+    store(to + i + lanes<T>, AllLanes<T>::high_pairs(a, b));
+  }
+  for (; i < n; ++i) to[i] = (i % 2 ? odds : evens)[i / 2];
+}
+
 // to[k] = the feature generated k-th of a row whose features are `column` apart
 template <class T>
 FK_INLINE void to_order(const TrainingArgs<T>& args, const T* from, int64_t column, T* to) {
-  const int64_t D = args.features;
-  if (column == 1 && args.order_kind == OrderKind::ascending)
-    for (int64_t p = 0; p < D; ++p) to[p] = from[p];
-  else if (column == 1 && args.order_kind == OrderKind::descending)
-    for (int64_t p = 0; p < D; ++p) to[p] = from[D - 1 - p];
-  else
-    for (int64_t p = 0; p < D; ++p) to[p] = from[(args.order ? args.order[p] : p) * column];
+  const int64_t D = args.features, evens = (D + 1) / 2, odds = D / 2;
+  switch (column == 1 ? args.order_kind : OrderKind::any) {
+    case OrderKind::ascending:
+      for (int64_t p = 0; p < D; ++p) to[p] = from[p];
+      return;
+    case OrderKind::descending:
+      for (int64_t p = 0; p < D; ++p) to[p] = from[D - 1 - p];
+      return;
+    case OrderKind::rotated: {
+      const int64_t first = args.order[0];
+      for (int64_t p = first; p < D; ++p) to[p - first] = from[p];
+      for (int64_t p = 0; p < first; ++p) to[D - first + p] = from[p];
+      return;
+    }
+    case OrderKind::evens_first: return part_pairs(from, D, to, to + evens);
+    case OrderKind::odds_first: return part_pairs(from, D, to + odds, to);
+    case OrderKind::any:
+      for (int64_t p = 0; p < D; ++p) to[p] = from[(args.order ? args.order[p] : p) * column];
+  }
 }
 
 // and back, into a contiguous row
 template <class T>
 FK_INLINE void from_order(const TrainingArgs<T>& args, const T* from, T* to) {
-  const int64_t D = args.features;
-  if (args.order_kind == OrderKind::ascending)
-    for (int64_t p = 0; p < D; ++p) to[p] = from[p];
-  else if (args.order_kind == OrderKind::descending)
-    for (int64_t p = 0; p < D; ++p) to[D - 1 - p] = from[p];
-  else
-    for (int64_t p = 0; p < D; ++p) to[args.order[p]] = from[p];
+  const int64_t D = args.features, evens = (D + 1) / 2, odds = D / 2;
+  switch (args.order_kind) {
+    case OrderKind::ascending:
+      for (int64_t p = 0; p < D; ++p) to[p] = from[p];
+      return;
+    case OrderKind::descending:
+      for (int64_t p = 0; p < D; ++p) to[D - 1 - p] = from[p];
+      return;
+    case OrderKind::rotated: {
+      const int64_t first = args.order[0];
+      for (int64_t p = first; p < D; ++p) to[p] = from[p - first];
+      for (int64_t p = 0; p < first; ++p) to[p] = from[D - first + p];
+      return;
+    }
+    case OrderKind::evens_first: return join_pairs(from, from + evens, D, to);
+    case OrderKind::odds_first: return join_pairs(from + odds, from, D, to);
+    case OrderKind::any:
+      for (int64_t p = 0; p < D; ++p) to[args.order[p]] = from[p];
+  }
 }
 
 // What a layer makes of its sums in one row: joins them with its context term and the values that it adds, and activates them.
@@ -144,11 +191,14 @@ void training_forward(const TrainingArgs<T>& args, int64_t r0, int64_t r1, T* sc
     for (int64_t r = r0; r < r1; ++r) join(args.columns[l], args.values + r * args.values_ld);
   }
   if (!args.y) return;  // the values alone were asked for
+  const bool adds = args.only_adds();
   T *results = scratch, *logs = scratch + padded_features<T>(D);
   for (int64_t p = 0; p < passing; ++p) logs[p] = T(0);
   for (int64_t r = r0; r < r1; ++r) {
     const T* values = args.values + r * args.values_ld;
-    for (int64_t p = passing; p < D; p += lanes<T>) {
+    for (int64_t p = passing; adds && p < D; p += lanes<T>)
+      store(results + p, load_some(values + p, D - p) + load_some(values + args.made + args.output_columns.of(p), D - p));
+    for (int64_t p = passing; !adds && p < D; p += lanes<T>) {
       const ShiftAndRaw<T> made = load_outputs(values + args.made + args.output_columns.of(p), args.output_columns, D - p);
       const ValueAndLog<Vec<T>> out = apply_form(args.form, args.scale, load_some(values + p, D - p), made.shift, made.raw);
       store(results + p, out.value);
@@ -156,7 +206,7 @@ void training_forward(const TrainingArgs<T>& args, int64_t r0, int64_t r1, T* sc
     }
     for (int64_t p = 0; p < passing; ++p) results[p] = values[p];
     T total = 0;
-    for (int64_t chunk = 0; chunk < D; chunk += kLogChunk) {
+    for (int64_t chunk = 0; !adds && chunk < D; chunk += kLogChunk) {
       T sum = logs[chunk];
       for (int64_t p = chunk + 1; p < smaller(chunk + kLogChunk, D); ++p) sum += logs[p];
       total += sum;
@@ -183,6 +233,7 @@ template <class T>
 void training_backward(const TrainingArgs<T>& args, bool need_dx, int64_t r0, int64_t r1, T* scratch) {
   const int64_t D = args.features;
   const OutputColumns columns = args.output_columns;
+  const bool adds = args.only_adds();
   T* by_bound = scratch;
   // all rows before any is used: vectors that are loaded where single elements have just been stored wait for all stores before them
   for (int64_t r = r0; r < r1; ++r) to_order(args, args.dy + r * args.dy_row, args.dy_column, args.deltas + r * args.deltas_ld);
@@ -192,7 +243,8 @@ void training_backward(const TrainingArgs<T>& args, bool need_dx, int64_t r0, in
     T *deltas = args.deltas + r * args.deltas_ld, *outputs = deltas + args.outputs;
     for (int64_t i = D; args.wired && i < args.outputs; ++i) deltas[i] = T(0);
     const Vec<T> c = broadcast<T>(args.dlogabsdet[r * args.dlogabsdet_step]);
-    for (int64_t p = columns.passing; p < D; p += lanes<T>) {
+    for (int64_t p = columns.passing; adds && p < D; ++p) outputs[columns.of(p)] = deltas[p];
+    for (int64_t p = columns.passing; !adds && p < D; p += lanes<T>) {
       const int64_t left = D - p;
       const Vec<T> x = load_some(values + p, left), dy = load_some(deltas + p, left);
       const ShiftAndRaw<T> made = load_outputs(values + args.made + columns.of(p), columns, left);

@@ -161,12 +161,7 @@ class TrainingNetwork {
 
   void read_order(const Tensor& given) {
     order = network_.order(given, features, position_);
-    bool ascending = true, descending = true;
-    for (int64_t p = 0; p < features; ++p) {
-      ascending &= order[p] == p;
-      descending &= order[p] == features - 1 - p;
-    }
-    order_kind = ascending ? OrderKind::ascending : descending ? OrderKind::descending : OrderKind::any;
+    order_kind = kind_of(order, features);
   }
 };
 

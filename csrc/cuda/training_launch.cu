@@ -52,8 +52,7 @@ __device__ __forceinline__ void run_product(const typename Tile::Args& args, int
     copies.commit();
     tile.multiply(i, memory.slots[slot], thread, own);
     tile.beside(memory.slots[slot], thread, beside);
-  }
-  copies.wait<0>();
+  }  // no copy is on its way: the last groups are empty
   for (int piece = 0; piece < Shape::rows / Shape::finish_rows; ++piece) {
     __syncthreads();  // nobody reads what was here
     own.put(memory, piece, thread);

@@ -7,7 +7,7 @@ import torch
 
 from python_tests.battery import assert_same_bits, needs_tests_library
 from python_tests.cuda import emulated
-from python_tests.cuda.emulated import A100, H200, ONE, TIGHT, Order, needs_emulator, run_on
+from python_tests.cuda.emulated import A100, H200, ONE, TIGHT, Device, Order, needs_emulator, run_on
 from python_tests.ops import test_autoregressive, test_autoregressive_stack
 from python_tests.ops.test_autoregressive import GATED, RESIDUAL, example, widened
 from python_tests.ops.test_autoregressive_schedule import LAYOUTS, not_autoregressive, stack_twin, twin, with_bfloat16_weights
@@ -114,6 +114,16 @@ def test_a_network_that_is_not_autoregressive_gives_nan():
         x, None, n.weights, n.biases, [], [], n.visible, None, n.activations, [], 0, 0.0, 0.0, 0, True
     )
     assert y[:, 0].isfinite().all() and y[:, 1:].isnan().all() and logabsdet.isnan().all()
+
+
+@pytest.mark.parametrize("order", [Order.FORWARDS, Order.BACKWARDS])
+def test_more_matrices_than_blocks(order):
+    """Where they lie in global memory: the last of 256 blocks take two."""
+    w = torch.randn(259, 20, 20, generator=torch.Generator().manual_seed(0))
+    run_on(H200)
+    want = emulated.ops.slogdet_inverse(w, False)
+    run_on(Device(1, 2000, 4000), order)
+    assert_same_bits(emulated.ops.slogdet_inverse(w, False), want)
 
 
 @pytest.mark.parametrize("order", Order)

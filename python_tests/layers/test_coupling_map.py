@@ -61,6 +61,25 @@ def values_and_gradients(layer, x, context):
     return [y, logabsdet, *torch.autograd.grad(loss, inputs)]
 
 
+@pytest.mark.parametrize("kind", ["additive", "softclip"])
+@pytest.mark.parametrize("part", ["even", "odd", "first_half", "second_half"])
+@pytest.mark.parametrize("features", [2, 3, 16, 17, 31, 32, 33, 40, 67])
+def test_rows_are_split_by_whole_vectors(kind, part, features):
+    """And what is beyond the last of them, whatever the layout; the gradients with them."""
+    torch.manual_seed(features)
+    layer = coupling(kind, features, part)
+    inputs = [torch.randn(features, 6).mT, torch.randn(6, features)]
+    for x in (x.requires_grad_() for x in inputs):
+        tensors = [x, *layer.parameters()]
+        got = layer(x)
+        with in_parts():
+            want = layer(x)
+        torch.testing.assert_close(got, want)
+        g = torch.randn(6, features)
+        gradients = [torch.autograd.grad((g * y).sum() + logabsdet.sum(), tensors) for y, logabsdet in (got, want)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("part", ["even", "odd", "first_half", "second_half"])
 @pytest.mark.parametrize("context", [0, 3])
