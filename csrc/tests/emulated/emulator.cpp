@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/library.h>
 #include <ucontext.h>
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -22,7 +21,7 @@ namespace {
 
 constexpr int kMostThreads = 1024, kWarp = 32;
 constexpr size_t kStackBytes = 256 << 10, kMargin = 4096;
-constexpr int64_t kSharedWithoutLeave = 48 << 10, kConstantShared = 1 << 20;
+constexpr int64_t kSharedWithoutLeave = 48 << 10;
 
 enum class Waits { no, block, vote, warp, exchange, for_ever };  // for_ever: it has returned
 
@@ -41,8 +40,8 @@ struct Thread {
   bool has_begun;
   Waits waits;
   bool vote;
-  std::vector<Copy> copies;      // in the order of their calls
-  std::vector<size_t> groups;    // how many of them each group that is open has
+  std::vector<Copy> copies;    // in the order of their calls
+  std::vector<size_t> groups;  // how many of them each group that is open has
   size_t in_no_group;
 };
 
@@ -247,7 +246,10 @@ void run(const char* name, const void* kernel, dim3 blocks, int threads, int64_t
   const auto found = emulator.allowed.find(kernel);
   const int64_t allowed = found == emulator.allowed.end() ? kSharedWithoutLeave : std::max(found->second, kSharedWithoutLeave);
   if (threads < 1 || threads > kMostThreads || threads % kWarp) throw std::runtime_error(std::string(name) + ": no whole warps, or more than a block may have");
-  if (shared_bytes < 0 || shared_bytes > allowed) throw std::runtime_error(std::to_string(shared_bytes) + " bytes of shared memory, of which " + std::to_string(allowed) + " are allowed, in " + name);
+  if (shared_bytes < 0 || shared_bytes > allowed) {
+    const std::string bytes = std::to_string(shared_bytes) + " bytes of shared memory, of which " + std::to_string(allowed) + " are allowed, in ";
+    throw std::runtime_error(bytes + name);
+  }
   if (blocks.x < 1 || blocks.x > 0x7fffffffu || blocks.y < 1 || blocks.y > 65535 || blocks.z != 1)
     throw std::runtime_error(std::string(name) + ": a grid that no GPU takes");
   if (!emulator.stacks) {

@@ -5,9 +5,10 @@
 #include <cstdio>
 #include <cstdlib>
 
-// These functions are called by what they would otherwise be made to call.
-#define FK_UNSEEN inline __attribute__((no_sanitize_thread, always_inline))
-#define FK_HOOK extern "C" __attribute__((no_sanitize_thread, visibility("hidden"))) void
+// What is called at every access must not have its own told.
+#define FK_UNTOLD __attribute__((no_sanitize_thread))
+#define FK_UNTOLD_INLINE inline __attribute__((no_sanitize_thread, always_inline))
+#define FK_HOOK extern "C" __attribute__((no_sanitize_thread, visibility("hidden")))
 
 namespace flowkernels::emulated::races {
 namespace {
@@ -45,7 +46,7 @@ struct State {
   char error[400];
 } state;
 
-FK_UNSEEN Word& word_of(uintptr_t address) {
+FK_UNTOLD_INLINE Word& word_of(uintptr_t address) {
   const uintptr_t number = address / kPageBytes;
   if (!state.last || state.last->number != number) {
     Page** place = &state.pages[number * 0x9e3779b97f4a7c15u >> 48];
@@ -61,12 +62,12 @@ FK_UNSEEN Word& word_of(uintptr_t address) {
 }
 
 // what a block has for itself: the launch's shared memory, and that of static size, which lies among this library's variables
-FK_UNSEEN bool is_shared(uintptr_t address) {
+FK_UNTOLD_INLINE bool is_shared(uintptr_t address) {
   return (address >= reinterpret_cast<uintptr_t>(state.shared_begin) && address < reinterpret_cast<uintptr_t>(state.shared_end)) ||
          (address >= state.statics_begin && address < state.statics_end);
 }
 
-__attribute__((no_sanitize_thread)) void tell(uintptr_t address, const char* what, const Access* other) {
+FK_UNTOLD void tell(uintptr_t address, const char* what, const Access* other) {
   if (state.error[0]) return;
   const bool in_launched = address >= reinterpret_cast<uintptr_t>(state.shared_begin) - state.margin &&
                            address < reinterpret_cast<uintptr_t>(state.shared_end) + state.margin;
@@ -85,7 +86,7 @@ __attribute__((no_sanitize_thread)) void tell(uintptr_t address, const char* wha
 }
 
 // whether nothing orders an earlier access and one of this thread
-FK_UNSEEN bool races_with(const Access& earlier, bool shared) {
+FK_UNTOLD_INLINE bool races_with(const Access& earlier, bool shared) {
   if (earlier.thread == kNobody || earlier.period < state.launch_begin) return false;
   if (earlier.period < state.block_begin) return !shared;
   if (earlier.period < state.period || earlier.thread == state.thread) return false;
@@ -93,7 +94,7 @@ FK_UNSEEN bool races_with(const Access& earlier, bool shared) {
   return earlier.warp != warp || earlier.warp_period == state.warp_periods[warp];
 }
 
-FK_UNSEEN void remember(Access& access) {
+FK_UNTOLD_INLINE void remember(Access& access) {
   const int16_t warp = static_cast<int16_t>(state.thread / 32), thread = static_cast<int16_t>(state.thread);
   const bool same = access.period == state.period && access.thread != kNobody;
   if (!same) {
@@ -108,7 +109,7 @@ FK_UNSEEN void remember(Access& access) {
   }
 }
 
-FK_UNSEEN bool is_looked_at(uintptr_t address, size_t bytes) {
+FK_UNTOLD_INLINE bool is_looked_at(uintptr_t address, size_t bytes) {
   if (address >= reinterpret_cast<uintptr_t>(state.stacks_begin) && address < reinterpret_cast<uintptr_t>(state.stacks_end)) return false;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(state.shared_begin), end = reinterpret_cast<uintptr_t>(state.shared_end);
   if (address + bytes > begin - state.margin && address < end + state.margin && (address < begin || address + bytes > end))
@@ -116,32 +117,23 @@ FK_UNSEEN bool is_looked_at(uintptr_t address, size_t bytes) {
   return true;
 }
 
-FK_UNSEEN void on_read(uintptr_t address, size_t bytes) {
+FK_UNTOLD_INLINE void on_access(uintptr_t address, size_t bytes, bool writes, int16_t copied_by = kNobody) {
   if (!is_looked_at(address, bytes)) return;
   const bool shared = is_shared(address);
   for (uintptr_t at = address / kGrain * kGrain; at < address + bytes; at += kGrain) {
     Word& word = word_of(at);
-    if (word.copied_by != kNobody) tell(at, "reads what a copy that has not landed goes to", nullptr);
-    if (races_with(word.written, shared)) tell(at, "reads what was written without a barrier since by", &word.written);
-    remember(word.read);
-  }
-}
-
-FK_UNSEEN void on_write(uintptr_t address, size_t bytes, int16_t copied_by) {
-  if (!is_looked_at(address, bytes)) return;
-  const bool shared = is_shared(address);
-  for (uintptr_t at = address / kGrain * kGrain; at < address + bytes; at += kGrain) {
-    Word& word = word_of(at);
-    if (word.copied_by != kNobody) tell(at, "writes where a copy that has not landed goes to", nullptr);
-    if (races_with(word.written, shared)) tell(at, "writes what was written without a barrier since by", &word.written);
-    if (races_with(word.read, shared)) tell(at, "writes what was read without a barrier since by", &word.read);
-    remember(word.written);
-    word.copied_by = copied_by;
+    if (word.copied_by != kNobody && word.written.period >= state.launch_begin)
+      tell(at, writes ? "writes where a copy that has not landed goes to" : "reads what a copy that has not landed goes to", nullptr);
+    if (races_with(word.written, shared))
+      tell(at, writes ? "writes what was written without a barrier since by" : "reads what was written without a barrier since by", &word.written);
+    if (writes && races_with(word.read, shared)) tell(at, "writes what was read without a barrier since by", &word.read);
+    remember(writes ? word.written : word.read);
+    if (writes) word.copied_by = copied_by;
   }
 }
 
 // this library's variables
-__attribute__((no_sanitize_thread)) int find_statics(dl_phdr_info* info, size_t, void*) {
+FK_UNTOLD int find_statics(dl_phdr_info* info, size_t, void*) {
   const uintptr_t own = reinterpret_cast<uintptr_t>(&state);
   for (int i = 0; i < info->dlpi_phnum; ++i) {
     const uintptr_t begin = info->dlpi_addr + info->dlpi_phdr[i].p_vaddr, end = begin + info->dlpi_phdr[i].p_memsz;
@@ -156,37 +148,37 @@ __attribute__((no_sanitize_thread)) int find_statics(dl_phdr_info* info, size_t,
 
 }  // namespace
 
-__attribute__((no_sanitize_thread)) void begin_launch() {
+FK_UNTOLD void begin_launch() {
   if (!state.statics_end) dl_iterate_phdr(find_statics, nullptr);
   state.error[0] = 0;
   state.launch_begin = ++state.period;
 }
-__attribute__((no_sanitize_thread)) void begin_block() { state.block_begin = ++state.period; }
-__attribute__((no_sanitize_thread)) void end_launch() { ++state.period; }
-__attribute__((no_sanitize_thread)) void at_block_barrier() { ++state.period; }
-__attribute__((no_sanitize_thread)) void at_warp_barrier(int warp) { ++state.warp_periods[warp]; }
-__attribute__((no_sanitize_thread)) void resume(int thread) {
+FK_UNTOLD void begin_block() { state.block_begin = ++state.period; }
+FK_UNTOLD void end_launch() { ++state.period; }
+FK_UNTOLD void at_block_barrier() { ++state.period; }
+FK_UNTOLD void at_warp_barrier(int warp) { ++state.warp_periods[warp]; }
+FK_UNTOLD void resume(int thread) {
   state.thread = thread;
   state.running = true;
 }
-__attribute__((no_sanitize_thread)) void suspend() { state.running = false; }
-__attribute__((no_sanitize_thread)) void set_shared(const unsigned char* begin, const unsigned char* end, size_t margin) {
+FK_UNTOLD void suspend() { state.running = false; }
+FK_UNTOLD void set_shared(const unsigned char* begin, const unsigned char* end, size_t margin) {
   state.shared_begin = begin;
   state.shared_end = end;
   state.margin = margin;
 }
-__attribute__((no_sanitize_thread)) void set_stacks(const unsigned char* begin, const unsigned char* end) {
+FK_UNTOLD void set_stacks(const unsigned char* begin, const unsigned char* end) {
   state.stacks_begin = begin;
   state.stacks_end = end;
 }
-__attribute__((no_sanitize_thread)) void begin_copy(const void* to, const void* from, size_t bytes) {
-  if (from) on_read(reinterpret_cast<uintptr_t>(from), bytes);
-  on_write(reinterpret_cast<uintptr_t>(to), bytes, static_cast<int16_t>(state.thread));
+FK_UNTOLD void begin_copy(const void* to, const void* from, size_t bytes) {
+  if (from) on_access(reinterpret_cast<uintptr_t>(from), bytes, false);
+  on_access(reinterpret_cast<uintptr_t>(to), bytes, true, static_cast<int16_t>(state.thread));
 }
-__attribute__((no_sanitize_thread)) void end_copy(const void* to, size_t bytes) {
+FK_UNTOLD void end_copy(const void* to, size_t bytes) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(to);
   for (uintptr_t at = address / kGrain * kGrain; at < address + bytes; at += kGrain) word_of(at).copied_by = kNobody;
-  on_write(address, bytes, kNobody);
+  on_access(address, bytes, true);
 }
 std::string take_error() {
   const std::string error = state.error;
@@ -200,31 +192,28 @@ std::string take_error() {
 
 namespace flowkernels::emulated::races {
 
-inline __attribute__((no_sanitize_thread, always_inline)) void told(const void* at, size_t bytes, bool writes, const void* called_from) {
+FK_UNTOLD_INLINE void told(const void* at, size_t bytes, bool writes, const void* called_from) {
   if (!state.running) return;
   state.called_from = reinterpret_cast<uintptr_t>(called_from);
-  if (writes)
-    on_write(reinterpret_cast<uintptr_t>(at), bytes, kNobody);
-  else
-    on_read(reinterpret_cast<uintptr_t>(at), bytes);
+  on_access(reinterpret_cast<uintptr_t>(at), bytes, writes);
 }
 
 }  // namespace flowkernels::emulated::races
 
 #define FK_READ(bytes) flowkernels::emulated::races::told(at, bytes, false, __builtin_return_address(0))
 #define FK_WRITE(bytes) flowkernels::emulated::races::told(at, bytes, true, __builtin_return_address(0))
-FK_HOOK __tsan_init() {}
-FK_HOOK __tsan_func_entry(void*) {}
-FK_HOOK __tsan_func_exit() {}
-FK_HOOK __tsan_vptr_update(void**, void*) {}
-FK_HOOK __tsan_vptr_read(void**) {}
-FK_HOOK __tsan_read_range(void* at, size_t bytes) { FK_READ(bytes); }
-FK_HOOK __tsan_write_range(void* at, size_t bytes) { FK_WRITE(bytes); }
-#define FK_ACCESSES(bytes)                                                          \
-  FK_HOOK __tsan_read##bytes(void* at) { FK_READ(bytes); }                  \
-  FK_HOOK __tsan_write##bytes(void* at) { FK_WRITE(bytes); }                \
-  FK_HOOK __tsan_unaligned_read##bytes(void* at) { FK_READ(bytes); }        \
-  FK_HOOK __tsan_unaligned_write##bytes(void* at) { FK_WRITE(bytes); }
+FK_HOOK void __tsan_init() {}
+FK_HOOK void __tsan_func_entry(void*) {}
+FK_HOOK void __tsan_func_exit() {}
+FK_HOOK void __tsan_vptr_update(void**, void*) {}
+FK_HOOK void __tsan_vptr_read(void**) {}
+FK_HOOK void __tsan_read_range(void* at, size_t bytes) { FK_READ(bytes); }
+FK_HOOK void __tsan_write_range(void* at, size_t bytes) { FK_WRITE(bytes); }
+#define FK_ACCESSES(bytes)                                                 \
+  FK_HOOK void __tsan_read##bytes(void* at) { FK_READ(bytes); }            \
+  FK_HOOK void __tsan_write##bytes(void* at) { FK_WRITE(bytes); }          \
+  FK_HOOK void __tsan_unaligned_read##bytes(void* at) { FK_READ(bytes); }  \
+  FK_HOOK void __tsan_unaligned_write##bytes(void* at) { FK_WRITE(bytes); }
 FK_ACCESSES(1)
 FK_ACCESSES(2)
 FK_ACCESSES(4)
@@ -232,13 +221,9 @@ FK_ACCESSES(8)
 FK_ACCESSES(16)
 
 // of shared pointers on the host; no kernel has an atomic
-#define FK_ATOMIC(bits, T)                                                                                                       \
-  extern "C" __attribute__((no_sanitize_thread, visibility("hidden"))) T __tsan_atomic##bits##_fetch_add(volatile T* at, T by, int) { \
-    return __atomic_fetch_add(at, by, __ATOMIC_SEQ_CST);                                                                         \
-  }                                                                                                                              \
-  extern "C" __attribute__((no_sanitize_thread, visibility("hidden"))) T __tsan_atomic##bits##_load(const volatile T* at, int) {      \
-    return __atomic_load_n(at, __ATOMIC_SEQ_CST);                                                                                \
-  }
+#define FK_ATOMIC(bits, T)                                                                                              \
+  FK_HOOK T __tsan_atomic##bits##_fetch_add(volatile T* at, T by, int) { return __atomic_fetch_add(at, by, __ATOMIC_SEQ_CST); } \
+  FK_HOOK T __tsan_atomic##bits##_load(const volatile T* at, int) { return __atomic_load_n(at, __ATOMIC_SEQ_CST); }
 FK_ATOMIC(8, uint8_t)
 FK_ATOMIC(32, uint32_t)
 FK_ATOMIC(64, uint64_t)
