@@ -106,8 +106,7 @@ __global__ void training_map(const __grid_constant__ MapArgs<T> args) {
   for (int half = 16; half > 0; half /= 2) {
     __syncwarp();
     args.halve(logs, lane, half);
-  }
-  __syncwarp();
+  }  // lane 0 has the sum, and y was written before the first barrier
   args.hand_on(row, lane, logs);
 }
 
