@@ -43,13 +43,16 @@ class DataModel:
         Raises:
             ValueError: the width of the data or the context differs, or the shape of images, or a context is missing or unexpected.
         """
+        self._check_shapes(table)
+        self.preprocess.check(table.x, f"data {table.name}")
+
+    def _check_shapes(self, table: Table) -> None:
         if table.image_shape is not None and len(self.flow.shape) == 3 and tuple(table.image_shape) != tuple(self.flow.shape):
             wanted, got = list(self.flow.shape), list(table.image_shape)
             raise ValueError(f"data must be images of shape {wanted}, [channels, height, width], like the run's; {table.name} has {got}")
         if table.x.shape[1] != self.flow.features:
             raise ValueError(f"data must have {self.flow.features} columns, like the run's; {table.name} has {table.x.shape[1]}")
         self.check_context(table.context, table.name)
-        self.preprocess.check(table.x, f"data {table.name}")
 
     def check_context(self, context: Tensor | None, name: str) -> None:
         """Refuse a context that is missing, unexpected or of another width, with a ValueError."""
@@ -69,9 +72,9 @@ class DataModel:
             flow's dtype; on its device.
 
         Raises:
-            ValueError: the rows are not for this model, or too large for the flow's dtype.
+            ValueError: the rows have another shape, or are too large for the flow's dtype.
         """
-        self.check(table)
+        self._check_shapes(table)
         parts, totals = [], []
         for x in table.x.split(_ROWS):  # in float64, so not all at once
             y, logabsdet = self.preprocess.forward(x, generator)

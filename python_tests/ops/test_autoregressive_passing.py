@@ -94,6 +94,7 @@ TANH = ScaleMap.exp_tanh(1.5, inner=2.0)
 class TestPassing(OpBattery):
     bare_op = torch.ops.flowkernels.autoregressive.default
     dynamic_shapes = (True,)  # with static ones TestAutoregressive compiles the same op
+    implicit = frozenset({"autoregressive behind inverse", "autoregressive and additive behind inverse"})
     cases = {
         **both("coupling", 5, 2, (7, 6)),
         **both("coupling of odd features", 5, 3, (7,), order=[0, 2, 4, 1, 3], form="shift_scale"),
