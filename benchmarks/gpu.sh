@@ -84,7 +84,7 @@ fi
 # the most wanted first, as the clock may stop the last
 benchmarks=("$@")
 if [ "${#benchmarks[@]}" -eq 0 ]; then
-  benchmarks=(limits maf autoregressive sampling gradient training masked_linear coupling lu flows conv1x1 glow tasks)
+  benchmarks=(limits maf autoregressive sampling gradient training masked_linear coupling lu flows conv1x1 glow_step glow tasks)
   if [ -n "$quick" ]; then benchmarks=(limits maf autoregressive); fi
 fi
 for name in "${benchmarks[@]}"; do

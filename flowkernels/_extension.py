@@ -63,7 +63,7 @@ class Status:
 
 
 # what no build has a CUDA kernel for, neither compiled nor in Triton; there these ops are composed of others
-CPU_ALONE = ("channel_normalize", "conv_net", "glow_step", "glow_steps", "lu_fold")
+CPU_ALONE = ("channel_normalize", "conv_net", "glow_steps", "lu_fold")
 
 
 @functools.cache

@@ -82,16 +82,16 @@ void run(const GlowStepArgs<T>& args, bool backward) {
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> forward(const Inputs& in, bool inverse) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Inputs& in, bool inverse, bool passes) {
   GlowStepArgs<T> args = describe<T>(in, inverse);
   const Tensor& x = in.x;
   std::vector<int64_t> sizes = sizes_of(x);
   Tensor y = empty(x, sizes), logabsdet = empty(x, {args.batch});
   sizes.back() = args.channels / 2;
-  Tensor passing = empty(x, sizes);
+  Tensor passing = empty(x, passes ? sizes : std::vector<int64_t>{0});
   if (args.batch == 0) return {y, logabsdet, passing};
   args.y = static_cast<T*>(y.mutable_data_ptr());
-  args.passing = static_cast<T*>(passing.mutable_data_ptr());
+  args.passing = passes ? static_cast<T*>(passing.mutable_data_ptr()) : nullptr;
   const std::unique_ptr<T[]> logs(new T[args.tiles()]);
   args.tile_logs = logs.get();
   run(args, false);
@@ -146,11 +146,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
 
 using Maybe = std::optional<Tensor>;
 
-std::tuple<Tensor, Tensor, Tensor> glow_step(const Tensor& x, Maybe raw, Maybe weight, Maybe bias, bool inverse) {
+std::tuple<Tensor, Tensor, Tensor> glow_step(const Tensor& x, Maybe raw, Maybe weight, Maybe bias, bool inverse, bool passes) {
   const Inputs in{x, raw, weight, bias};
-  if (x.scalar_type() == ScalarType::Double) return forward<double>(in, inverse);
+  if (x.scalar_type() == ScalarType::Double) return forward<double>(in, inverse, passes);
   check(x.scalar_type() == ScalarType::Float, "x must be float32 or float64");
-  return forward<float>(in, inverse);
+  return forward<float>(in, inverse, passes);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> glow_step_backward(const Tensor& dy, const Tensor& dlogabsdet, Maybe dpassing, const Tensor& x,

@@ -11,17 +11,15 @@ from ..layers import ActNormConv1x1, AdditiveCoupling, AffineCoupling
 from ..layers._dtype import check_dtype
 from ..layers._fold import Folded, fold
 from ..layers._plain import is_plain
-from ..ops import Form, Part, ScaleMap, glow_step, glow_steps
-from ..ops.glow_step.reference import steps_in_turn
+from ..ops import Form, Part, glow_step, glow_steps
+from ..ops.glow_step.reference import SCALE, steps_in_turn
 from .networks import plain_parameters
-
-SCALE = ScaleMap.sigmoid(bias=2.0)  # of the affine couplings
 
 
 class GlowSteps(nn.Module):
     """The steps of one level. Their matrices, all of one size, are computed in one go before the first.
 
-    On a CPU each affine coupling is joined with the actnorm and the convolution that come next, and channels lie last all the way; where
+    Each affine coupling is joined with the actnorm and the convolution that come next. On a CPU channels lie last all the way, and where
     the conditioners are Glow's own, all steps are one op. Where a module has hooks, or a coupling is another one, they are called in turn.
     """
 
@@ -87,8 +85,8 @@ def _begins(mixings: Sequence[nn.Module], couplings: Sequence[nn.Module]) -> boo
 
 
 def _joins(x: Tensor, mixings: Sequence[nn.Module], couplings: Sequence[nn.Module]) -> bool:
-    served = x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-    if not served or x.dtype != _bias(mixings[0]).dtype:
+    served = (x.is_cpu or x.is_cuda) and x.dtype in (torch.float32, torch.float64)
+    if not served or torch.is_autocast_enabled(x.device.type) or x.dtype != _bias(mixings[0]).dtype:
         return False
     return all([_is_glows(coupling) for coupling in couplings]) and all([is_plain(mixing, ActNormConv1x1) for mixing in mixings])
 

@@ -45,7 +45,7 @@ def example(channels, *sites, inverse=False):
 
         op = with_convolution(lambda *a: glow_step(*a, inverse=inverse))
         oracle = with_convolution(lambda *a: definition(*a, inverse))
-        return Example([x, raw], [weight, bias], op, oracle, lambda rows, p: (*rows, *p, inverse), transform=True)
+        return Example([x, raw], [weight, bias], op, oracle, lambda rows, p: (*rows, *p, inverse, True), transform=True)
 
     return make
 
@@ -99,7 +99,8 @@ def test_coupling_or_convolution_may_be_missing(channels, sites, missing, invers
     run = lambda *a: glow_step(*a, inverse=inverse)
     _agree(run, lambda *a: definition(*a, inverse), (x, raw, weight, bias))
     given = [t if t is None else t.detach() for t in (x, raw, weight, bias)]
-    torch.library.opcheck(torch.ops.flowkernels.glow_step.default, (*given, inverse))
+    for passes in (True, False):
+        torch.library.opcheck(torch.ops.flowkernels.glow_step.default, (*given, inverse, passes))
     y, logabsdet, passing = glow_step(*given, inverse=inverse)
     torch.library.opcheck(torch.ops.flowkernels.glow_step_backward.default, (y, logabsdet, passing, *given, inverse))
     with backend("reference"):

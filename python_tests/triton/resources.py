@@ -59,6 +59,17 @@ def channel_affine(dtype: torch.dtype) -> None:
     module.channel_affine_backward_triton(x, dlogabsdet, x, shift, shift, shift, False, False)
 
 
+def glow_step(channels: int, dtype: torch.dtype, precision: str = "highest", layout: str = "channels first", raw: bool = True) -> None:
+    torch.set_float32_matmul_precision(precision)
+    x = torch.empty((32, channels, 16, 16), dtype=dtype)
+    x = x.to(memory_format=torch.channels_last) if layout == "channels last" else x
+    x, weight, bias = x.movedim(1, -1), torch.empty(channels, channels, dtype=dtype), torch.empty(channels, dtype=dtype)
+    module = kernels("glow_step")
+    arguments = x, x if raw else None, weight, bias, False
+    y, logabsdet, passing = module.glow_step_triton(*arguments, raw)
+    module.glow_step_backward_triton(y, logabsdet, passing if raw else None, *arguments)
+
+
 GLOW, IMAGE = ScaleMap.sigmoid(bias=2.0), (32, 48, 32, 32)
 CASES: dict[str, Callable[[], None]] = {
     "masked_linear float32": lambda: masked_linear(torch.float32, 4096),
@@ -71,6 +82,15 @@ CASES: dict[str, Callable[[], None]] = {
     "coupling float32, RealNVP": lambda: coupling(
         (64, 3, 32, 32), torch.float32, Part.CHECKERBOARD_EVEN, ScaleMap.exp_tanh(1.0), Form.SHIFT_SCALE, True
     ),
+    "glow_step float32, 12 channels": lambda: glow_step(12, torch.float32),
+    "glow_step float32, 24 channels": lambda: glow_step(24, torch.float32),
+    "glow_step float32, 48 channels": lambda: glow_step(48, torch.float32),
+    "glow_step float32, 48 channels last": lambda: glow_step(48, torch.float32, layout="channels last"),
+    "glow_step float32, 48 channels, no coupling": lambda: glow_step(48, torch.float32, raw=False),
+    "glow_step float32, 96 channels": lambda: glow_step(96, torch.float32),
+    "glow_step float32, 192 channels": lambda: glow_step(192, torch.float32),
+    "glow_step tf32, 48 channels": lambda: glow_step(48, torch.float32, "high"),
+    "glow_step float64, 48 channels": lambda: glow_step(48, torch.float64),
     "channel_affine float32": lambda: channel_affine(torch.float32),
     "channel_affine bfloat16": lambda: channel_affine(torch.bfloat16),
 }

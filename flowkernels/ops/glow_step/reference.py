@@ -6,19 +6,29 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..._backend import chosen
 from ..conv_net.reference import conv_net_reference, conv_net_training_reference, per_network
 from ..coupling.part import Part
 from ..coupling.reference import Coupling, coupling_backward_reference, coupling_reference
 from ..scale_map import Form, ScaleMap
 
+SCALE = ScaleMap.sigmoid(bias=2.0)
+
+
+def like_x(x: Tensor, channels: int) -> Tensor:
+    """Empty, [batch, *sites, channels]; channels lie first in memory where those of x do, but not for a CPU's kernels."""
+    if x.is_contiguous() or not (x.is_cuda or chosen() == "triton"):
+        return x.new_empty((*x.shape[:-1], channels))
+    return x.new_empty((x.shape[0], channels, *x.shape[1:-1])).movedim(1, -1)
+
 
 def glow_step_reference(
-    x: Tensor, raw: Tensor | None, weight: Tensor | None, bias: Tensor | None, inverse: bool
+    x: Tensor, raw: Tensor | None, weight: Tensor | None, bias: Tensor | None, inverse: bool, passes: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, log|det| of the coupling, and the first half of y's channels; x and raw are [batch, *sites, channels]."""
+    """y, log|det| of the coupling, and, if `passes`, the first half of y's channels; x and raw are [batch, *sites, channels]."""
     h, logabsdet = _couple(x, raw, inverse)
     y = h if weight is None else h @ weight.mT - bias if inverse else (h + bias) @ weight.mT
-    return y, logabsdet, y[..., : y.shape[-1] // 2].clone()
+    return y, logabsdet, y[..., : y.shape[-1] // 2].clone() if passes else y.new_empty(0)
 
 
 def steps_in_turn(
@@ -122,7 +132,7 @@ def glow_step_backward_reference(
 
 
 def _options(inverse: bool) -> Coupling:
-    return Coupling(Part.SECOND_HALF, ScaleMap.sigmoid(bias=2.0), Form.SHIFT_SCALE, inverse)
+    return Coupling(Part.SECOND_HALF, SCALE, Form.SHIFT_SCALE, inverse)
 
 
 def _couple(x: Tensor, raw: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
