@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowkernels import ScaleMap, _extension, _triton, backend
-from flowkernels.ops import Form, Part
+from flowkernels.ops import Form, Part, glow_step
 from python_tests.battery import Example, assert_same_bits
 from python_tests.ops.test_autoregressive import GATED, RESIDUAL, example
 from python_tests.ops.test_autoregressive_schedule import with_bfloat16_weights, with_rounded_matrices
@@ -75,6 +75,15 @@ def stack_with_rounded_weights(*arguments) -> tuple[Tensor, ...]:
     return torch.ops.flowkernels.autoregressive_stack(*made)
 
 
+def glow_step_arguments(batch: int) -> tuple:
+    return randn(batch, 3, 5, 24), randn(batch, 3, 5, 24, seed=1), randn(24, 24, seed=2) / 5, randn(24, seed=3)
+
+
+def glow_step_gradients(*arguments) -> tuple[Tensor, ...]:
+    """The op, which a CPU gives contiguous tensors."""
+    return torch.ops.flowkernels.glow_step_backward(*(t.contiguous() if isinstance(t, Tensor) else t for t in arguments))
+
+
 # outputs whose bits do not follow the layout, of an op whose others are sums over the batch in an order that Triton takes from the layout
 BITS_OF = {"channel_affine_backward": 1}
 BY_LIBRARY, BY_PRODUCTS = training(True), training(False)
@@ -82,6 +91,8 @@ OPS_OF = {  # of what is no op itself
     BY_PRODUCTS: {"autoregressive_training", "autoregressive_backward"},
     BY_LIBRARY: set(),
     stack_with_rounded_weights: {"autoregressive_stack"},
+    glow_step: {"glow_step"},
+    glow_step_gradients: {"glow_step_backward"},
 }
 
 # name of a call: the op, and its arguments for a batch; 37 rows are more than a tile, and no multiple of one
@@ -136,6 +147,11 @@ CALLS: dict[str, tuple[str | Callable, Callable[[int], tuple]]] = {
         "channel_affine_backward",
         lambda batch: (randn(batch, 5, 3, 7, seed=4), randn(batch, seed=5), *channels(batch), False, False),
     ),
+    "glow_step": (glow_step, glow_step_arguments),
+    "glow_step_backward": (
+        glow_step_gradients,
+        lambda batch: (randn(batch, 3, 5, 24, seed=4), randn(batch, seed=5), None, *glow_step_arguments(batch), False),
+    ),
     "masked_linear": ("masked_linear", lambda batch: (randn(batch, 40), randn(40, 70, seed=1), randn(70, seed=2), staircase(40, 70))),
     "masked_linear_dx": ("masked_linear_dx", lambda batch: (randn(batch, 70), randn(40, 70, seed=1), staircase(40, 70))),
     "masked_linear_dweight": ("masked_linear_dweight", lambda batch: (randn(batch, 40), randn(batch, 70, seed=1), staircase(40, 70))),
@@ -181,7 +197,8 @@ def test_every_op_with_a_cuda_kernel_is_called():
 def test_layouts_on_the_cpu(call, layout):
     """The table of calls, and the strides that Triton kernels compute with, which the interpreter shows."""
     op, arguments = call
-    interpreted = op in _triton.ops() and not _triton.why_not(op, torch.device("cpu"))
+    names = OPS_OF[op] if callable(op) else {op}
+    interpreted = names and not any(_triton.why_not(name, torch.device("cpu")) for name in names)
     for implementation in ("auto", "triton") if interpreted else ("auto",):
         with backend(implementation):
             for batch in (0, 3):

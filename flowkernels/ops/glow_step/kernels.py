@@ -299,7 +299,7 @@ def glow_step_triton(
         log = x.new_zeros(batch)
     else:
         log = x.new_empty(batch if plan.sum_segments is None else (batch, plan.tiles.tiles_s))
-    plan.launch((plan.tiles.count(batch), plan.blocks), (*rows[:2], weight, bias, *rows[2:], log), batch)
+    plan.launch((plan.tiles.count(batch), plan.blocks), (*rows[:2], weight.contiguous(), bias.contiguous(), *rows[2:], log), batch)
     return y, log if plan.sum_segments is None else plan.sum_segments(log), passing
 
 
@@ -318,6 +318,7 @@ def glow_step_backward_triton(
         if dpassing is not None:
             dy = dy + torch.nn.functional.pad(dpassing, (0, channels // 2))
         return *_couple_backward(dy, dlogabsdet, x, raw, inverse), x.new_empty(0, 0), x.new_empty(0)
+    weight, bias = weight.contiguous(), bias.contiguous()
     dx, draw = like_x(x, channels), x.new_empty(0) if raw is None else like_x(raw, channels)
     if not x.numel():
         return dx, draw, torch.zeros_like(weight), torch.zeros_like(bias)
