@@ -58,10 +58,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::span<const Tens
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Gradients by x and by all parameters
+// Gradients by x and, if `parameters`, by all of them, else empty tensors
 template <class T>
 Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const Tensor& second, const Tensor& weight_in,
-                   const Tensor& weight_mid, const Tensor& weight_out, const Tensor& bias_out, const Tensor& log_gain) {
+                   const Tensor& weight_mid, const Tensor& weight_out, const Tensor& bias_out, const Tensor& log_gain, bool parameters) {
   // parts of the sums, whatever the threads, on which no sum may depend: few where each has many weights to clear and to add
   constexpr int64_t kLeastParts = 4, kMostParts = 16, kBytes = 1 << 20;
   constexpr int64_t kLeastTasks = 2;  // a single image in two bands; a band makes two rows of the hidden layers' gradients more than its own
@@ -81,10 +81,10 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const
 
   Tensor dx = empty(x, {args.batch, args.height, args.width, in.inputs});
   args.dx = static_cast<T*>(dx.mutable_data_ptr());
-  const auto like = [&](const Convolution<T>& c) { return empty(x, {c.outputs, c.inputs, c.taps, c.taps}); };
+  const auto made = [&](std::vector<int64_t> sizes) { return empty(x, parameters ? sizes : std::vector<int64_t>{0}); };
+  const auto like = [&](const Convolution<T>& c) { return made({c.outputs, c.inputs, c.taps, c.taps}); };
   Tensor dweight_in = like(in), dweight_mid = like(mid), dweight_out = like(out);
-  Tensor dbias_in = empty(x, {in.outputs}), dbias_mid = empty(x, {mid.outputs}), dbias_out = empty(x, {out.outputs});
-  Tensor dlog_gain = empty(x, {out.outputs});
+  Tensor dbias_in = made({in.outputs}), dbias_mid = made({mid.outputs}), dbias_out = made({out.outputs}), dlog_gain = made({out.outputs});
 
   const auto at = args.places();
   // rows of dy and both hidden layers, with their gradients, and the factors of dy, x and one hidden layer, twice as many each
@@ -92,8 +92,8 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const
   args.rows = dx.numel() == 0 ? 1 : rows_of(args, channels, kLeastTasks);
   const int64_t tasks = dx.numel() == 0 ? 0 : args.tasks();
   const int64_t most = std::clamp(kBytes / (at.end * static_cast<int64_t>(sizeof(T))), kLeastParts, kMostParts);
-  const int64_t parts = std::clamp<int64_t>(tasks, 1, most);  // one without tasks where there are no pixels
-  const std::unique_ptr<T[]> sums(new T[parts * at.end + 64]);  // 64: turned in whole vectors
+  const int64_t parts = parameters ? std::clamp<int64_t>(tasks, 1, most) : tasks;  // one without tasks where there are no pixels
+  const std::unique_ptr<T[]> sums(parameters ? new T[parts * at.end + 64] : nullptr);  // 64: turned in whole vectors
   args.sums = sums.get();
   const Packing<T> packing(args, true, out.outputs);
   const size_t scratch = (FK_DISPATCH(conv_net_gradient_scratch_bytes<T>(args)) + 63) / 64 * 64;
@@ -103,12 +103,14 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& first, const
     ConvNetGradientArgs<T> own = args;
     packing.pack(own, gains, room + scratch / sizeof(T));
     for (int64_t part = first; part < last; ++part) {
-      T* const sums = args.sums + part * at.end;
-      std::fill(sums, sums + at.end, T(0));
+      T* const sums = args.sums ? args.sums + part * at.end : nullptr;
+      if (sums) std::fill(sums, sums + at.end, T(0));
       for (int64_t task = part * tasks / parts; task < (part + 1) * tasks / parts; ++task)
         FK_DISPATCH(conv_net_gradient_band<T>(own, task, sums, room));
     }
   });
+
+  if (!parameters) return {dx, dweight_in, dbias_in, dweight_mid, dbias_mid, dweight_out, dbias_out, dlog_gain};
 
   // all of them in the place of the first part, by stretches; then each where it belongs
   constexpr int64_t kStretch = 4096;
@@ -149,9 +151,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_net_training(const Tensor& x, const Tens
 }
 
 Gradients conv_net_backward(const Tensor& dy, const Tensor& x, const Tensor& first, const Tensor& second, const Tensor& weight_in,
-                            const Tensor& weight_mid, const Tensor& weight_out, const Tensor& bias_out, const Tensor& log_gain) {
+                            const Tensor& weight_mid, const Tensor& weight_out, const Tensor& bias_out, const Tensor& log_gain,
+                            bool parameters) {
   const auto go = is_double(x) ? backward<double> : backward<float>;
-  return go(dy, x, first, second, weight_in, weight_mid, weight_out, bias_out, log_gain);
+  return go(dy, x, first, second, weight_in, weight_mid, weight_out, bias_out, log_gain, parameters);
 }
 
 }  // namespace

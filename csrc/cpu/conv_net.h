@@ -41,7 +41,7 @@ struct ConvNetGradientArgs : ConvNetImages<T> {
   const T *x, *dy, *first, *second, *gain;
   T* dx;
   Convolution<T> out, mid, in;
-  T* sums;  // [parts][places().end]
+  T* sums;  // [parts][places().end], or null where x's gradient alone is wanted
 
   // Where the sums for each parameter begin, and the end; those for the first weight lie [packed term][output], for the last one
   // [output][packed term], terms being [row of taps][factor][input]

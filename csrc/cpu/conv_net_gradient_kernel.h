@@ -101,7 +101,7 @@ size_t conv_net_gradient_scratch_bytes(const ConvNetGradientArgs<T>& args) {
           factors(2, most) + whole_vectors<T>(zeros)) * sizeof(T);
 }
 
-// The gradient by x of a band, and what the band adds to `sums`
+// The gradient by x of a band, and what the band adds to `sums`, if that is not null
 template <class T>
 void conv_net_gradient_band(const ConvNetGradientArgs<T>& args, int64_t task, T* sums, T* data) {
   const Band band(args, task);
@@ -142,6 +142,7 @@ void conv_net_gradient_band(const ConvNetGradientArgs<T>& args, int64_t task, T*
   }
   output_rows(args.in, factors_of(dfirst).data, args.width, n, static_cast<const T*>(nullptr),
               args.dx + (pixels + y0 * args.width) * x.channels);
+  if (!sums) return;
 
   const auto at = args.places();
   const int64_t pairs = n * x.pairs();

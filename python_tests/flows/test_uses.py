@@ -32,6 +32,7 @@ from flowkernels.layers import (
     Unitwise,
 )
 from flowkernels.ops.autoregressive import training
+from flowkernels.ops.glow_step import steps
 from python_tests.battery import assert_same_bits
 
 
@@ -365,6 +366,22 @@ def test_parameters_that_a_pass_does_not_ask_for_cost_nothing(monkeypatch):
     assert torch.equal(doubled[1], by_one + 2)
     total.backward()
     assert asked == [False, False, True, True, True] and torch.equal(one.grad, by_one)
+
+
+def test_networks_of_a_glow_that_a_pass_does_not_ask_for_cost_nothing(monkeypatch):
+    asked = []
+    op = steps.conv_net_backward
+    monkeypatch.setattr(steps, "conv_net_backward", lambda *a: asked.append(a[-1]) or op(*a))
+    flow = FROZEN["Glow"]()
+    flow(torch.randn(5, 2, 4, 4))
+    x, one = torch.randn(5, 2, 4, 4, requires_grad=True), flow.layers[1].couplings[0].conditioner.conv_in.weight
+    total = flow.log_prob(x).sum()
+    torch.autograd.grad(total, x, retain_graph=True)
+    torch.autograd.grad(total, [x, one], retain_graph=True)
+    for p in flow.layers[1].couplings.parameters():
+        p.requires_grad_(False)
+    torch.autograd.grad(flow.log_prob(x).sum(), [x, flow.layers[1].mixings[0].actnorm.bias])
+    assert asked == [False, False, True, True, False, False]
 
 
 def test_flows_of_sequences_and_volumes():

@@ -53,7 +53,9 @@ class TestConvNet(OpBattery):
             torch.library.opcheck(op.default, (x, *given))
         y, first, second = ops.conv_net_training(x, *given)
         weight_in, _, weight_mid, _, weight_out, bias_out, log_gain = given
-        torch.library.opcheck(ops.conv_net_backward.default, (y, x, first, second, weight_in, weight_mid, weight_out, bias_out, log_gain))
+        for wanted in (True, False):
+            arguments = y, x, first, second, weight_in, weight_mid, weight_out, bias_out, log_gain, wanted
+            torch.library.opcheck(ops.conv_net_backward.default, arguments)
 
 
 # 1 to 5 vectors of hidden channels, and 8; chains of one, three and more chunks; every width of the last panel

@@ -13,7 +13,7 @@ Measured against torch's convolutions with channels last and a matrix product fo
 AVX2, at [16, 6, 16, 16], [16, 12, 8, 8] and [16, 24, 4, 4] with 64 hidden channels: 1.7, 2.0 and 2.4 times as fast, a single image 2.7
 times; with gradients 1.8, 2.0 and 2.3, a single image 2.4. With 128 hidden channels at the first of these sizes 1.4, with gradients 1.6;
 with 256, at all of them, 1.4 to 1.9 and 1.35 to 1.4, with 512 1.25 to 1.35 and 1.0 to 1.1. With 1,024 gradients took longer than torch's:
-networks of more than 512 hidden channels are left to torch. Backward finds all gradients, also where parameters are frozen.
+networks of more than 512 hidden channels are left to torch. Backward finds the gradients of all parameters or of none.
 """
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from ... import _extension
 from ..._backend import wants_reference
 from ..._library import library, register_fake
-from ..._torch import any_autocast
+from ..._torch import any_autocast, is_wanted
 from .._autocast import autocast_off
 from .._differentiation import apply_function, needs_autograd, pulled_back, transformed
 from .reference import conv_net_backward_reference, conv_net_reference, conv_net_training_reference
@@ -32,7 +32,7 @@ library.define(f"conv_net(Tensor x, {_PARAMETERS}) -> Tensor")
 library.define(f"conv_net_training(Tensor x, {_PARAMETERS}) -> (Tensor, Tensor, Tensor)")
 library.define(
     "conv_net_backward(Tensor dy, Tensor x, Tensor first, Tensor second, Tensor weight_in, Tensor weight_mid, Tensor weight_out, "
-    f"Tensor bias_out, Tensor log_gain) -> ({', '.join(8 * ['Tensor'])})"
+    f"Tensor bias_out, Tensor log_gain, bool parameters) -> ({', '.join(8 * ['Tensor'])})"
 )
 _conv_net = torch.ops.flowkernels.conv_net.default
 _training = torch.ops.flowkernels.conv_net_training.default
@@ -53,10 +53,10 @@ def _composite_training(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
 
 
 @autocast_off
-def _composite_backward(dy: Tensor, x: Tensor, first: Tensor, second: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+def _composite_backward(dy: Tensor, x: Tensor, first: Tensor, second: Tensor, *others) -> tuple[Tensor, ...]:
     images = map(_channels_first, (dy, x, first, second))
-    dx, *gradients = conv_net_backward_reference(*images, *parameters)
-    return _channels_last(dx), *(t.contiguous() for t in gradients)
+    dx, *gradients = conv_net_backward_reference(*images, *others)
+    return _channels_last(dx), *(x.new_empty(0) if t is None else t.contiguous() for t in gradients)
 
 
 def _channels_first(t: Tensor) -> Tensor:
@@ -82,9 +82,9 @@ def _(x: Tensor, weight_in: Tensor, _, weight_mid: Tensor, *parameters: Tensor) 
 
 
 @register_fake("conv_net_backward")
-def _(dy: Tensor, x: Tensor, first: Tensor, second: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-    weights = [(t.new_empty(t.shape), t.new_empty(t.shape[0])) for t in parameters[:3]]
-    return x.new_empty(x.shape), *(t for pair in weights for t in pair), parameters[-1].new_empty(parameters[-1].shape)
+def _(dy: Tensor, x: Tensor, first: Tensor, second: Tensor, weight_in, weight_mid, weight_out, bias_out, log_gain, parameters: bool):
+    shapes = [shape for weight in (weight_in, weight_mid, weight_out) for shape in (weight.shape, weight.shape[:1])]
+    return x.new_empty(x.shape), *(x.new_empty(shape if parameters else 0) for shape in (*shapes, log_gain.shape))
 
 
 _again = autocast_off(conv_net_reference)
@@ -107,7 +107,9 @@ class _ConvNet(torch.autograd.Function):
             gradients = iter(pulled_back((y,), (dy,), wanted, create_graph=True))
             return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)
         weight_in, _, weight_mid, _, weight_out, bias_out, log_gain = parameters
-        return conv_net_backward(dy.contiguous(), x, first, second, weight_in, weight_mid, weight_out, bias_out, log_gain)
+        wanted = any(ctx.needs_input_grad[1:]) and is_wanted(ctx, slice(1, None))
+        dx, *gradients = conv_net_backward(dy.contiguous(), x, first, second, weight_in, weight_mid, weight_out, bias_out, log_gain, wanted)
+        return dx, *(gradients if wanted else (None,) * len(gradients))
 
 
 def conv_net(

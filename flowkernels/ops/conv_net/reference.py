@@ -54,18 +54,19 @@ def conv_net_backward_reference(
     weight_out: Tensor,
     bias_out: Tensor,
     log_gain: Tensor,
-) -> tuple[Tensor, ...]:
-    """Gradients by x and by all parameters, from the hidden layers."""
+    parameters: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients by x and, if `parameters`, by all of them, from the hidden layers."""
     gain = (3 * log_gain).exp()
     d = dy * gain[:, None, None]
-    dsecond, dweight_out, dbias_out = _through(d, second, weight_out, 1)
-    dlog_gain = 3 * ((dweight_out * weight_out).sum((1, 2, 3)) + dbias_out * bias_out)
-    dfirst, dweight_mid, dbias_mid = _through(dsecond * (second > 0), first, weight_mid, 0)
-    dx, dweight_in, dbias_in = _through(dfirst * (first > 0), x, weight_in, 1)
+    dsecond, dweight_out, dbias_out = _through(d, second, weight_out, 1, parameters)
+    dlog_gain = 3 * ((dweight_out * weight_out).sum((1, 2, 3)) + dbias_out * bias_out) if parameters else None
+    dfirst, dweight_mid, dbias_mid = _through(dsecond * (second > 0), first, weight_mid, 0, parameters)
+    dx, dweight_in, dbias_in = _through(dfirst * (first > 0), x, weight_in, 1, parameters)
     return dx, dweight_in, dbias_in, dweight_mid, dbias_mid, dweight_out, dbias_out, dlog_gain
 
 
-def _through(dy: Tensor, x: Tensor, weight: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a convolution by its input, weight and bias."""
+def _through(dy: Tensor, x: Tensor, weight: Tensor, padding: int, parameters: bool) -> tuple[Tensor | None, ...]:
+    """Gradients of a convolution by its input and, if `parameters`, its weight and bias."""
     options = [len(weight)], [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1
-    return torch.ops.aten.convolution_backward(dy, x, weight, *options, [True, True, True])
+    return torch.ops.aten.convolution_backward(dy, x, weight, *options, [True, parameters, parameters])

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import _extension
 from ..._backend import wants_reference
 from ..._library import library, register_fake
-from ..._torch import any_autocast
+from ..._torch import any_autocast, is_wanted
 from .._differentiation import apply_function, needs_autograd, pulled_back, transformed
 from ..conv_net import MOST_HIDDEN, conv_net, conv_net_backward
 from ..conv_net.reference import PARAMETERS, per_network
@@ -79,7 +79,9 @@ class _GlowSteps(torch.autograd.Function):
             wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
             found = iter(pulled_back(outputs, (dy, dlogabsdet), wanted, create_graph=True))
             return None, None, *(next(found) if need else None for need in needed)
-        gradients = _backward(dy, dlogabsdet, x, context, *_lists(tensors, ctx.count), *kept, inverse=ctx.inverse)
+        of_networks = PARAMETERS * ctx.count
+        wanted = any(needed[2 : 2 + of_networks]) and is_wanted(ctx, slice(-len(tensors), of_networks - len(tensors)))
+        gradients = _backward(dy, dlogabsdet, x, context, *_lists(tensors, ctx.count), *kept, inverse=ctx.inverse, parameters=wanted)
         return None, None, *(t if need else None for t, need in zip(gradients, needed, strict=True))
 
 
@@ -103,14 +105,15 @@ def _backward(
     second: Tensor,
     *,
     inverse: bool,
+    parameters: bool,
 ) -> list[Tensor | None]:
-    """Gradients to x, the context, the networks' tensors, the weights and the biases."""
+    """Gradients to x, the context, if `parameters` the networks' tensors, the weights and the biases."""
     count, half = len(weights), x.shape[-1] // 2
-    dnetworks: list[Sequence[Tensor]] = [()] * count
+    dnetworks: list[Sequence[Tensor | None]] = [()] * count
     dweights: list[Tensor | None] = [None] * count
     dbiases: list[Tensor | None] = [None] * count
     dcontext = dpassing = None
-    parameters = per_network(networks)
+    own = per_network(networks)
     for i in range(count) if inverse else reversed(range(count)):
         matrix = i if inverse else i + 1
         weight, bias = (weights[matrix], biases[matrix]) if matrix < count else (None, None)
@@ -118,10 +121,11 @@ def _backward(
         dy, draw, dweight, dbias = glow_step_backward(dy, dlogabsdet, dpassing, given, raw[i], weight, bias, inverse)
         if matrix < count:
             dweights[matrix], dbiases[matrix] = dweight, dbias
-        weight_in, _, weight_mid, _, weight_out, bias_out, log_gain = parameters[i]
-        dinput, *dnetworks[i] = conv_net_backward(
-            draw, inputs[i], first[i], second[i], weight_in, weight_mid, weight_out, bias_out, log_gain
+        weight_in, _, weight_mid, _, weight_out, bias_out, log_gain = own[i]
+        dinput, *dnetwork = conv_net_backward(
+            draw, inputs[i], first[i], second[i], weight_in, weight_mid, weight_out, bias_out, log_gain, parameters
         )
+        dnetworks[i] = dnetwork if parameters else [None] * PARAMETERS
         dpassing = dinput if context is None else dinput[..., :half].contiguous()
         if context is not None:
             d = dinput[..., half:].sum((1, 2))
