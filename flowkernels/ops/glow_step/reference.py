@@ -44,15 +44,15 @@ def steps_in_turn(
     logabsdets = []
     if inverse:
         passing = x[..., : x.shape[-1] // 2]
-        for network, weight, bias in zip(reversed(networks), reversed(weights), reversed(biases), strict=True):
-            raw = network(passing.movedim(-1, 1)).movedim(1, -1)
-            x, logabsdet, passing = step(x, raw, weight, bias, inverse=True)
+        for i in reversed(range(len(weights))):
+            raw = networks[i](passing.movedim(-1, 1)).movedim(1, -1)
+            x, logabsdet, passing = step(x, raw, weights[i], biases[i], inverse=True, passes=i > 0)
             logabsdets.append(logabsdet)
     else:
         x, _, passing = step(x, None, weights[0], biases[0], inverse=False)
         for network, weight, bias in zip(networks, [*weights[1:], None], [*biases[1:], None], strict=True):
             raw = network(passing.movedim(-1, 1)).movedim(1, -1)
-            x, logabsdet, passing = step(x, raw, weight, bias, inverse=False)
+            x, logabsdet, passing = step(x, raw, weight, bias, inverse=False, passes=weight is not None)
             logabsdets.append(logabsdet)
     return x, torch.stack(logabsdets).sum(0)  # one op for many
 
@@ -90,10 +90,10 @@ def glow_steps_training_reference(
         kept[i] = tuple(t.movedim(1, -1) for t in (raw, given, first, second))
         return raw
 
-    def step(x: Tensor, raw: Tensor | None, *rest, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def step(x: Tensor, raw: Tensor | None, *rest, **options: bool) -> tuple[Tensor, Tensor, Tensor]:
         if raw is not None:
             rows.append(x)
-        return glow_step_reference(x, raw, *rest, inverse=inverse)
+        return glow_step_reference(x, raw, *rest, **options)
 
     nets = [partial(network, i) for i in range(len(weights))]
     y, logabsdet = steps_in_turn(step, x, nets, weights, biases, inverse=inverse)
