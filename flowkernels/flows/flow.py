@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Self
 
 import torch
-from torch import Generator, Size, Tensor, nn
+from torch import Generator, Size, SymInt, Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from .._dtypes import HALF
@@ -147,7 +147,7 @@ def _broadcast(a: Size, b: Size) -> Size | None:
 
 
 def _count(n: int) -> tuple[int]:
-    if not is_count(n, 0):
+    if not isinstance(n, SymInt) and not is_count(n, 0):  # torch.export gives such for a size that is left open
         raise ValueError(f"n must be a whole number of at least 0; got {n!r}: distribution(context).sample takes shapes")
     return (n,)
 
@@ -183,7 +183,7 @@ class FlowDistribution(Distribution):
         """The context of each of the samples of a shape that ends in the batch shape, as rows."""
         if self.context is None:
             return None
-        return self.context.expand(*shape, self.flow.context_features).reshape(shape.numel(), self.flow.context_features)
+        return self.context.expand(*shape, self.flow.context_features).reshape(math.prod(shape), self.flow.context_features)
 
     def expand(self, batch_shape: Size, _instance=None) -> "FlowDistribution":
         batch_shape = Size(batch_shape)
@@ -205,7 +205,7 @@ class FlowDistribution(Distribution):
         if shape is None:
             wanted = f"value must have a batch that broadcasts with that of the contexts, {list(self.batch_shape)}"
             raise ValueError(f"{wanted}; got {list(value.shape)}")
-        rows = value.expand(*shape, *value.shape[-event:]).reshape(shape.numel(), *value.shape[-event:])
+        rows = value.expand(*shape, *value.shape[-event:]).reshape(math.prod(shape), *value.shape[-event:])
         return self.flow.log_prob(rows, self._rows(shape)).view(shape)
 
     def sample(self, sample_shape: Size | tuple = (), temperature: float = 1.0, *, generator: Generator | None = None) -> Tensor:
@@ -219,7 +219,7 @@ class FlowDistribution(Distribution):
         """As `sample`, and gradients reach the parameters and the context."""
         check_temperature(temperature)
         batch = self._sample_batch(sample_shape)
-        z = self._noise(batch.numel(), generator)
+        z = self._noise(math.prod(batch), generator)
         x, _ = self._from_noise(z * temperature if temperature != 1.0 else z, batch)
         shape = batch + self.event_shape
         return x if x.shape == shape else x.view(shape)
@@ -232,17 +232,17 @@ class FlowDistribution(Distribution):
     def rsample_and_log_prob(self, sample_shape: Size | tuple = (), *, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """Samples, [*sample_shape, *context batch, *event shape], and their log-densities, in one pass."""
         batch = self._sample_batch(sample_shape)
-        z = self._noise(batch.numel(), generator)
+        z = self._noise(math.prod(batch), generator)
         x, logabsdet = self._from_noise(z, batch)
         return x.view(batch + self.event_shape), (self.flow._base_log_prob(z) - logabsdet).view(batch)
 
     def _from_noise(self, z: Tensor, batch: Size) -> tuple[Tensor, Tensor]:
         """The inverse of the flow for noise of a batch shape, whose contexts take turns from row to row."""
-        contexts = 1 if self.context is None else self.batch_shape.numel()
-        if contexts < 2 or len(z) < _LONG * contexts or not z.is_cpu or torch.is_grad_enabled():
+        contexts = 1 if self.context is None else math.prod(self.batch_shape)
+        if contexts < 2 or z.shape[0] < _LONG * contexts or not z.is_cpu or torch.is_grad_enabled():
             return self.flow.inverse(z, self._rows(batch))
         # rows of one context put together: kernels make what belongs to the context once for all of them
-        n = len(z) // contexts
+        n = z.shape[0] // contexts
         turn = lambda rows, a, b: rows.unflatten(0, (a, b)).transpose(0, 1).flatten(0, 1)
         context = self.context.reshape(contexts, 1, -1).expand(contexts, n, -1).flatten(0, 1)
         x, logabsdet = self.flow.inverse(turn(z, n, contexts), context)
