@@ -47,6 +47,17 @@ def test_averages_of_weights_alone_are_the_flow(flow):
     assert all(torch.equal(a, b) for a, b in zip(average.module.buffers(), flow.buffers(), strict=True))
 
 
+@pytest.mark.parametrize("decay", [0.999, 0.9999])
+def test_averages_of_floating_point_buffers_are_no_change(flow, decay):
+    """by hand, which rounds where torch's lerp does not"""
+    average = copy.deepcopy(flow)
+    for _ in range(300):
+        for mine, theirs in zip(average.buffers(), flow.buffers(), strict=True):
+            if mine.is_floating_point():
+                mine.mul_(decay).add_(theirs, alpha=1 - decay)
+    average.eval().state_dict()
+
+
 @pytest.mark.parametrize(
     "move",
     [
