@@ -26,10 +26,9 @@ class MaskedAutoregressive(KeepsPrograms, Structured):
         forward:  z_i = x_i * sigma(s_i) + shift_i,   (shift_i, s_i) = MADE(x generated before i, context)
         inverse:  x_i = (z_i - shift_i) / sigma(s_i), in the order of generation, in one fused loop
 
-    The modules in `layers` hold the parameters and are not called: parametrizations of them work (torch.nn.utils.parametrizations), what
-    rests on their hooks (torch.nn.utils.prune, the older torch.nn.utils.weight_norm) does not. Weights that a mask hides are zeros, so
-    `weight_norm` must be that of a whole matrix, dim=None: the norm of a row or column that nobody sees is 0, by which it divides. A new
-    layer is near the identity.
+    The modules in `layers` hold the parameters and are not called: what makes their weights works (torch.nn.utils.parametrizations,
+    torch.nn.utils.prune), other hooks of theirs do not. Weights that a mask hides are zeros, so `weight_norm` must be that of a whole
+    matrix, dim=None: the norm of a row or column that nobody sees is 0, by which it divides. A new layer is near the identity.
 
     Args:
         features: number of features D.
@@ -136,8 +135,9 @@ class MaskedAutoregressive(KeepsPrograms, Structured):
             if self.context_features:
                 contexts = [stores[i]["context_weight"] for i in self._contexts]
                 context_biases = [stores[i]["context_bias"] for i in self._contexts] if self._context_biases else []
-        except KeyError:  # a parametrization computes one of them
+        except KeyError:  # a parametrization computes one of them, or a hook
             modules = list(modules)
+            _make_weights(modules)
             weights, biases = [m.weight for m in modules], [m.bias for m in modules]
             contexts = [modules[i].context_weight for i in self._contexts]
             context_biases = [modules[i].context_bias for i in self._contexts] if self._context_biases else []
@@ -192,6 +192,14 @@ def _residual_network(inputs: Tensor, widths: Sequence[int], context_features: i
         modules += [read, first, second]
         layers += [_layer(read, activation=activation), _layer(first, activation=activation), _layer(second, residual=stream)]
     return modules, layers, degrees
+
+
+def _make_weights(modules: Sequence[nn.Module]) -> None:
+    """What torch's pruning and the older weight and spectral norms do before a module is called."""
+    for module in modules:
+        for hook in module._forward_pre_hooks.values():
+            if hasattr(hook, "apply_mask") or hasattr(hook, "compute_weight"):
+                hook(module, ())
 
 
 def _layer(module: nn.Module, **wiring) -> MaskedLayer:

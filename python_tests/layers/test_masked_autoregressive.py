@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 from flowkernels import ScaleMap, backend
 from flowkernels.layers import FlowBatchNorm, Inverse, MaskedAutoregressive, MaskedLinear, Permute, Unitwise
@@ -273,3 +274,41 @@ def test_weight_norm_of_whole_matrices_trains():
     z, logabsdet = layer(torch.randn(8, 4))
     (z.square().sum() - logabsdet.sum()).backward()
     assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: prune.l1_unstructured(module, "weight", 0.4),
+        lambda module: prune.random_unstructured(module, "context_weight", 0.4),
+        lambda module: torch.nn.utils.weight_norm(module, dim=None),
+        lambda module: torch.nn.utils.spectral_norm(module),
+    ],
+    ids=["prune", "prune context", "weight_norm", "spectral_norm"],
+)
+def test_weights_that_hooks_make_are_those_of_the_call(change):
+    def changed() -> MaskedAutoregressive:
+        layer = MaskedAutoregressive(4, (16,), context_features=2)
+        with torch.no_grad():
+            layer(x, context)
+        for module in list(layer.layers):
+            change(module)
+        return layer
+
+    torch.manual_seed(0)
+    x, context = torch.randn(8, 4), torch.randn(8, 2)
+    layer, loaded = changed(), changed()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+    for _ in range(3):
+        z, logabsdet = layer(x, context)
+        optimizer.zero_grad()
+        (z.square().sum() - logabsdet.sum()).backward()
+        assert all(p.grad is not None for p in layer.parameters())
+        optimizer.step()
+    loaded.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        want = layer.eval()(x, context)
+        for _ in range(3):
+            torch.testing.assert_close(loaded.eval()(x, context), want)
+            torch.testing.assert_close(loaded.inverse(want[0], context)[0], x)
