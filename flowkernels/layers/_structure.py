@@ -57,8 +57,13 @@ class Structured(nn.Module):
             self._buffers[f"_{name}_sum"] = _sum(self._buffers[name])
 
     def _apply(self, *arguments, **options) -> Self:
-        sums = {f"_{name}_sum": self._buffers[f"_{name}_sum"] for name in self._integers}
+        integers = {name: self._buffers[name] for name in self._integers}
+        sums = {f"_{name}_sum": self._buffers[f"_{name}_sum"] for name in integers}
         super()._apply(*arguments, **options)
+        for name, before in integers.items():
+            now = self._buffers[name]
+            if now.is_floating_point():  # by `type`, which casts all buffers
+                self._buffers[name] = before.to(now.device)
         for name, before in sums.items():  # whatever the module was cast to, they stay exact; new memory holds anything
             now = self._buffers[name]
             moved = not before.is_meta and not now.is_meta and torch.equal(now, before.to(now))
@@ -68,4 +73,4 @@ class Structured(nn.Module):
 
 def _sum(numbers: Tensor) -> Tensor:
     """The last digits of the sum, each 0 or 1, which no dtype rounds."""
-    return ((numbers.sum() >> torch.arange(24, device=numbers.device)) & 1).float()
+    return ((numbers.sum().long() >> torch.arange(24, device=numbers.device)) & 1).float()

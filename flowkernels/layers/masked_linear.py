@@ -112,7 +112,7 @@ class Unitwise(Structured):
             buffer = self._buffers[name]
             device = "cpu" if loaded and buffer.is_meta else buffer.device
             units = torch.arange(1, len(buffer) + 1, device=device)
-            self._buffers[name] = units.to(buffer.dtype)
+            self._buffers[name] = units.to(torch.int32 if name == "visible" else buffer.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight + self.bias if self.weight.numel() else x

@@ -81,6 +81,15 @@ def test_what_people_do_is_no_change(flow, move):
     assert not any(t.is_meta for t in moved.buffers())
 
 
+def test_type_leaves_integers_alone(flow):
+    """which would cast all buffers"""
+    ours = ("visible", "order", "permutation", "row")
+    integers = {name: b.clone() for name, b in flow.named_buffers() if name.endswith(ours)}
+    flow.type(torch.bfloat16).type(torch.float64).eval()
+    assert integers and {p.dtype for p in flow.parameters()} == {torch.float64}
+    torch.testing.assert_close({name: flow.get_buffer(name) for name in integers}, integers)
+
+
 def test_sums_are_exact_in_half_precision():
     """numbers of units exceed what half precision can tell apart"""
     layer = MAF(3, transforms=1, hidden_features=(2100, 2100)).bfloat16().eval().layers[0].layers[1]
