@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from .. import _extension
 from .._backend import prefers_compiled
-from .._torch import any_autocast, has_global_hooks, kept
+from .._dtypes import HALF
+from .._torch import any_autocast, has_global_hooks, has_half_products, kept
 from ..ops import Activation, Conditioner, Form, Map, Part, ScaleMap
 from ..ops._differentiation import transformed
 from ..ops.scale_map import PoweredMap
@@ -27,9 +28,9 @@ def coupling_map(
 ) -> Map | None:
     """The coupling of x as a map, or None where it has to be made of its parts.
 
-    It is a map for float32 and float64 vectors on a CPU that has the kernels, with an `MLP` whose outputs are interleaved. What a hook, a
-    subclass, a parametrization, torch.func, a compiler or autocast has to see is made of parts, and so is an inverse with a gradient, and
-    a network that BLAS runs faster.
+    It is a map for vectors on a CPU that has the kernels, with an `MLP` whose outputs are interleaved; those of half precision, which
+    kernels compute in float32, where torch has no quick products of such. What a hook, a subclass, a parametrization, torch.func, a
+    compiler or autocast has to see is made of parts, and so is an inverse with a gradient, and a network that BLAS runs faster.
     """
     if not (
         is_plain(conditioner, MLP)
@@ -38,7 +39,7 @@ def coupling_map(
         and not has_global_hooks()
         and x.dim() == 2
         and x.is_cpu
-        and x.dtype in (torch.float32, torch.float64)
+        and (x.dtype in (torch.float32, torch.float64) or (x.dtype in HALF and not has_half_products(x.dtype)))
         and part < Part.CHECKERBOARD_EVEN
         and not torch.compiler.is_compiling()
         and prefers_compiled()
@@ -67,7 +68,7 @@ def coupling_map(
     if learned and scale_parameter.numel() != 1:
         return None
     gradient = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
-    most = most_rows(weights)
+    most = None if x.dtype in HALF else most_rows(weights)
     if (gradient and (inverse or most is not None)) or (most is not None and len(x) > most):
         return None
     visible = [_whole(*w.shape) for w in weights]

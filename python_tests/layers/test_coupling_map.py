@@ -130,7 +130,7 @@ def test_a_gradient_of_the_inverse_goes_through_the_parts():
         "large",
     ],
 )
-def test_what_others_have_to_see_is_made_of_parts(change):
+def test_what_others_have_to_see_is_made_of_parts(change, monkeypatch):
     layer, x = coupling("softclip", 6, "second_half"), torch.randn(20, 6)
     assert layer.as_map(x, inverse=False) is not None
     want = layer(x)
@@ -154,6 +154,7 @@ def test_what_others_have_to_see_is_made_of_parts(change):
         seen.clear()
     elif change == "half":
         layer, x = layer.bfloat16(), x.bfloat16()
+        monkeypatch.setattr(coupling_map, "has_half_products", lambda dtype: True)
     elif change == "reference":
         with backend("reference"):
             assert layer.as_map(x, inverse=False) is None
@@ -178,6 +179,27 @@ def test_what_others_have_to_see_is_made_of_parts(change):
         assert len(seen) > 2
     if change not in ("half", "blocked", "large"):
         assert seen and all(torch.allclose(g, w, rtol=1e-4, atol=1e-5) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_float32_rounded_once(dtype, kind, monkeypatch):
+    """Where torch's own products of it are slow."""
+    monkeypatch.setattr(coupling_map, "has_half_products", lambda dtype: False)
+    layer = coupling(kind, 6, "second_half", context=2).to(dtype)
+    x, context = torch.randn(20, 6, dtype=dtype), torch.randn(20, 2, dtype=dtype)
+    assert layer.as_map(x, inverse=False) is not None
+    assert coupling("softclip", 6, "odd", hidden=(1000, 1000)).to(dtype).as_map(x, inverse=False) is not None  # which BLAS would run slowly
+    wide = copy.deepcopy(layer).float()
+    results = []
+    for m, inputs in ((layer, (x, context)), (wide, (x.float(), context.float()))):
+        y, logabsdet = m(*inputs)
+        (y.float().sum() + logabsdet.sum()).backward()
+        with torch.no_grad():
+            results.append((y, m.inverse(*inputs)[0], *(p.grad for p in m.parameters())))
+        assert logabsdet.dtype == torch.float32
+    for half, exact in zip(*results, strict=True):
+        assert half.dtype == dtype and torch.equal(half, exact.to(dtype))
 
 
 def test_bad_input_is_told_alike():

@@ -70,6 +70,8 @@ def autoregressive(
         is_bfloat16 = x.is_cuda and all(w.dtype is torch.bfloat16 for w in (*conditioner.weights, *conditioner.context_weights))
         x, conditioner = x.to(compute), conditioner.to(compute)
         context = None if context is None else context.to(compute)
+        if isinstance(scale, PoweredMap):
+            scale = scale._replace(a=scale.a.to(compute))
 
     weights, biases, _, _, context_weights, _, _, context_biases = conditioner
     learned = scale.a if isinstance(scale, PoweredMap) else None
