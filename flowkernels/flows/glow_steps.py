@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .._torch import has_global_hooks
+from .._dtypes import HALF
+from .._torch import has_global_hooks, has_half_products
 from ..layers import ActNormConv1x1, AdditiveCoupling, AffineCoupling
 from ..layers._dtype import check_dtype
 from ..layers._fold import Folded, fold
@@ -85,10 +86,17 @@ def _begins(mixings: Sequence[nn.Module], couplings: Sequence[nn.Module]) -> boo
 
 
 def _joins(x: Tensor, mixings: Sequence[nn.Module], couplings: Sequence[nn.Module]) -> bool:
-    served = (x.is_cpu or x.is_cuda) and x.dtype in (torch.float32, torch.float64)
+    served = (x.is_cpu or x.is_cuda) and (x.dtype in (torch.float32, torch.float64) or _widens(x))
     if not served or torch.is_autocast_enabled(x.device.type) or x.dtype != _bias(mixings[0]).dtype:
         return False
-    return all([_is_glows(coupling) for coupling in couplings]) and all([is_plain(mixing, ActNormConv1x1) for mixing in mixings])
+    if not all([_is_glows(coupling) for coupling in couplings]) or not all([is_plain(mixing, ActNormConv1x1) for mixing in mixings]):
+        return False
+    return x.dtype not in HALF or all([plain_parameters(coupling._modules["conditioner"]) is not None for coupling in couplings])
+
+
+def _widens(x: Tensor) -> bool:
+    """Whether half precision is computed in float32: where torch's own convolutions of it are slow."""
+    return x.is_cpu and x.dtype in HALF and not has_half_products(x.dtype)
 
 
 def _joined(
@@ -100,16 +108,21 @@ def _joined(
     *,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    biases = [_bias(mixing) for mixing in mixings]
+    weights, biases = folded.weights, [_bias(mixing) for mixing in mixings]
     conditioners = [coupling._modules["conditioner"] for coupling in couplings]
     networks = [plain_parameters(conditioner) for conditioner in conditioners]
     rows = x.movedim(1, -1)
     if None in networks:
         calls = [partial(_called, conditioner, context) for conditioner in conditioners]
-        rows, logabsdet = steps_in_turn(glow_step, rows, calls, folded.weights, biases, inverse=inverse)
+        rows, logabsdet = steps_in_turn(glow_step, rows, calls, weights, biases, inverse=inverse)
     else:
         check_dtype(biases[0], context=context)
-        rows, logabsdet = glow_steps(rows, networks, folded.weights, biases, context=context, inverse=inverse)
+        if x.dtype in HALF:
+            widen = lambda tensors: [t.float() for t in tensors]
+            (rows,), weights, biases, networks = widen([rows]), widen(weights), widen(biases), [*map(widen, networks)]
+            context = None if context is None else context.float()
+        rows, logabsdet = glow_steps(rows, networks, weights, biases, context=context, inverse=inverse)
+        rows = rows.to(x.dtype)
     return rows.movedim(-1, 1), logabsdet + _sites(x) * folded.logabsdets.sum()
 
 

@@ -1,9 +1,12 @@
 """A Glow whose parts are watched, of a subclass, or in another precision computes what they say."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from flowkernels.flows import glow_steps
 from flowkernels.layers import ActNormConv1x1
 from python_tests.flows.test_changed_modules import glow, module_by_module
 
@@ -69,6 +72,29 @@ def test_a_glow_in_half_precision(coupling):
     want_z, want_logabsdet = module_by_module(flow, x)
     torch.testing.assert_close(z, want_z.flatten(1), rtol=0.1, atol=0.1)
     torch.testing.assert_close(logabsdet, want_logabsdet, rtol=0.02, atol=1.0)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_half_precision_is_float32_where_torch_is_slow_in_it(inverse, monkeypatch):
+    flow = glow().bfloat16()
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    wide = copy.deepcopy(flow).float()
+    x = (torch.randn(5, 192) if inverse else torch.randn(5, 3, 8, 8)).bfloat16()
+    joined, errors = [], []
+    call = glow_steps._joined
+    monkeypatch.setattr(glow_steps, "_joined", lambda *a, **o: joined.append(1) or call(*a, **o))
+    for quick in (True, False):
+        monkeypatch.setattr(glow_steps, "has_half_products", lambda dtype, quick=quick: quick)
+        joined.clear()
+        y, logabsdet = (flow.inverse if inverse else flow)(x)
+        gradients = torch.autograd.grad(y.float().sum() + logabsdet.sum(), list(flow.parameters()))
+        assert bool(joined) != quick and y.dtype == torch.bfloat16 and logabsdet.dtype == torch.float32
+        assert all(g.dtype == torch.bfloat16 and g.isfinite().all() for g in gradients)
+        want = (wide.inverse if inverse else wide)(x.float())
+        errors.append([(a.float() - b).square().mean().item() for a, b in zip((y, logabsdet), want, strict=True)])
+    assert errors[1][0] < errors[0][0] and errors[1][1] < 2 * errors[0][1]  # whose matrices are rounded too
 
 
 def test_data_of_another_dtype_is_told_as_the_layers_tell_it():
