@@ -366,6 +366,11 @@ def test_parameters_that_a_pass_does_not_ask_for_cost_nothing(monkeypatch):
     assert torch.equal(doubled[1], by_one + 2)
     total.backward()
     assert asked == [False, False, True, True, True] and torch.equal(one.grad, by_one)
+    pulled, wanted = training.pulled_back, []
+    monkeypatch.setattr(training, "pulled_back", lambda *a, **o: wanted.append(len(a[2])) or pulled(*a, **o))
+    (dx,) = torch.autograd.grad(flow.log_prob(x).sum(), x, create_graph=True)
+    dx.square().sum().backward()  # a score and its gradient by the parameters
+    assert wanted[0] == 1
 
 
 def test_networks_of_a_glow_that_a_pass_does_not_ask_for_cost_nothing(monkeypatch):

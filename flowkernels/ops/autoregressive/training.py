@@ -336,7 +336,9 @@ def _differentiable_gradient(
     """The same gradient as a graph of its own, for create_graph=True."""
     by_parts = lambda x, own, m: autoregressive_reference(x, m.conditioner, own, m.scale, m.form, m.inverse, linear=masked_linear)
     y, total = in_turn(x, context, maps, by_parts)
-    inputs = (x, context, None, None, *parameters)
-    wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+    inputs, needs = (x, context, None, None, *parameters), ctx.needs_input_grad
+    if not is_wanted(ctx, slice(-len(parameters), None)):
+        needs = *needs[:4], *(False for _ in parameters)
+    wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
     gradients = iter(pulled_back((y, total), (dy, dlogabsdet), wanted, create_graph=True))
-    return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)
+    return tuple(next(gradients) if needed else None for needed in needs)

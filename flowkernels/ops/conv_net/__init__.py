@@ -100,14 +100,15 @@ class _ConvNet(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, *parameters, first, second = ctx.saved_tensors
+        wanted = any(ctx.needs_input_grad[1:]) and is_wanted(ctx, slice(1, None))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient of the gradient is asked for
             inputs = [t.view_as(t) for t in (x, *parameters)]
             y = _again(_channels_first(inputs[0]), *inputs[1:]).permute(0, 2, 3, 1)
-            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-            gradients = iter(pulled_back((y,), (dy,), wanted, create_graph=True))
-            return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)
+            needs = ctx.needs_input_grad if wanted else (*ctx.needs_input_grad[:1], *(False for _ in parameters))
+            leaves = [t for t, needed in zip(inputs, needs, strict=True) if needed]
+            gradients = iter(pulled_back((y,), (dy,), leaves, create_graph=True))
+            return tuple(next(gradients) if needed else None for needed in needs)
         weight_in, _, weight_mid, _, weight_out, bias_out, log_gain = parameters
-        wanted = any(ctx.needs_input_grad[1:]) and is_wanted(ctx, slice(1, None))
         dx, *gradients = conv_net_backward(dy.contiguous(), x, first, second, weight_in, weight_mid, weight_out, bias_out, log_gain, wanted)
         return dx, *(gradients if wanted else (None,) * len(gradients))
 

@@ -72,16 +72,17 @@ class _GlowSteps(torch.autograd.Function):
         tensors, kept = tensors[:-5], tensors[-5:]
         dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
         dlogabsdet = x.new_zeros(x.shape[:1]) if dlogabsdet is None else dlogabsdet.contiguous()
-        needed = ctx.needs_input_grad[2:]
+        needed, of_networks = ctx.needs_input_grad[2:], PARAMETERS * ctx.count
+        parameters = any(needed[2 : 2 + of_networks]) and is_wanted(ctx, slice(-len(tensors), of_networks - len(tensors)))
+        if not parameters:
+            needed = *needed[:2], *(False for _ in range(of_networks)), *needed[2 + of_networks :]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient of the gradient is asked for
             inputs = [t if t is None else t.view_as(t) for t in (x, context, *tensors)]
             outputs = glow_steps_reference(*inputs[:2], *_lists(inputs[2:], ctx.count), ctx.inverse)
             wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
             found = iter(pulled_back(outputs, (dy, dlogabsdet), wanted, create_graph=True))
             return None, None, *(next(found) if need else None for need in needed)
-        of_networks = PARAMETERS * ctx.count
-        wanted = any(needed[2 : 2 + of_networks]) and is_wanted(ctx, slice(-len(tensors), of_networks - len(tensors)))
-        gradients = _backward(dy, dlogabsdet, x, context, *_lists(tensors, ctx.count), *kept, inverse=ctx.inverse, parameters=wanted)
+        gradients = _backward(dy, dlogabsdet, x, context, *_lists(tensors, ctx.count), *kept, inverse=ctx.inverse, parameters=parameters)
         return None, None, *(t if need else None for t, need in zip(gradients, needed, strict=True))
 
 
