@@ -15,7 +15,7 @@ struct GlowStepArgs {
   int64_t batch, sites, channels;
   bool inverse, channels_first;               // x is [batch, channels, sites]
   const T *x, *raw, *weight, *bias;           // x alone is never null
-  T *y, *passing, *tile_logs;                 // forward; passing may be null
+  T *y, *passing, *tile_logs;                 // forward
   const T *dy, *dpassing, *dlogabsdet;        // backward; dpassing may be null
   T *dx, *draw, *part_dweight, *part_dbias;   // [parts, channels, channels], [parts, channels]
 

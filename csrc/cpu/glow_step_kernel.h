@@ -98,7 +98,7 @@ class GlowStep {
     if (args.raw) take_apart<INVERSE>(args.raw + first * channels_, rows * half_);
     assemble<INVERSE>(x, rows, terms_ + begin * half_);
     if (args.weight) small_matmul<T, false>(rows, channels_, width_, h_, width_, 1, matrix_, width_, g_, width_);
-    give<INVERSE>(args.weight ? g_ : h_, rows, args.y + first * channels_, args.passing ? args.passing + first * half_ : nullptr);
+    give<INVERSE>(args.weight ? g_ : h_, rows, args.y + first * channels_, args.passing + first * half_);
   }
 
   struct Rows {
@@ -176,13 +176,13 @@ class GlowStep {
   template <bool INVERSE>
   FK_INLINE void give(const T* g, int64_t rows, T* y, T* passing) {
     const T* bias = bias_;
-    const int64_t passes = passing ? half_ : 0, channels = channels_, width = width_;
-    for (int64_t r = 0; r < rows; ++r, y += channels, passing += passes, g += width) {
-      const int64_t left = (rows - r) * channels, left_passing = (rows - r) * passes;
+    const int64_t half = half_, channels = channels_, width = width_;
+    for (int64_t r = 0; r < rows; ++r, y += channels, passing += half, g += width) {
+      const int64_t left = (rows - r) * channels, left_passing = (rows - r) * half;
       for (int64_t c = 0; c < channels; c += lanes<T>) {
         const V sum = load(g + c), out = INVERSE ? sum - load(bias + c) : sum;
         store_some(y + c, out, channels - c, left - c);
-        if (c < passes) store_some(passing + c, out, passes - c, left_passing - c);
+        if (c < half) store_some(passing + c, out, half - c, left_passing - c);
       }
     }
   }
