@@ -37,15 +37,16 @@ has_global_hooks: Callable[[], bool] = _find("nn.modules.module._has_any_global_
 op_names: Callable[[], list[str]] = _find("_C._dispatch_get_all_op_names", lambda: [])
 # in a backward pass: whether it goes on to a node of the graph. A leaf that the pass was asked for by name is an error
 _goes_on_to: Callable[[Any], bool] = _find("_C._will_engine_execute_node", lambda node: True)
-_bfloat16_products: Callable[[], bool] = _find("ops.mkldnn._is_mkldnn_bf16_supported", lambda: True)
-_float16_products: Callable[[], bool] = _find("ops.mkldnn._is_mkldnn_fp16_supported", lambda: True)
+_half_products: dict[torch.dtype, bool] = {  # asked for here, as torch.compile cannot
+    torch.bfloat16: _find("ops.mkldnn._is_mkldnn_bf16_supported", lambda: True)(),
+    torch.float16: _find("ops.mkldnn._is_mkldnn_fp16_supported", lambda: True)(),
+}
 when_cuda_starts: Callable[[Callable[[], None]], None] = _find("cuda._lazy_call", lambda call: None)
 
 
-@lru_cache
 def has_half_products(dtype: torch.dtype) -> bool:
     """Whether torch multiplies matrices of half precision quickly on this processor, or takes many times float32's time for it."""
-    return _bfloat16_products() if dtype is torch.bfloat16 else _float16_products()
+    return _half_products[dtype]
 
 
 def forward_mode() -> bool:

@@ -69,6 +69,17 @@ def test_evaluation(model, direction, dynamic):
             assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("shape", [(6,), (1, 4, 4)], ids=["RealNVP", "Glow"])
+def test_half_precision(shape):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    flow = Glow(shape, levels=1, steps=2, hidden_channels=8) if len(shape) == 3 else RealNVP(6, transforms=2, hidden_features=(9,))
+    x = torch.randn(5, *shape)
+    flow(x)  # initialises
+    flow, x = flow.bfloat16(), x.bfloat16()
+    torch.testing.assert_close(torch.compile(flow, fullgraph=True, backend="aot_eager")(x), flow(x), rtol=0.02, atol=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not has_python_headers(), reason="what torch.compile writes needs Python.h: install Python's headers (python3-dev)")
 def test_inductor():
