@@ -93,6 +93,27 @@ def test_channels_may_lie_first(shape, inverse):
         assert y.stride() == tensors[0].stride() and passing.is_contiguous() == y.is_contiguous()
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_gradients_lie_as_what_they_belong_to(last):  # the fake kernel says so; dy may lie in the other way
+    x, raw, weight, bias = inputs(2, 3, 5, 6)
+    x, dy = (channels_first(x), x) if last else (x, channels_first(x))
+    for parameters in ((weight, bias), (None, None)):
+        dx, draw, *_ = torch.ops.flowkernels.glow_step_backward(dy, x.new_zeros(2), None, x, channels_first(raw), *parameters, False)
+        assert dx.stride() == x.stride() and draw.stride() == channels_first(raw).stride()
+
+
+def test_the_layer_keeps_the_memory_format():
+    (x,) = randn((4, 12, 6, 5))
+    layer = layers.ActNormConv1x1(6).to(DEVICE, torch.float64)
+    with backend("auto"):
+        layer(x[:, :6])
+        folded = layers._fold.fold([layer])
+    for images in (x[:, :6], x[:, ::2], x[:, :6, ::2], x[:1, :6].expand(4, -1, -1, -1)):
+        assert layer(images, folded=folded)[0].is_contiguous()
+        z, _ = layer(images.to(memory_format=torch.channels_last), folded=folded)
+        assert z.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_layouts_give_the_same_bits():
     x, raw, weight, bias = inputs(2, 9, 9, 24, dtype=torch.float32)
     for one, other in zip(run((x, raw, weight, bias)), run((channels_first(x), raw, weight, bias)), strict=True):

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..._backend import as_called, chosen, register_triton, wants_reference
 from ..._library import library, register_fake
 from .._differentiation import apply_function, needs_autograd, transformed
-from .reference import glow_step_backward_reference, glow_step_reference, like_x
+from .reference import glow_step_backward_reference, glow_step_reference, laid_out, like_x, may_lie_first
 
 library.define("glow_step(Tensor x, Tensor? raw, Tensor? weight, Tensor? bias, bool inverse, bool passes) -> (Tensor, Tensor, Tensor)")
 library.define(
@@ -29,18 +29,14 @@ library.define(
 
 def _composite(x: Tensor, *others) -> tuple[Tensor, ...]:
     y, logabsdet, passing = glow_step_reference(x, *others)
-    return _laid_out(x, y), logabsdet.contiguous(), _laid_out(x, passing) if passing.numel() else passing
+    return laid_out(x, y), logabsdet.contiguous(), laid_out(x, passing) if passing.numel() else passing
 
 
 def _composite_backward(*arguments) -> tuple[Tensor, ...]:
     x, raw = arguments[3:5]
     dx, draw, *parameters = glow_step_backward_reference(*arguments)
     missing = (x.new_empty(shape) if t is None else t.contiguous() for t, shape in zip(parameters, ((0, 0), (0,)), strict=True))
-    return _laid_out(x, dx), x.new_empty(0) if raw is None else _laid_out(raw, draw), *missing
-
-
-def _laid_out(x: Tensor, t: Tensor) -> Tensor:
-    return like_x(x, t.shape[-1]).copy_(t)
+    return laid_out(x, dx), x.new_empty(0) if raw is None else laid_out(raw, draw), *missing
 
 
 library.impl("glow_step", _composite, "CompositeExplicitAutograd")
@@ -93,8 +89,10 @@ class _GlowStep(torch.autograd.Function):
 
 
 def _dense(t: Tensor) -> Tensor:
-    """Contiguous; where a GPU reads it, channels may lie first."""
-    return t if t.is_cuda and t.movedim(-1, 1).is_contiguous() else t.contiguous()
+    """Contiguous; channels stay first in memory where they may lie so."""
+    if may_lie_first(t) and t.stride(-1) > t.stride(-2):
+        return t.movedim(-1, 1).contiguous().movedim(1, -1)
+    return t.contiguous()
 
 
 def glow_step(
@@ -126,7 +124,7 @@ def glow_step(
     if transformed() or wants_reference("glow_step", x.device):
         return glow_step_reference(x, raw, weight, bias, inverse, passes)
     if not x.is_contiguous() and not x.movedim(-1, 1).is_contiguous():
-        x = x.contiguous()
+        x = _dense(x)
     tensors = x, *(t if t is None else f(t) for f, t in ((_dense, raw), (Tensor.contiguous, weight), (Tensor.contiguous, bias)))
     if needs_autograd(tensors):
         return apply_function(_GlowStep, *tensors, inverse, passes)

@@ -35,7 +35,7 @@ from ..coupling.part import Part
 from ..scale_map import Form
 from ..scale_map_triton import Map, dlog_scale, scale_and_log
 from ..tiles_triton import FLOATS, Layout, SumSegments, tree_sum
-from .reference import SCALE, like_x
+from .reference import SCALE, laid_out, like_x
 
 _MAP = Map.of(SCALE)
 _K = tl.constexpr(16)  # channels that are loaded at a time, and the fewest that tl.dot takes
@@ -421,9 +421,9 @@ def _flat(t: Tensor | None) -> Tensor | None:
 
 
 def _couple(x: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    x, raw, shape = _flat(x)[..., None], _flat(raw)[..., None], x.shape
+    given, x, raw = x, _flat(x)[..., None], _flat(raw)[..., None]
     y, logabsdet = coupling_triton(x, raw[:, 0::2], raw[:, 1::2], None, *_packed(inverse))
-    return _unflat(y, shape), logabsdet
+    return laid_out(given, _unflat(y, given.shape)), logabsdet
 
 
 def _couple_backward(dy: Tensor, dlogabsdet: Tensor, x: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -432,7 +432,7 @@ def _couple_backward(dy: Tensor, dlogabsdet: Tensor, x: Tensor, raw: Tensor, inv
     dx, dshift, ds, _ = coupling_backward_triton(dy, dlogabsdet, images, raw[:, 0::2], raw[:, 1::2], None, *_packed(inverse), False)
     for i, d in enumerate((dshift, ds)):
         draw[..., i::2] = _unflat(d, (*x.shape[:-1], x.shape[-1] // 2))
-    return _unflat(dx, x.shape), draw
+    return laid_out(x, _unflat(dx, x.shape)), draw  # dx lies as dy
 
 
 def _unflat(t: Tensor, shape: Sequence[int]) -> Tensor:

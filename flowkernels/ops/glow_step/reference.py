@@ -15,11 +15,22 @@ from ..scale_map import Form, ScaleMap
 SCALE = ScaleMap.sigmoid(bias=2.0)
 
 
+def may_lie_first(x: Tensor) -> bool:
+    """Whether channels may lie first in memory: not for a CPU's kernels."""
+    return x.is_cuda or chosen() == "triton"
+
+
 def like_x(x: Tensor, channels: int) -> Tensor:
-    """Empty, [batch, *sites, channels]; channels lie first in memory where those of x do, but not for a CPU's kernels."""
-    if x.is_contiguous() or not (x.is_cuda or chosen() == "triton"):
+    """Empty, [batch, *sites, channels]; channels lie first in memory where those of x do, and may."""
+    if x.is_contiguous() or not may_lie_first(x):
         return x.new_empty((*x.shape[:-1], channels))
     return x.new_empty((x.shape[0], channels, *x.shape[1:-1])).movedim(1, -1)
+
+
+def laid_out(x: Tensor, t: Tensor) -> Tensor:
+    """t if it lies in memory as `like_x` does, else a copy that does."""
+    like = like_x(x, t.shape[-1])
+    return t if t.stride() == like.stride() else like.copy_(t)
 
 
 def glow_step_reference(
