@@ -13,6 +13,7 @@ from ..layers._dtype import check_dtype
 from ..layers._fold import Folded, fold
 from ..layers._plain import is_plain
 from ..ops import Form, Part, glow_step, glow_steps
+from ..ops._differentiation import as_dtype
 from ..ops.glow_step.reference import SCALE, steps_in_turn
 from .networks import plain_parameters
 
@@ -122,7 +123,7 @@ def _joined(
             (rows,), weights, biases, networks = widen([rows]), widen(weights), widen(biases), [*map(widen, networks)]
             context = None if context is None else context.float()
         rows, logabsdet = glow_steps(rows, networks, weights, biases, context=context, inverse=inverse)
-        rows = rows.to(x.dtype)
+        rows = as_dtype(rows, x.dtype)
     return rows.movedim(-1, 1), logabsdet + _sites(x) * folded.logabsdets.sum()
 
 
