@@ -14,6 +14,7 @@ from ..layers._fold import Folded, fold
 from ..layers._plain import is_plain
 from ..ops import Form, Part, glow_step, glow_steps
 from ..ops._differentiation import as_dtype
+from ..ops.glow_step import runs_in_triton
 from ..ops.glow_step.reference import SCALE, steps_in_turn
 from .networks import plain_parameters
 
@@ -87,7 +88,7 @@ def _begins(mixings: Sequence[nn.Module], couplings: Sequence[nn.Module]) -> boo
 
 
 def _joins(x: Tensor, mixings: Sequence[nn.Module], couplings: Sequence[nn.Module]) -> bool:
-    served = (x.is_cpu or x.is_cuda) and (x.dtype in (torch.float32, torch.float64) or _widens(x))
+    served = (x.is_cpu or runs_in_triton(x)) and (x.dtype in (torch.float32, torch.float64) or _widens(x))
     if not served or torch.is_autocast_enabled(x.device.type) or x.dtype != _bias(mixings[0]).dtype:
         return False
     if not all([_is_glows(coupling) for coupling in couplings]) or not all([is_plain(mixing, ActNormConv1x1) for mixing in mixings]):

@@ -6,9 +6,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from .._backend import chosen
 from .._torch import any_autocast, has_global_hooks
 from ..ops import glow_step
+from ..ops.glow_step import runs_in_triton
 from ._building import built_on_cpu
 from ._dtype import check_dtype
 from ._fold import Folded, Frozen, compose, fold, freeze_weights, logabsdets_of
@@ -206,7 +206,7 @@ def _number(at: int, folded: Folded) -> tuple[Tensor, Tensor]:
 
 def _actnorm_conv1x1(x: Tensor, weight: Tensor, bias: Tensor, *, inverse: bool) -> Tensor:
     """weight (x + bias), or weight x - bias; one pass on a GPU, where memory is the limit, for an even number of channels."""
-    served = (x.is_cuda or chosen() == "triton") and x.dtype in (torch.float32, torch.float64) and x.shape[1] % 2 == 0
+    served = runs_in_triton(x) and x.dtype in (torch.float32, torch.float64) and x.shape[1] % 2 == 0
     if served and 0 not in x.shape[2:] and not any_autocast():
         return glow_step(x.movedim(1, -1), None, weight, bias, inverse=inverse, passes=False)[0].movedim(-1, 1)
     return conv1x1(x, weight, after=-bias) if inverse else conv1x1(x, weight, before=bias)

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from flowkernels import backend, flows, layers
 from flowkernels.ops import conv_net, glow_step
-from flowkernels.ops.glow_step import steps
+from flowkernels.ops.glow_step import runs_in_triton, steps
 from flowkernels.ops.glow_step.reference import glow_step_reference
 from python_tests.battery import LAYOUTS, Example, OpBattery, assert_same_bits
 from python_tests.triton.device import DEVICE, GPU, randn
@@ -136,6 +137,12 @@ def test_gradients_where_an_output_is_not_used():
         got = torch.autograd.grad(loss(glow_step(*tensors)), tensors, allow_unused=True, materialize_grads=True)
         want = torch.autograd.grad(loss(glow_step_reference(*tensors, False)), tensors, allow_unused=True, materialize_grads=True)
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "served"), [("auto", True), ("triton", True), ("reference", False), ("cuda", False)])
+def test_layers_leave_it_where_it_was_not_chosen(name, served):
+    with FakeTensorMode(), backend(name):
+        assert runs_in_triton(torch.empty(2, 6, 4, 4, device="cuda")) == served
 
 
 @pytest.mark.parametrize("sites", [(), (5,), (4, 3)])

@@ -15,6 +15,7 @@ it and its last no convolution behind: what is missing is None. A layer that is 
 import torch
 from torch import Tensor
 
+from ... import _extension
 from ..._backend import as_called, chosen, register_triton, wants_reference
 from ..._library import library, register_fake
 from .._differentiation import apply_function, needs_autograd, transformed
@@ -45,6 +46,12 @@ register_triton("glow_step", f"{__name__}.kernels", _composite)
 register_triton("glow_step_backward", f"{__name__}.kernels", _composite_backward)
 _glow_step = torch.ops.flowkernels.glow_step.default
 glow_step_backward = torch.ops.flowkernels.glow_step_backward.default
+_TRITON = _extension.has_kernel("glow_step", "CUDA")  # torch.compile cannot ask
+
+
+def runs_in_triton(x: Tensor) -> bool:
+    """Whether a call for x is the Triton kernel; where it is the reference, torch's products of images take less time."""
+    return chosen() == "triton" or (x.is_cuda and _TRITON and chosen() == "auto")
 
 
 @register_fake("glow_step")
