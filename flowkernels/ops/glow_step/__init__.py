@@ -97,9 +97,8 @@ class _GlowStep(torch.autograd.Function):
 
 def _dense(t: Tensor) -> Tensor:
     """Contiguous; channels stay first in memory where they may lie so."""
-    if may_lie_first(t) and t.stride(-1) > t.stride(-2):
-        return t.movedim(-1, 1).contiguous().movedim(1, -1)
-    return t.contiguous()
+    first = not t.is_contiguous() and may_lie_first(t) and t.stride(-1) > t.stride(-2)
+    return t.movedim(-1, 1).contiguous().movedim(1, -1) if first else t.contiguous()
 
 
 def glow_step(
@@ -110,7 +109,8 @@ def glow_step(
         h = [x1, (x2 + shift) * sigmoid(s + 2)]    y = weight (h + bias)
         h = [x1, x2 / sigmoid(s + 2) - shift]      y = weight h - bias      inverse
 
-    x1 and x2 are the halves of the channels; channel 2i of raw is the shift and 2i + 1 the raw scale s. The gradient is one kernel too.
+    x1 and x2 are the halves of the channels; channel 2i of raw is the shift and 2i + 1 the raw scale s.
+    The gradient is one kernel too, on a GPU two.
 
     Args:
         x: [batch, *sites, channels], an even number of channels, float32 or float64; a view of channels-first images is read in place.
