@@ -59,9 +59,17 @@ def channel_affine(dtype: torch.dtype) -> None:
     module.channel_affine_backward_triton(x, dlogabsdet, x, shift, shift, shift, False, False)
 
 
-def glow_step(channels: int, dtype: torch.dtype, precision: str = "highest", layout: str = "channels first", raw: bool = True) -> None:
+def glow_step(
+    channels: int,
+    dtype: torch.dtype,
+    precision: str = "highest",
+    *,
+    layout: str = "channels first",
+    raw: bool = True,
+    sites: tuple[int, ...] = (16, 16),
+) -> None:
     torch.set_float32_matmul_precision(precision)
-    x = torch.empty((32, channels, 16, 16), dtype=dtype)
+    x = torch.empty((32, channels, *sites), dtype=dtype)
     x = x.to(memory_format=torch.channels_last) if layout == "channels last" else x
     x, weight, bias = x.movedim(1, -1), torch.empty(channels, channels, dtype=dtype), torch.empty(channels, dtype=dtype)
     module = kernels("glow_step")
@@ -87,6 +95,8 @@ CASES: dict[str, Callable[[], None]] = {
     "glow_step float32, 48 channels": lambda: glow_step(48, torch.float32),
     "glow_step float32, 48 channels last": lambda: glow_step(48, torch.float32, layout="channels last"),
     "glow_step float32, 48 channels, no coupling": lambda: glow_step(48, torch.float32, raw=False),
+    "glow_step float32, 64 channels, vectors": lambda: glow_step(64, torch.float32, sites=()),
+    "glow_step float64, 12 channels": lambda: glow_step(12, torch.float64),
     "glow_step float32, 96 channels": lambda: glow_step(96, torch.float32),
     "glow_step float32, 192 channels": lambda: glow_step(192, torch.float32),
     "glow_step tf32, 48 channels": lambda: glow_step(48, torch.float32, "high"),

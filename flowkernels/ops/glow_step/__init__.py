@@ -86,7 +86,7 @@ class _GlowStep(torch.autograd.Function):
     def backward(ctx, dy: Tensor | None, dlogabsdet: Tensor | None, dpassing: Tensor | None):
         tensors = ctx.saved_tensors
         x = tensors[0]
-        dy = x.new_zeros(x.shape) if dy is None else _dense(dy)
+        dy = like_x(x, x.shape[-1]).zero_() if dy is None else _dense(dy)
         dlogabsdet = x.new_zeros(x.shape[:1]) if dlogabsdet is None else dlogabsdet.contiguous()
         dpassing = None if dpassing is None else _dense(dpassing)
         # double backward differentiates the reference once more

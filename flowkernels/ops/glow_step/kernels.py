@@ -345,7 +345,7 @@ def _planned(plans: Plans, make: Callable[..., _Plan], rows: list[Tensor | None]
 
 def _plan_forward(x: Tensor, raw: Tensor | None, y: Tensor, passing: Tensor | None, inverse: bool) -> _Plan:
     M0, M1 = _pieces(x)
-    tiles, meta = _common([x, raw, y, passing], inverse, max(64, 4096 // (M0 + M1)), 4 if M0 + M1 <= 64 else 8)
+    tiles, meta = _common([x, raw, y, passing], inverse, max(64, 4096 // (M0 + M1)), 4 if M0 + M1 < 64 else 8)
     launch = Launch(
         _glow_step_kernel, x.shape[2], tiles.tiles_s, *_strides(x, raw, y, passing), **meta,
         COUPLES=raw is not None, PASSES=passing is not None, M0=M0, M1=M1, LOG2_LOGS=(tiles.BS * _K.value).bit_length() - 1,
@@ -368,7 +368,7 @@ def _plan_dx(
 
 def _plan_dweight(dy: Tensor, dpassing: Tensor | None, x: Tensor, raw: Tensor | None, inverse: bool) -> _Plan:
     M = max(16, triton.next_power_of_2(min(x.shape[1], 64)))
-    tiles, meta = _common([dy, dpassing, x, raw], inverse, 2048 // M, 8 if M == 64 else 4)
+    tiles, meta = _common([dy, dpassing, x, raw], inverse, 2048 // M, 4 if M < 64 and x.dtype == torch.float32 else 8)
     launch = Launch(
         _dweight_kernel, x.shape[2], tiles.tiles_s, *_strides(dy, dpassing, x, raw), **meta,
         COUPLES=raw is not None, PASSES=dpassing is not None, M=M,
