@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from .._torch import any_autocast
+
 
 class Base(Protocol):
     """Noise with independent features of mean 0 and standard deviation `std`."""
@@ -27,6 +29,9 @@ class StandardNormal:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density (nats) of each row of z, [batch, features] -> [batch]."""
+        if any_autocast() and torch.is_autocast_enabled(z.device.type):  # which takes dot products in half precision
+            with torch.autocast(z.device.type, enabled=False):
+                return self.log_prob(z)
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return torch.rsub(torch.linalg.vecdot(z, z), -0.5 * math.log(2 * math.pi) * z.shape[-1], alpha=0.5)
 

@@ -306,6 +306,14 @@ def test_float64_is_refused_under_autocast_too(dtype, device):
         RealNVP(6).to(device)(x)
 
 
+@pytest.mark.parametrize("base", [StandardNormal(), StandardLogistic()])
+def test_the_base_density_is_in_full_precision_under_autocast(base):
+    z = 3 * torch.randn(5, 60)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = [base.log_prob(z), torch.compile(base.log_prob, backend="eager", fullgraph=True)(z)]
+    assert_same_bits(under, [base.log_prob(z)] * 2)
+
+
 def test_parameters_are_contiguous():
     flows = [make() for make in FROZEN.values()] + [Glow((3, 4, 4), levels=1, steps=1, hidden_channels=4, parametrization="plain")]
     for flow in flows:
