@@ -31,4 +31,8 @@ def __getattr__(name: str) -> ModuleType:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
+
+
 __all__ = ["ScaleMap", "__version__", "backend", "flows", "layers", "loop_weights", "ops"]
