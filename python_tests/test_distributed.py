@@ -1,4 +1,4 @@
-"""DistributedDataParallel: two processes over gloo, each with half of the batch, have the gradients of one with the whole."""
+"""Two processes over gloo: DistributedDataParallel, half of the batch each, and fully_shard have the gradients of one with the whole."""
 
 import os
 from datetime import timedelta
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from flowkernels.flows import MAF
@@ -41,8 +43,24 @@ def train(rank: int, folder: Path) -> None:
         model = flow(seed=rank)
         found = gradients(DistributedDataParallel(model), model, slice(rank * 5, rank * 5 + 5))
         torch.save(found, folder / f"{rank}.pt")
+        check_sharded()
     finally:
         dist.destroy_process_group()
+
+
+def check_sharded() -> None:
+    """`log_prob` calls the flow itself; samples and their gradients need `inverse` alone to be told of."""
+    whole, x, context = flow(seed=0), torch.linspace(-1, 1, 15).double().view(3, 5), torch.ones(3, 2).double()
+    sharded = fully_shard(flow(seed=0), mesh=init_device_mesh("cpu", (PROCESSES,)))
+    register_fsdp_forward_method(sharded, "inverse")
+    found = []
+    for model in (whole, sharded):
+        loss = -model.log_prob(x, context).mean()
+        samples, log_prob = model.rsample_and_log_prob(4, context, generator=torch.Generator().manual_seed(2))
+        (loss + samples.square().mean() + log_prob.mean()).backward()
+        grads = [p.grad.full_tensor() if model is sharded else p.grad for p in model.parameters()]
+        found.append([loss.detach(), samples.detach(), *grads])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
 
 
 def test_gradients_are_those_of_one_process(tmp_path):
