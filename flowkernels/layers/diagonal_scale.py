@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import channel_affine
-from ._sizes import parse_count
+from ._sizes import check_channels, parse_count
 
 
 class DiagonalScale(nn.Module):
@@ -16,7 +16,10 @@ class DiagonalScale(nn.Module):
         features: number of features D.
 
     Shape:
-        x, z: [batch, features].
+        x, z: [batch, features]; logabsdet: [batch], in nats.
+
+    Raises:
+        ValueError: features is no whole number of at least 1, or x has another number of them.
     """
 
     def __init__(self, features: int) -> None:
@@ -24,9 +27,11 @@ class DiagonalScale(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(parse_count("features", features)))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_channels("x", x, len(self.log_scale))
         return channel_affine(x, None, self.log_scale)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_channels("z", z, len(self.log_scale))
         return channel_affine(z, None, self.log_scale, inverse=True)
 
     def extra_repr(self) -> str:

@@ -443,6 +443,13 @@ def test_layers_refuse_settings_when_they_are_built(make, message):
         make()
 
 
+def test_a_scale_says_which_width_is_wrong():
+    layer, x = DiagonalScale(3), torch.randn(2, 4)
+    for name, call in (("x", layer), ("z", layer.inverse)):
+        with pytest.raises(ValueError, match=rf"{name} must have shape \[batch, 3, \*sites\]; got \[2, 4\]"):
+            call(x)
+
+
 def test_freezing_a_convolution_gives_it_back():
     layer = InvertibleConv1x1(3)
     assert layer.freeze() is layer
