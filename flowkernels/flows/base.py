@@ -1,4 +1,4 @@
-"""Base distributions of flows. They have no parameters; a learned prior is a last affine layer."""
+"""Base distributions of flows. Ours have no parameters; a learned prior is a last affine layer."""
 
 import math
 from typing import Protocol
@@ -11,7 +11,11 @@ from .._torch import any_autocast
 
 
 class Base(Protocol):
-    """Noise with independent features of mean 0 and standard deviation `std`."""
+    """Noise with independent features of mean 0 and standard deviation `std`.
+
+    What a flow asks of a base of your own is `log_prob` and `sample`, without `generator` where none was given; `std` is what the command
+    line's `infer` says beside what it found. One with parameters is a torch.nn.Module, and the flow's optimizer has them.
+    """
 
     std: float
 

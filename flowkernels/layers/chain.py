@@ -18,6 +18,9 @@ class Chain(KeepsPrograms):
 
     Args:
         layers: modules with `forward(x, context)` and `inverse(z, context)`, each returning (output, logabsdet [batch]).
+
+    Raises:
+        ValueError: there is no layer.
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:

@@ -8,6 +8,9 @@ class Inverse(nn.Module):
 
     This is how noise-to-data models (IAF, other libraries' conventions) are made of data-to-noise layers.
 
+    Args:
+        layer: a module with `forward(x, context)` and `inverse(z, context)`.
+
     Raises:
         TypeError: the layer has no inverse.
     """

@@ -163,6 +163,9 @@ class ActNormConv1x1(nn.Module):
 
     Shape:
         x, z: [batch, C, *sites]; logabsdet: [batch], in nats.
+
+    Raises:
+        ValueError, RuntimeError: as `ActNorm` and `InvertibleConv1x1`.
     """
 
     def __init__(self, channels: int, *, parametrization: str = "lu") -> None:

@@ -27,6 +27,9 @@ class MaskedLinear(Structured):
         context_features: width of the context; 0 for none.
         context_bias: give the context term a bias of its own, for networks that put an activation between the two.
 
+    Shape:
+        x: [*, in_features]; context: [*, context_features]; y: [*, out_features].
+
     Raises:
         ValueError: visible does not ascend, or exceeds the inputs; or a size is no whole number, or too small.
         TypeError: visible is no tensor.

@@ -14,6 +14,8 @@ __all__ = ["DERIVED_FROM_SUM", "Activation", "apply_activation", "parse_activati
 
 
 class Activation(enum.IntEnum):
+    """The activations that kernels know, as torch computes them by default: the codes of `Conditioner.activations`."""
+
     IDENTITY = 0
     RELU = 1
     TANH = 2

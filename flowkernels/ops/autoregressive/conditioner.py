@@ -189,6 +189,10 @@ def check_conditioner(conditioner: Conditioner, scale: ScaleMap | None = None) -
     Reads the staircases, so it belongs where a network is built, not where it is called. The scale map matters where it is
     `ScaleMap.unit()`, whose networks give shifts alone.
 
+    Args:
+        conditioner: the network.
+        scale: the scale map that it is used with; any but `ScaleMap.unit()` by default.
+
     Raises:
         ValueError: shapes do not fit, a staircase does not ascend or leaves its inputs, order is not a permutation, or an
             output depends on itself or on a later feature (the message says which).

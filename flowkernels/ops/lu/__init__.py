@@ -112,7 +112,10 @@ def slogdet(w: Tensor, *, in_float64: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def slogdet_inverse(w: Tensor, *, in_float64: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Sign, log|det| and inverse of square matrices from one factorisation; see `slogdet`.
+    """Sign, log|det| and inverse of square matrices from one factorisation.
+
+    Args:
+        w, in_float64: as in `slogdet`.
 
     Returns:
         sign and logabsdet, each [*], and the inverse, [*, n, n], which is not finite where the matrix is singular.
