@@ -44,8 +44,13 @@ IMAGE_LAYOUTS = {
     "interleaved": lambda t: t.repeat_interleave(2, 1)[:, ::2],
     "interleaved, channels last": lambda t: IMAGE_LAYOUTS["channels last"](t.repeat_interleave(2, 1))[:, ::2],
     "trailing": lambda t: torch.stack([t, t], -1).unbind(-1)[0],
-    "cropped": lambda t: torch.nn.functional.pad(t, (1, 2) * (t.dim() - 2))[(..., *[slice(1, -2)] * (t.dim() - 2))],
+    "cropped": lambda t: _padded(t)[(..., *[slice(1, -2)] * (t.dim() - 2))],
+    "cropped, channels last": lambda t: IMAGE_LAYOUTS["channels last"](_padded(t))[(..., *[slice(1, -2)] * (t.dim() - 2))],
 }
+
+
+def _padded(t: Tensor) -> Tensor:
+    return torch.nn.functional.pad(t, (1, 2) * (t.dim() - 2))
 
 
 def detached(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -169,8 +174,9 @@ class OpBattery:
         strided = [layout(t) for t in rows]
         with torch.no_grad():
             assert_same_bits(op(strided, parameters), op([t.contiguous() for t in strided], parameters))
-            widened = [torch.cat([t, t], -1)[..., : t.shape[-1]] for t in parameters]
-            assert_same_bits(op(rows, widened), op(rows, parameters))
+            want = op(rows, parameters)
+            for widened in (LAYOUTS["sliced columns"], IMAGE_LAYOUTS["trailing"]):
+                assert_same_bits(op(rows, [widened(t) for t in parameters]), want)
 
     def test_twice_the_same_bits(self, case):
         rows, parameters, op, *_ = case(37, torch.float32)

@@ -110,7 +110,19 @@ def test_every_part_form_and_map(part, form, inverse):
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize(
     "shape",
-    [(3, 1300), (2, 2600), (700, 3), (2, 3, 33, 33), (1, 2, 3, 2100), (2, 5, 2, 3, 4), (1, 3, 8, 129), (90, 3, 2, 4), (70, 2, 6)],
+    [
+        (3, 1300),
+        (2, 2600),
+        (700, 3),
+        (2, 3, 33, 33),
+        (1, 2, 3, 2100),
+        (2, 5, 2, 3, 4),
+        (1, 3, 8, 129),
+        (90, 3, 2, 4),
+        (70, 2, 6),
+        (3, 6, 200),
+        (3, 8, 8, 10),
+    ],
 )
 def test_sizes_beyond_one_block(shape, part):
     """Rows, lines and groups of samples that are cut, and small samples in one block: the same bits in every layout, both ways."""
@@ -444,6 +456,7 @@ def test_views_whose_channels_share_memory(part, sites):
         "half overlapping": overlapping,
         "one value": torch.tensor(0.5).expand(2, 4, *sites),
         "one channel": torch.randn(2, 1, *sites).expand(2, 4, *sites),
+        "as far apart as sites": torch.randn(40).as_strided((2, 4, *sites), (20, 1, *[4] * (len(sites) - 1), 1)),
     }
     raw = torch.randn(2, 2, *sites)
     for x, dy in itertools.product(shared.values(), repeat=2):
@@ -451,5 +464,6 @@ def test_views_whose_channels_share_memory(part, sites):
         for x_, dy_ in ((x, dy), (x.contiguous(), dy.contiguous())):
             x_ = x_.detach().requires_grad_()
             y, logabsdet = coupling(x_, raw, raw, part=part)
+            assert y.is_contiguous()
             found.append((y, logabsdet, torch.autograd.grad(y, x_, dy_)[0]))
         assert_same_bits(*found)
