@@ -232,6 +232,19 @@ def test_compiled_maps(dtype: torch.dtype, target: str, scale_map: ScaleMap) -> 
 
 
 @compiled
+@pytest.mark.parametrize("floor", [0.0, 1e-3])
+@pytest.mark.parametrize("target", TARGETS or [None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_log_of_a_sigmoid_near_one_loses_nothing(dtype: torch.dtype, target: str, floor: float) -> None:
+    """Of log(1 + d) the sum would round d away."""
+    scale_map, s = ScaleMap.sigmoid(floor=floor), torch.linspace(0, 30, 3001, dtype=dtype)
+    below = torch.sigmoid(-s.double())
+    for name, sign in (("log_sigma", 1), ("log_reciprocal", -1)):
+        log = sign * torch.ops.flowkernels._elementwise(s, name, target, packed(scale_map)).double()
+        assert ((log - torch.log1p(floor - below)).abs() <= 6 * torch.finfo(dtype).eps * (floor + below)).all()
+
+
+@compiled
 @every_map
 @pytest.mark.parametrize("form", list(Form))
 @pytest.mark.parametrize("target", TARGETS or [None])
