@@ -90,6 +90,14 @@ def test_half_precision_is_float32_rounded_once(dtype):
     assert logabsdet.dtype == torch.float32 and torch.equal(logabsdet, want_logabsdet)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_nan_of_any_bits_stays_nan(dtype):
+    shift = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    for log_scale in (torch.zeros(4), shift):
+        y, _ = channel_affine(torch.ones(3, 4, 5, dtype=dtype), shift, log_scale)
+        assert y.isnan().all()
+
+
 def test_round_trip():
     rows, parameters, op, *_ = TestChannelAffine.cases["batch norm on images"](7, torch.float64)
     y, logabsdet = op(rows, parameters)
