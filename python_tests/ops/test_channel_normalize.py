@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowkernels import backend
+from flowkernels import _extension, backend
 from flowkernels.ops.channel_affine.normalize import normalize_channels
 from python_tests.battery import IMAGE_LAYOUTS, LAYOUTS, assert_same_bits, with_grad
 
@@ -58,6 +58,17 @@ def test_error_in_float32_is_that_of_rounding(shape):
     for g, e, w in zip(results(normalize, *arguments), eager, exact, strict=True):
         allowed = 4 * (e - w).abs().max() + 16 * torch.finfo(torch.float32).eps * (1 + w.abs().max())
         assert g.dtype == torch.float32 and (g - w).abs().max() <= allowed
+
+
+@pytest.mark.skipif(not _extension.has_kernel("channel_normalize", "CPU"), reason="the reference rounds every square")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_statistics_in_float32_are_rounded_once(shape):
+    x, *_ = example(shape, torch.float32)
+    _, _, variance, mean = normalize(x, None, None)
+    dims = [0, *range(2, x.dim())]
+    assert torch.equal(mean, x.double().mean(dims).float())
+    each = mean.view(-1, *[1] * (x.dim() - 2))
+    assert torch.equal(variance, (x - each).double().square().mean(dims).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
