@@ -167,6 +167,20 @@ def test_leading_dimensions_and_strides(n):
     assert slogdet_inverse(w[:, :0])[2].shape == (2, 0, n, n) and slogdet(w[:, :0])[0].shape == (2, 0)
 
 
+@pytest.mark.skipif(not _extension.has_kernel("slogdet", "CPU"), reason="LAPACK has bits of its own")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_of_pivots_as_large_the_first_is_taken(dtype):
+    """By the kernel for small matrices as by that for larger ones, so that a further row of its own does not change a bit."""
+    g = torch.Generator().manual_seed(0)
+    w = (
+        torch.randn(20, 16, 16, generator=g, dtype=torch.float64).sign()
+        * torch.tensor([0.3, 1.7])[torch.randint(2, (20, 1, 16), generator=g)]
+    )
+    w = (w + torch.randn(20, 16, 16, generator=g, dtype=torch.float64) * (torch.arange(16) > 3)).to(dtype)
+    larger = torch.stack([torch.block_diag(m, torch.ones(1, 1, dtype=dtype)) for m in w])
+    assert_same_bits(slogdet(larger), slogdet(w))
+
+
 def test_no_rows_and_many_rows():
     assert [t.item() for t in slogdet(torch.zeros(0, 0))] == [1, 0]
     w = torch.linalg.qr(torch.randn(LARGEST + 1, LARGEST + 1, generator=torch.Generator().manual_seed(0)))[0]
