@@ -178,6 +178,16 @@ class OpBattery:
             for widened in (LAYOUTS["sliced columns"], IMAGE_LAYOUTS["trailing"]):
                 assert_same_bits(op(rows, [widened(t) for t in parameters]), want)
 
+    def test_layout_of_cotangents_does_not_matter(self, case):
+        rows, parameters, op, *_ = case(5, torch.float64)
+        inputs, g = with_grad([*rows, *parameters]), torch.Generator().manual_seed(6)
+        outputs = [o for o in op(inputs[: len(rows)], inputs[len(rows) :]) if o.requires_grad]
+        gradients = lambda cotangents: torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, materialize_grads=True)
+        for name, layout in LAYOUTS.items():
+            given = [torch.randn(o.shape, generator=g, dtype=o.dtype).to(o.device) for o in outputs]
+            strided = [layout(t) if t.dim() > 1 or name != "transposed" else t for t in given]
+            torch.testing.assert_close(gradients(strided), gradients([t.contiguous() for t in strided]), rtol=1e-10, atol=1e-10)
+
     def test_twice_the_same_bits(self, case):
         rows, parameters, op, *_ = case(37, torch.float32)
         with torch.no_grad():
