@@ -60,7 +60,7 @@ class LuFold {
         for (int64_t j = 0; j < n; ++j) dls_[i] -= static_cast<double>(g[i * n + j]) * w[i * n + j];
       }
       // -w^T g w^T, its columns scaled
-      for (int64_t i = 0; i < n * n; ++i) c_[i] = e_[i] = 0;
+      for (int64_t i = 0; i < n * n; ++i) c_[i] = 0;
       for (int64_t k = 0; k < n; ++k) {
         for (int64_t i = 0; i < n; ++i) {
           for (int64_t j = 0; j < n; ++j) c_[i * n + j] -= static_cast<double>(w[k * n + i]) * g[k * n + j];
