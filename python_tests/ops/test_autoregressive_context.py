@@ -17,6 +17,7 @@ from python_tests.ops.test_autoregressive import GATED, RESIDUAL, SHARED, Part, 
         (4, GATED, 2),
         (10, widened(GATED, 270), 3),
         (5, [*SHARED, Part(0)], 2),
+        (5, [Part(9, "relu", context="tanh"), Part(9, "tanh", context="gate"), Part(0)], 2),
         (5, [Part(9, "relu", context="tanh"), Part(9, "relu", context="sigmoid+"), Part(0, context="add")], 2),
     ],
 )
