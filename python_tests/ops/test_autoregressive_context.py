@@ -37,3 +37,11 @@ def test_one_context_for_all_rows(features, parts, context, inverse, dtype):
         blocks = op([x, torch.cat([one.expand(230, context), contexts[:40], one.expand(230, context)])], parameters)
         for g, w in zip(blocks, mixed, strict=True):
             assert torch.equal(g[:230], w[::2][:230]) and torch.equal(g[270:], w[::2][270:])
+        for r in range(33):  # one row of another, by its last number alone
+            c = one.repeat(33, 1)
+            c[r, -1] += 1
+            got, alone = op([x[:33], c], parameters), op([x[r : r + 1], c[r : r + 1]], parameters)
+            for g, a, w in zip(got, alone, mixed, strict=True):
+                want = w[::2][:33].clone()
+                want[r] = a[0]
+                assert torch.equal(g, want)

@@ -92,6 +92,34 @@ def test_a_network_that_reads_the_first_features_alone(parts, degrees, inverse):
 
 
 @pytest.mark.parametrize("inverse", [False, True])
+def test_a_network_that_reads_a_part_of_the_features_that_come_together(inverse):
+    """Features 1 and 2 see what feature 0 made; of the two, a later unit sees the first alone, and the weight ends there."""
+    g = torch.Generator().manual_seed(0)
+    leaf = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_()
+    layers = [
+        MaskedLayer(leaf(2, 4), leaf(4), torch.tensor([1, 1, 2, 2], dtype=torch.int32), Activation.TANH),
+        MaskedLayer(leaf(4, 8), leaf(8), torch.tensor([0, 0, 2, 2, 2, 2, 4, 4], dtype=torch.int32)),
+    ]
+    network, x = Conditioner.of(layers), leaf(9, 4)
+    leaves = [x, *network.weights, *network.biases]
+    found = []
+    for name in ("auto", "reference"):
+        with backend(name):
+            outputs = autoregressive(x, network, inverse=inverse)
+            found.append((*outputs, *torch.autograd.grad([o.sin().sum() for o in outputs], leaves)))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("width", [63, 64, 65, 127, 128, 129])
+def test_widths_about_a_block(width, inverse):
+    rows, parameters, op, oracle, *_ = example(2, (width, width), activation="tanh", inverse=inverse)(9, torch.float64)
+    leaves = [t.requires_grad_() for t in (*rows, *parameters)]
+    got, want = (torch.autograd.grad([o.sin().sum() for o in f(rows, parameters)], leaves) for f in (op, oracle))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
 def test_a_layer_without_units_may_take_the_context(inverse):
     empty = torch.empty(0, dtype=torch.int32)
     g = torch.Generator().manual_seed(0)
