@@ -150,6 +150,19 @@ def test_gradients_through_a_contexts_own_activation(activation, inverse):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("activation", ["softplus", "sigmoid"])
+def test_a_unit_far_below_zero_has_a_gradient_in_float32(activation, inverse):
+    """Its derivative, which is found from its value, is not what a difference from 1 leaves."""
+    rows, parameters, op, *_ = example(3, (8,), activation=activation, inverse=inverse)(5, torch.float64)
+    parameters[1] -= 25
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [p.to(dtype).requires_grad_() for p in parameters]
+        found.append(torch.autograd.grad([o.sum() for o in op([t.to(dtype) for t in rows], leaves)], leaves[1])[0].double())
+    torch.testing.assert_close(*found, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("width", [63, 64])
 @pytest.mark.parametrize("context", [0, 2])
 @pytest.mark.parametrize("activation", ["relu", "silu"])

@@ -283,12 +283,12 @@ def test_bad_input(change, message):
 
 
 def test_images_without_pixels():
-    x = torch.zeros(2, 0, 3, 6, requires_grad=True)
+    x = torch.zeros(5000, 0, 3, 6, requires_grad=True)
     tensors = [t.requires_grad_() for s in level(6, 8, 2, 0) for t in s]
-    stale = [torch.full((2,), torch.nan) for _ in range(20)]  # whose memory is taken again
+    stale = [torch.full((5000,), torch.nan) for _ in range(3)]  # whose memory is taken again
     del stale
     y, logabsdet = glow_steps(x, *parted(tensors))
-    assert y.shape == x.shape and torch.equal(logabsdet, torch.zeros(2))
+    assert y.shape == x.shape and torch.equal(logabsdet, torch.zeros(5000))
     assert not any(g.any() for g in torch.autograd.grad(y.sum() + logabsdet.sum(), tensors, allow_unused=True, materialize_grads=True))
 
 

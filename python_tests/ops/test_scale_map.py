@@ -232,6 +232,15 @@ def test_compiled_maps(dtype: torch.dtype, target: str, scale_map: ScaleMap) -> 
 
 
 @compiled
+@pytest.mark.parametrize("target", TARGETS or [None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale_map", [ScaleMap.sigmoid(), ScaleMap.softplus()], ids=repr)
+def test_compiled_log_of_an_underflowed_sigma(dtype: torch.dtype, target: str, scale_map: ScaleMap) -> None:
+    s = torch.tensor([-100.0, -200.0, -1000.0], dtype=dtype)
+    torch.testing.assert_close(torch.ops.flowkernels._elementwise(s, "log_sigma", target, packed(scale_map)), s)
+
+
+@compiled
 @pytest.mark.parametrize("floor", [0.0, 1e-3])
 @pytest.mark.parametrize("target", TARGETS or [None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
