@@ -13,7 +13,7 @@ again (3 N e). Layer by layer it is about 10 N e.
 Float32 is exact, and its multiply-adds, C an element, are a floor of their own: an H200 does 33 T of them a second and copies 4 TB/s, 0.5 T
 elements of 8 bytes, so that 96 channels cannot come closer to a copy than 0.7. In the loops 5 of 7 instructions are multiply-adds without a
 coupling and 4 of 7 with one (sm_90, 48 channels). By all that is issued, actnorm and convolution of 64 MB take 49 us at 48 channels,
-where a copy takes 31 us, and with a coupling 46 us at 12 channels, where the bytes take 47 us (predicted; no GPU has run it). With tf32
+where a copy takes 34 us, and with a coupling 46 us at 12 channels, where the bytes take 50 us (predicted; no GPU has run it). With tf32
 allowed (torch.backends.cuda.matmul) memory is the limit.
 
 Tiles never change a row's bits: a site's sums run over channels in ascending order, and log|det| is summed by a tree over tiles whose
