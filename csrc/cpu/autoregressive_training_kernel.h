@@ -40,7 +40,8 @@ FK_INLINE void part_pairs(const T* from, int64_t n, T* evens, T* odds) {
     store(evens + i / 2, AllLanes<T>::even(a, b));
     store(odds + i / 2, AllLanes<T>::odd(a, b));
   }
-  for (; i < n; ++i) (i % 2 ? odds : evens)[i / 2] = from[i];
+  for (; i + 2 <= n; i += 2) evens[i / 2] = from[i], odds[i / 2] = from[i + 1];
+  if (i < n) evens[i / 2] = from[i];
 }
 
 template <class T>
@@ -51,7 +52,8 @@ FK_INLINE void join_pairs(const T* evens, const T* odds, int64_t n, T* to) {
     store(to + i, AllLanes<T>::low_pairs(a, b));
     store(to + i + lanes<T>, AllLanes<T>::high_pairs(a, b));
   }
-  for (; i < n; ++i) to[i] = (i % 2 ? odds : evens)[i / 2];
+  for (; i + 2 <= n; i += 2) to[i] = evens[i / 2], to[i + 1] = odds[i / 2];
+  if (i < n) to[i] = evens[i / 2];
 }
 
 // to[k] = the feature generated k-th of a row whose features are `column` apart
