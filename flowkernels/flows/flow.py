@@ -190,7 +190,7 @@ class FlowDistribution(Distribution):
         if self.context is None:
             torch.empty(self.batch_shape, device="meta").expand(batch_shape)  # or torch says why not
         context = None if self.context is None else self.context.expand(*batch_shape, self.flow.context_features)
-        expanded = FlowDistribution(self.flow, context)
+        expanded = type(self)(self.flow, context)
         Distribution.__init__(expanded, batch_shape, self.event_shape, validate_args=False)
         return expanded
 

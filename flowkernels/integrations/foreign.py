@@ -198,7 +198,7 @@ def freeze_like(layer: nn.Module, foreign: nn.Module) -> None:
 def check_same(
     ours: nn.Module,
     theirs: Map,
-    module: nn.Module,
+    module: object,
     *,
     inverse: Map | None = None,
     log_prob: Callable[[Tensor, Tensor | None], Tensor] | None = None,
@@ -209,7 +209,7 @@ def check_same(
     Raises:
         ValueError: they differ: module's class overrides a part of the map, or its library is of a version with another one.
     """
-    like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), torch.empty(0))
+    like = next((t for t in (*ours.parameters(), *ours.buffers()) if t.is_floating_point()), torch.empty(0))
     if like.is_meta:
         return
     draws = torch.Generator().manual_seed(0)

@@ -67,7 +67,7 @@ def coupling_layers(transformed: Tensor, coupling: Callable[[str], nn.Module]) -
 def mlp_of(network: nn.Sequential, inputs: int) -> MLP | None:
     """A ReLU network as a `layers.MLP`, which runs inside the kernels; None if it is none. Features beyond the inputs are a context."""
     linears, relus = list(network)[0::2], list(network)[1::2]
-    if not relus or len(relus) != len(linears) - 1 or not all(map(_is_relu, relus)):
+    if not relus or len(relus) != len(linears) - 1 or not all(map(is_relu, relus)):
         return None
     weights, biases = ([getattr(linear, name, None) for linear in linears] for name in ("weight", "bias"))
     if not all(isinstance(t, Tensor) and t.dim() == dim for part, dim in ((weights, 2), (biases, 1)) for t in part):
@@ -84,7 +84,7 @@ def mlp_of(network: nn.Sequential, inputs: int) -> MLP | None:
     return mlp.train(network.training)
 
 
-def _is_relu(module: nn.Module) -> bool:
+def is_relu(module: nn.Module) -> bool:
     return type(module) is nn.ReLU or (type(module) is nn.LeakyReLU and module.negative_slope == 0)
 
 

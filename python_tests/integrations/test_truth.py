@@ -1,15 +1,17 @@
 """Other libraries' networks against ours with the same parameters, over 200 random configurations of each library."""
 
 import functools
+import math
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions.transforms import _InverseTransform
 
 from flowkernels.flows import Flow
-from flowkernels.integrations import from_nflows, from_normflows, from_zuko
+from flowkernels.integrations import from_nflows, from_normflows, from_pyro, from_zuko
 from flowkernels.layers import MLP
 
 nflows = pytest.importorskip("nflows.flows")
@@ -18,6 +20,9 @@ nflows_nets = pytest.importorskip("nflows.nn.nets")
 nflows_transforms = pytest.importorskip("nflows.transforms")
 nflows_autoregressive = pytest.importorskip("nflows.transforms.autoregressive")
 normflows = pytest.importorskip("normflows")
+pyro_distributions = pytest.importorskip("pyro.distributions")
+pyro_nn = pytest.importorskip("pyro.nn")
+pyro_transforms = pytest.importorskip("pyro.distributions.transforms")
 zuko = pytest.importorskip("zuko")
 
 CONFIGURATIONS = range(200)
@@ -257,3 +262,135 @@ def test_couplings_of_zuko(seed):
         assert any(isinstance(m, MLP) for m in ours.modules())
     _, inverse = zuko_directions(module)
     assert_flows_agree(ours, lambda x, c: module(c).log_prob(x), inverse, features, context, draw.choice([1, 2, 11]))
+
+
+def pyro_autoregressive(draw: random.Random, features: int, context: int) -> nn.Module:
+    widths = [draw.choice([features, 8, 9, 20]) for _ in range(draw.choice([1, 2, 3]))]
+    widths = [max(width, features) for width in widths]
+    settings = {"nonlinearity": draw.choice(MODULES)()}
+    kind = {"stable": True, "sigmoid_bias": draw.choice([2.0, 0.5])} if draw.random() < 0.4 else {}
+    if not kind and draw.random() < 0.5:
+        kind = {"log_scale_min_clip": -0.2, "log_scale_max_clip": 0.1}
+    if context:
+        network = pyro_nn.ConditionalAutoRegressiveNN(features, context, widths, **settings)
+        return pyro_transforms.ConditionalAffineAutoregressive(network, **kind)
+    return pyro_transforms.AffineAutoregressive(pyro_nn.AutoRegressiveNN(features, widths, **settings), **kind)
+
+
+@pytest.fixture
+def float64_by_default():
+    """Pyro's inverse begins with zeros of the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def pyro_directions(transform):
+    def forward(x: Tensor, c: Tensor | None) -> Outputs:
+        of_context = transform if c is None else transform.condition(c)
+        return (y := of_context(x)), of_context.log_abs_det_jacobian(x, y)
+
+    def inverse(y: Tensor, c: Tensor | None) -> Outputs:
+        of_context = transform if c is None else transform.condition(c)
+        return (x := of_context.inv(y)), -of_context.log_abs_det_jacobian(x, y)
+
+    return forward, inverse
+
+
+@pytest.mark.filterwarnings("ignore:.*AutoRegressiveNN input_dim = 1")
+@pytest.mark.parametrize("seed", CONFIGURATIONS)
+def test_pyro(seed, float64_by_default):
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    features, context = draw.choice([1, 2, 3, 5, 7]), draw.choice([0, 0, 1, 4])
+    module = prepared(pyro_autoregressive(draw, features, context))
+    forward, inverse = pyro_directions(module)
+    assert_agree(from_pyro(module), forward, inverse, features, context, draw.choice([1, 2, 3, 5, 11]))
+
+
+class Hypernet(nn.Module):
+    """A network of one's own, as Pyro calls it."""
+
+    def __init__(self, inputs: int, context_dim: int, outputs: int) -> None:
+        super().__init__()
+        self.context_dim, self.linear = context_dim, nn.Linear(inputs + context_dim, 2 * outputs)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Outputs:
+        x = x if context is None else torch.cat([x, context.expand(*x.shape[:-1], -1)], -1)
+        return self.linear(x.tanh()).chunk(2, -1)
+
+
+def pyro_coupling(draw: random.Random, features: int, context: int) -> nn.Module:
+    split = draw.choice([features // 2, features - features // 2])
+    kind = {"log_scale_min_clip": -0.2, "log_scale_max_clip": 0.1} if draw.random() < 0.5 else {}
+    outputs = features - split
+    if draw.random() < 0.3:
+        network = Hypernet(split, context, outputs)
+    else:
+        settings = {"hidden_dims": draw.choice([[8], [9, 20]]), "param_dims": [outputs, outputs], "nonlinearity": draw.choice(MODULES)()}
+        settings |= {"nonlinearity": nn.ReLU()} if draw.random() < 0.5 else {}
+        network = pyro_nn.ConditionalDenseNN(split, context, **settings) if context else pyro_nn.DenseNN(split, **settings)
+    return (pyro_transforms.ConditionalAffineCoupling if context else pyro_transforms.AffineCoupling)(split, network, **kind)
+
+
+def pyro_transform(draw: random.Random, features: int, context: int, autoregressive: bool) -> object:
+    """One of the transforms that whole distributions are made of."""
+    t = pyro_transforms
+    kind = draw.choice(["made", "permutation", "norm", "affine", "coupling", "inverse", "composed"])
+    if kind == "made" and autoregressive:
+        return pyro_autoregressive(draw, features, context)
+    if kind == "permutation":
+        return t.permute(features)
+    if kind == "norm":
+        return t.BatchNorm(features)
+    if kind == "affine":
+        loc = torch.randn(features, dtype=torch.float64)
+        return t.AffineTransform(loc, draw.choice([1.5, torch.rand(features, dtype=torch.float64) + 0.5]), event_dim=draw.choice([0, 1]))
+    if kind == "inverse":
+        return pyro_transform(draw, features, context, autoregressive).inv
+    if kind == "composed":
+        parts = [pyro_transform(draw, features, context, autoregressive) for _ in range(2)]
+        conditional = any(hasattr(part, "condition") for part in parts)
+        return (pyro_distributions.conditional.ConditionalComposeTransformModule if conditional else t.ComposeTransformModule)(parts)
+    return pyro_coupling(draw, features, context)
+
+
+@pytest.mark.filterwarnings("ignore:.*AutoRegressiveNN input_dim = 1")
+@pytest.mark.parametrize("seed", FLOWS)
+def test_distributions_of_pyro(seed, float64_by_default):
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    features, context = draw.choice([2, 3, 5, 6]), draw.choice([0, 3])
+    parts = [pyro_transform(draw, features, context, True) for _ in range(draw.choice([1, 3, 5]))]
+    for part in parts:
+        prepare_pyro(part)
+    standard = draw.random() < 0.5
+    loc = torch.zeros(features, dtype=torch.float64) if standard else torch.randn(features, dtype=torch.float64)
+    base = pyro_distributions.Normal(loc, 1.0 + (not standard) * torch.rand(features, dtype=torch.float64))
+    base = base.to_event(1) if draw.random() < 0.5 else base
+    conditional = context and any(hasattr(part, "condition") for part in parts)
+    kind = pyro_distributions.ConditionalTransformedDistribution if conditional else pyro_distributions.TransformedDistribution
+    module = kind(base, parts)
+    of_context = lambda c: module.condition(c) if conditional else module
+    log_prob = lambda x, c: of_context(c).log_prob(x).view(len(x), -1).sum(1)
+    normal = torch.distributions.Normal(loc, base.base_dist.scale if hasattr(base, "base_dist") else base.scale)
+
+    def inverse(z: Tensor, c: Tensor | None) -> Outputs:
+        x = normal.loc + z * normal.scale
+        for transform in of_context(c).transforms:
+            x = transform(x)
+        return x, (-0.5 * z.square() - 0.5 * math.log(2 * math.pi)).sum(1) - log_prob(x, c)
+
+    ours = from_pyro(module).eval()
+    assert ours.context_features in (0, context)
+    assert_flows_agree(ours, log_prob, inverse, features, ours.context_features, draw.choice([1, 2, 11]))
+
+
+def prepare_pyro(transform) -> None:
+    """Those that a composed or inverted transform holds, as well."""
+    if isinstance(transform, _InverseTransform | pyro_distributions.conditional._ConditionalInverseTransformModule):
+        prepare_pyro(transform.inv)
+    for part in getattr(transform, "parts", getattr(transform, "transforms", [])):
+        prepare_pyro(getattr(part, "transform", part))
+    if isinstance(transform, nn.Module):
+        prepared(transform)
