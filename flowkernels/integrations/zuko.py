@@ -4,13 +4,14 @@ import functools
 
 import torch
 from torch import nn
+from torch.distributions.transforms import AffineTransform
 
 from ..flows import Flow
-from ..layers import AffineCoupling, MaskedAutoregressive
+from ..layers import ActNorm, AffineCoupling, MaskedAutoregressive
 from ..ops import ScaleMap
 from ..ops.activation import parse_activation
 from .foreign import ForeignLayer, check_same, conditioner_of, freeze_like, is_of_library
-from .parts import ContextAppended, copied, coupling_layers, flow_of, mlp_of
+from .parts import ContextAppended, affine_layer, copied, coupling_layers, flow_of, mlp_of
 
 
 def from_zuko(module: nn.Module) -> MaskedAutoregressive | Flow:
@@ -23,17 +24,18 @@ def from_zuko(module: nn.Module) -> MaskedAutoregressive | Flow:
 
     Args:
         module: a `MaskedAutoregressiveTransform` becomes a layer; a `MAF`, `NICE`, `RealNVP` or other `Flow` made of such transforms and
-            of `GeneralCouplingTransform`s, over a standard normal base, becomes a `flows.Flow`.
+            of `GeneralCouplingTransform`s, and of `UnconditionalTransform`s of torch's `AffineTransform`, as standardise data, over a
+            standard normal base, becomes a `flows.Flow`.
 
     Raises:
         TypeError: module is none of these, or holds another transformation.
         ValueError: an adjacency is not nested (the message says which output sees which input), the context does not reach all units, the
-            univariate transformation is not affine, the base is not standard normal, an activation of a masked network is none that the
-            kernels know, a coupling transforms fewer or more than half of the features, or the module computes something else on rows of
-            noise, as a subclass may.
+            univariate transformation is not affine, a standard deviation is not positive, the base is not standard normal, an activation
+            of a masked network is none that the kernels know, a coupling transforms fewer or more than half of the features, or the
+            module computes something else on rows of noise, as a subclass may.
     """
     from zuko.flows import Flow as ZukoFlow
-    from zuko.flows import MaskedAutoregressiveTransform
+    from zuko.flows import MaskedAutoregressiveTransform, UnconditionalTransform
     from zuko.flows.coupling import GeneralCouplingTransform
 
     if isinstance(module, MaskedAutoregressiveTransform):
@@ -46,6 +48,7 @@ def from_zuko(module: nn.Module) -> MaskedAutoregressive | Flow:
     transforms = list(getattr(module.transform, "transforms", [module.transform]))
     if not transforms:
         raise ValueError("module must have at least one transform; got none")
+    features = _features(module.base)
     layers: list[nn.Module] = []
     sizes: list[tuple[int, int]] = []  # features and context features of each
     for number, transform in enumerate(transforms):
@@ -56,14 +59,16 @@ def from_zuko(module: nn.Module) -> MaskedAutoregressive | Flow:
         elif isinstance(transform, GeneralCouplingTransform):
             layers += _coupling(transform)
             sizes.append((len(transform.mask), transform.hyper.in_features - int(transform.mask.sum())))
+        elif isinstance(transform, UnconditionalTransform) and transform.f is AffineTransform:
+            layers.append(_standardisation(transform, features))
         else:
             raise TypeError(
-                f"transform {number} of the flow must be a MaskedAutoregressiveTransform or a GeneralCouplingTransform; "
-                f"got {type(transform).__name__}"
+                f"transform {number} of the flow must be a MaskedAutoregressiveTransform, a GeneralCouplingTransform or an "
+                f"UnconditionalTransform(AffineTransform, ...); got {type(transform).__name__}"
             )
-    features, contexts = sizes[0][0], [context for _, context in sizes]
-    _check_base(module.base, features)
-    flow = flow_of(layers, features, contexts, module.training)
+    if others := {size for size, _ in sizes if size != features}:
+        raise ValueError(f"base must be a standard normal, DiagNormal(0, 1), of {others.pop()} features; got {module.base}")
+    flow = flow_of(layers, features, [context for _, context in sizes], module.training)
     own = all(is_of_library(part, "zuko") for part in transforms)
     inverse = None if own else lambda z, context: module(context).transform.inv.call_and_ladj(z)
     log_prob = lambda x, context: module(context).log_prob(x)
@@ -129,9 +134,22 @@ def _without_context(first: ForeignLayer, features: int) -> ForeignLayer:
     return first._replace(weight=own, mask=first.mask[:, :features], context_weight=context)
 
 
-def _check_base(base: nn.Module, features: int) -> None:
+def _standardisation(transform: nn.Module, features: int) -> ActNorm:
+    loc, scale = (torch.as_tensor(value).expand(features) for value in (transform().loc, transform().scale))
+    if not (scale > 0).all():
+        raise ValueError(f"an UnconditionalTransform(AffineTransform, ...) must have a positive scale; got {scale.tolist()}")
+    return affine_layer(loc / scale, scale.log(), learned=(loc.requires_grad, scale.requires_grad))
+
+
+def _features(base: nn.Module) -> int:
+    """How many there are.
+
+    Raises:
+        ValueError: the base is not a standard normal.
+    """
     from zuko.distributions import DiagNormal
 
     normal = getattr(base, "f", None) is DiagNormal and base().base_dist
-    if not normal or normal.loc.shape != (features,) or normal.loc.ne(0).any() or normal.scale.ne(torch.ones(())).any():
-        raise ValueError(f"base must be a standard normal, DiagNormal(0, 1) of {features} features; got {base}")
+    if not normal or normal.loc.dim() != 1 or normal.loc.ne(0).any() or normal.scale.ne(torch.ones(())).any():
+        raise ValueError(f"base must be a standard normal, DiagNormal(0, 1), of a vector; got {base}")
+    return len(normal.loc)

@@ -23,6 +23,11 @@ def nflows_flow(*parts, base=(4,), embedding=None):
     return nflows.Flow(transform, distributions.StandardNormal(base), embedding)
 
 
+def zuko_standardised(scale: float):
+    affine = zuko.flows.UnconditionalTransform(torch.distributions.AffineTransform, loc=torch.zeros(2), scale=torch.full((2,), scale))
+    return zuko.flows.Flow([affine, zuko.flows.MaskedAutoregressiveTransform(2)], zuko.flows.MAF(2).base)
+
+
 def normflows_model(*parts, base=None):
     return normflows.NormalizingFlow(base or normflows.distributions.DiagGaussian(4), list(parts))
 
@@ -114,7 +119,8 @@ def normflows_coupling(network=None, **settings):
             ValueError,
             "must transform half of the features, 2 of 4; it transforms 3",
         ),
-        (from_zuko, lambda: zuko.flows.Flow(zuko.flows.NICE(4).transform, zuko.flows.MAF(3).base), ValueError, "base must be a standard"),
+        (from_zuko, lambda: zuko.flows.Flow(zuko.flows.NICE(4).transform, zuko.flows.MAF(3).base), ValueError, r", of 4 features; got"),
+        (from_zuko, lambda: zuko_standardised(-1.0), ValueError, r"must have a positive scale; got \[-1.0, -1.0\]"),
     ],
 )
 def test_flows_with_other_parts_are_refused(take_over, module, error, message):
@@ -271,6 +277,18 @@ def test_what_is_frozen_stays_frozen():
         with pytest.warns(UserWarning, match="some parameters of .* are frozen; those made of them are not: freeze them again"):
             take_over(module)
         assert not any(p.requires_grad for p in take_over(module.requires_grad_(False)).parameters())
+
+
+def test_a_flow_of_nflows_runs_on_our_transform():
+    """As sbi's posteriors may, whose flows embed their contexts."""
+    torch.manual_seed(0)
+    module = nflows_flow(nflows_layer(features=4, context_features=2), embedding=nn.Linear(3, 2)).eval()
+    context, x = torch.randn(5, 3), torch.randn(5, 4)
+    drawn = lambda: (torch.manual_seed(1), *module.sample_and_log_prob(7, context))[1:]
+    with torch.no_grad():
+        want = (*drawn(), module.log_prob(x, context))
+        module._transform = from_nflows(module._transform)
+        torch.testing.assert_close((*drawn(), module.log_prob(x, context)), want, rtol=1e-4, atol=1e-4)
 
 
 def test_flows_are_compared_without_gradients(monkeypatch):

@@ -105,7 +105,7 @@ def test_adjacencies_that_are_not_nested_are_refused():
             from_zuko,
             lambda: zuko.flows.GF(4),
             TypeError,
-            "transform 0 of the flow must be a MaskedAutoregressiveTransform or a GeneralCouplingTransform; got",
+            "transform 0 of the flow must be a MaskedAutoregressiveTransform, a GeneralCouplingTransform or an Uncondition",
         ),
         (from_nflows, lambda: nflows_layer(activation=torch.sin), ValueError, "activation must be one of"),
         (

@@ -257,6 +257,10 @@ def test_couplings_of_zuko(seed):
     settings = {"hidden_features": draw.choice([(), (8,), (9, 20)]), "activation": draw.choice([nn.ReLU, nn.ReLU, nn.Tanh])}
     settings |= {"randmask": draw.random() < 0.5, "normalize": draw.random() < 0.2, "transforms": draw.choice([1, 4])}
     module = prepared(draw.choice([zuko.flows.NICE, zuko.flows.RealNVP])(features, context, **settings))
+    if draw.random() < 0.5:  # data that are standardised by the flow itself
+        affine = functools.partial(zuko.flows.UnconditionalTransform, torch.distributions.AffineTransform)
+        numbers = {"loc": torch.randn(features).double(), "scale": torch.rand(features).double() + 0.5, "buffer": True}
+        module = zuko.flows.Flow([affine(**numbers), *module.transform.transforms], module.base).eval()
     ours = from_zuko(module)
     if settings["activation"] is nn.ReLU and settings["hidden_features"] and not settings["normalize"]:
         assert any(isinstance(m, MLP) for m in ours.modules())
