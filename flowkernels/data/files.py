@@ -1,6 +1,7 @@
 """Files written whole or not at all."""
 
 import contextlib
+import csv
 import io
 import os
 import re
@@ -77,8 +78,10 @@ def save_array(path: str | Path, array: Tensor | np.ndarray, header: list[str] |
         if array.ndim not in (1, 2):
             raise ValueError(f"array must have one or two dimensions to be written as .csv; got shape {list(array.shape)}")
         rows = array[:, None] if array.ndim == 1 else array
-        lines = [",".join(header)] if header else []
-        lines += [",".join(str(value) for value in row) for row in rows]
-        atomic_write(path, ("\n".join(lines) + "\n").encode())
+        text = io.StringIO()
+        if header:
+            csv.writer(text, lineterminator="\n").writerow(header)  # names may hold commas
+        text.writelines(",".join(str(value) for value in row) + "\n" for row in rows)
+        atomic_write(path, text.getvalue().encode())
     else:
         raise ValueError(f"output file must end in .npy or .csv; got {path}")

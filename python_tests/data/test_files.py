@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowkernels.data import atomic_write, save_array
+from flowkernels.data import atomic_write, load_table, save_array
 
 
 def full_disk(*_):
@@ -46,6 +46,12 @@ def test_csv_reads_back_to_the_same_bits(tmp_path, dtype):
     assert torch.equal(torch.from_numpy(np.loadtxt(tmp_path / "x.csv", delimiter=",", skiprows=1)).to(dtype), x)
     save_array(tmp_path / "x.npy", x)
     assert torch.equal(torch.from_numpy(np.load(tmp_path / "x.npy")), x)
+
+
+def test_names_with_commas_and_quotes_read_back(tmp_path):
+    names = ("mass, kg", 'the "b"', "plain", "two\nlines")
+    save_array(tmp_path / "x.csv", torch.randn(5, 4), header=list(names))
+    assert load_table(tmp_path / "x.csv").columns == names
 
 
 def test_one_dimension_is_one_column_and_other_names_are_refused(tmp_path):
