@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import grad, hessian, vmap
 
 from benchmarks.case import has_python_headers
 from flowkernels.flows import MAF, NICE, Flow, Glow, RealNVP, StandardLogistic, StandardNormal
@@ -124,3 +125,17 @@ def test_couplings_with_a_dynamic_batch(make):
         torch.testing.assert_close(got, want)
         gradients = (torch.autograd.grad(value.sum(), list(model.parameters()), allow_unused=True) for value in (got, want))
         torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("make", [lambda: MAF(4, transforms=2, hidden_features=(6,)), *COUPLINGS.values()], ids=["MAF", *COUPLINGS])
+def test_gradients_by_func_are_in_the_graph(make):
+    """Per-sample gradients of a compiled function; second derivatives by forward mode, at which torch's compiler fails, go past it."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = make()
+    x = torch.randn(3, *model.shape)
+    model(x)  # initialises actnorms
+    model.eval()
+    density = lambda row: model.log_prob(row[None])[0]
+    for call, fullgraph in ((vmap(grad(density)), True), (vmap(hessian(density)), False)):
+        torch.testing.assert_close(torch.compile(call, fullgraph=fullgraph, backend="aot_eager")(x), call(x))

@@ -12,7 +12,10 @@ from .._torch import forward_mode, is_batched, is_vmapped, transform_level, tran
 
 def transformed() -> bool:
     """Whether a torch.func transform or forward mode looks on: then the call has to be made of parts that know all derivatives."""
-    return transform_level() is not None or forward_mode()
+    if forward_mode():
+        transform_level()  # torch.compile, which cannot read it, stops here: at vmap over forward mode it fails (torch 2.13)
+        return True
+    return transforms_active()
 
 
 def needs_autograd(tensors: Iterable[Tensor | None]) -> bool:
