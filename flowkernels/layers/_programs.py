@@ -135,13 +135,17 @@ class Program:
             if kept is not None and not layers:  # here, or in another thread
                 return None
             for layer, call in zip(layers, calls, strict=True):
-                x, logabsdet = checked(layer, *call(x, context))
+                x, logabsdet = checked(layer, call(x, context))
                 total = logabsdet if total is None else total + logabsdet
         return x, total
 
 
-def checked(layer: nn.Module, x: Tensor, logabsdet: Tensor) -> Result:
-    """What a layer returned, where it is a result and its log|det|s: others would be broadcast."""
+def checked(layer: nn.Module, result: Result) -> Result:
+    """What a layer returned, where it is an output and its log|det|s: others would be broadcast."""
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        got = f"{len(result)} things" if isinstance(result, (tuple, list)) else type(result).__name__
+        raise ValueError(f"{type(layer).__name__} must return two things, its output and log|det| of each row; got {got}")
+    x, logabsdet = result
     if not isinstance(logabsdet, Tensor) or logabsdet.shape != x.shape[:1]:
         got = list(logabsdet.shape) if isinstance(logabsdet, Tensor) else type(logabsdet).__name__
         raise ValueError(f"{type(layer).__name__} must return log|det| of each row beside its output, [{x.shape[0]}]; got {got}")

@@ -41,7 +41,7 @@ def run(
         x, total = y, logabsdet if total is None else total + logabsdet
 
     def call(layer: nn.Module) -> None:
-        add(*checked(layer, *(layer.inverse if inverse else layer)(x, context)))
+        add(*checked(layer, (layer.inverse if inverse else layer)(x, context)))
 
     def apply_all() -> None:
         if steps is not None:

@@ -283,6 +283,22 @@ def test_a_log_determinant_for_each_feature_is_refused(keepdim, got, grad):
                 call(torch.randn(4, 4))
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(("returned", "got"), [(lambda x: x, "Tensor"), (lambda x: (x,) * 3, "3 things"), (lambda x: None, "NoneType")])
+def test_a_layer_that_returns_no_log_determinant_is_refused(returned, got, grad):
+    class Forgetful(nn.Module):
+        def forward(self, x, context=None):
+            return returned(x)
+
+        inverse = forward
+
+    flow = Flow([MaskedAutoregressive(4, (8,)), Forgetful()], 4)
+    with torch.set_grad_enabled(grad):
+        for call in [flow.log_prob, flow.inverse] * 4:  # by what is kept of the layers too
+            with pytest.raises(ValueError, match=rf"Forgetful must return two things, its output and log\|det\| of each row; got {got}"):
+                call(torch.randn(2, 4))
+
+
 def test_samples_by_a_generator():
     flow = MAF(3, hidden_features=(8,), context_features=1)
     context = torch.zeros(2, 1)
