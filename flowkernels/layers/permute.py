@@ -28,6 +28,8 @@ class Permute(Structured):
         super().__init__()
         if isinstance(permutation, str) and features is None:
             raise ValueError(f"features must be given with permutation={permutation!r}; got None")
+        if not isinstance(permutation, str) and torch.as_tensor(permutation).dim() == 0:
+            raise ValueError(f"permutation must be a sequence of indices; got {permutation!r}: Permute.random(features) draws one")
         self.features = parse_count("features", len(permutation) if features is None else features)
         self.register_integers("permutation", parse_order(permutation, self.features, "permutation"))
 

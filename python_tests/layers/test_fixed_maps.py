@@ -222,6 +222,7 @@ class TestFlowBatchNorm:
             lambda: FactorOut((4, 2, 2), [Permute([1, 0])])(torch.zeros(3, 4, 2, 2)),
             r"the last layer of rest must return flat noise, \[batch, 8\]; got \[3, 2, 2, 2\]: add a layers.Reshape",
         ),
+        (lambda: Permute(3), r"permutation must be a sequence of indices; got 3: Permute.random\(features\) draws one"),
         (lambda: Chain([]), "layers must hold at least one layer; got none"),
         (lambda: Dequantize(1), "levels must be a whole number of at least 2; got 1"),
         (lambda: Logit(0.5), "alpha must be at least 0 and less than 0.5; got 0.5"),
