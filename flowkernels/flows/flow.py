@@ -189,8 +189,9 @@ class FlowDistribution(Distribution):
         batch_shape = Size(batch_shape)
         if self.context is None:
             torch.empty(self.batch_shape, device="meta").expand(batch_shape)  # or torch says why not
-        context = None if self.context is None else self.context.expand(*batch_shape, self.flow.context_features)
-        expanded = type(self)(self.flow, context)
+        expanded = self._get_checked_instance(FlowDistribution, _instance)  # of a subclass too, such as Pyro's plates need
+        expanded.flow = self.flow
+        expanded.context = None if self.context is None else self.context.expand(*batch_shape, self.flow.context_features)
         Distribution.__init__(expanded, batch_shape, self.event_shape, validate_args=False)
         return expanded
 

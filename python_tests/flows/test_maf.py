@@ -3,8 +3,9 @@ import pickle
 
 import pytest
 import torch
+from torch.distributions import Independent
 
-from flowkernels.flows import IAF, MAF, RealNVP
+from flowkernels.flows import IAF, MAF, FlowDistribution, RealNVP
 
 
 def shaken(flow):
@@ -108,6 +109,20 @@ class TestMAF:
         with torch.no_grad():
             inverse = torch.compile(flow.inverse, fullgraph=True, backend="aot_eager")
             torch.testing.assert_close(inverse(x, context), flow.inverse(x, context))
+
+
+@pytest.mark.parametrize("context", [None, torch.zeros(6, 2)], ids=["no context", "context"])
+def test_a_subclass_of_the_distribution_is_one_when_expanded(context):
+    """As Pyro's plates need of one that is given its mixin."""
+
+    class Callable(FlowDistribution):
+        def __call__(self):
+            return self.rsample()
+
+    d = Callable(MAF(4, context_features=0 if context is None else 2, hidden_features=(4,)), context)
+    assert type(d.expand((3, 6))) is Callable and d.expand((3, 6))().shape == (3, 6, 4)
+    d = Independent(d.expand((3, 6)), 1).expand((2, 3))
+    assert type(d.base_dist) is Callable and d.sample().shape == (2, 3, 6, 4)
 
 
 def test_orders_alternate():
