@@ -59,7 +59,7 @@ class StandardLogistic:
         dtype = torch.promote_types(like.dtype, torch.float32)
         uniform = torch.rand(n, features, dtype=dtype, device=like.device, **_drawn_by(generator))
         # 0 comes up once in 2^24 draws of float32, and its logit is infinite
-        return torch.logit(uniform.clamp_(min=torch.finfo(dtype).eps / 4)).to(like.dtype)
+        return torch.logit(uniform, torch.finfo(dtype).eps / 4).to(like.dtype)
 
 
 def _drawn_by(generator: Generator | None) -> dict[str, Generator]:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -208,6 +209,10 @@ def test_standard_logistic_has_its_density_and_its_samples():
     below = torch.sigmoid(samples).sort().values - torch.linspace(0, 1, 200_000)
     assert below.abs().max() < 0.005  # Kolmogorov and Smirnov
     assert base.sample(2, 3, like=like.to(torch.bfloat16)).dtype == torch.bfloat16
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch.func warns of what it does one by one
+        drawn = torch.func.vmap(lambda _: base.sample(2, 3, like=like), randomness="different")(torch.zeros(4))
+    assert drawn.shape == (4, 2, 3)
 
 
 @pytest.mark.parametrize(
