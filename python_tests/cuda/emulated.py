@@ -4,7 +4,8 @@ What runs is the code that a GPU is given, launches included, a thread at a time
 before they have landed and threads that wait for different things are errors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -58,12 +59,39 @@ class Order(IntEnum):
 
 
 def run_on(
-    device: Device, order: Order = Order.FORWARDS, seed: int = 0, most_delta_bytes: int = 1 << 20, layout: Sequence[int] = ()
+    device: Device,
+    order: Order = Order.FORWARDS,
+    seed: int = 0,
+    most_delta_bytes: int = 1 << 20,
+    layout: Sequence[int] = (),
+    last_blocks: int = 0,
 ) -> None:
     """Everything from here on.
 
     Args:
         most_delta_bytes: as long as their deltas have no more, maps share launches for their parameters' gradients.
         layout: of the loop, for single maps (csrc/tests/emulated/cuda/launch.h); empty for the rule's.
+        last_blocks: of a launch with more than 65,536, so many of the last alone run; 0 for all.
     """
-    ops.set(device, most_delta_bytes, layout, order, seed)
+    ops.set(device, most_delta_bytes, layout, order, seed, last_blocks)
+
+
+@contextmanager
+def unfilled_memory() -> Iterator[None]:
+    """What is asked for is not filled with NaN, so that it may be more than there is."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        pytest.skip("the system promises no memory that it does not have")
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def last_of_many(rows: torch.Tensor, n: int) -> torch.Tensor:
+    """n rows, of which those given are the last, and the others are whatever is there."""
+    many = rows.new_empty((n, *rows.shape[1:]))
+    many[n - len(rows) :] = rows
+    return many

@@ -221,6 +221,22 @@ def test_visible_that_does_not_ascend_reads_nothing_outside():
     assert y.shape == x.shape
 
 
+@pytest.mark.parametrize("parts", [(60,), (30, 30)])
+def test_more_than_2_31_elements(parts):
+    """Whose places are no 32-bit integers; the last rows alone are computed."""
+    x, context, lists = map_of(example(3, parts, context=2, order=[2, 0, 1])(5, torch.float32))
+    n, two = 31_500_003, stacked(2, lists)
+    dy, dlogabsdet = cotangents(x)
+    want = step(x, context, two, by=LAYOUTS[0], need_parameters=False)
+    emulated.run_on(H200, last_blocks=3)
+    with emulated.unfilled_memory():
+        many = [emulated.last_of_many(t, n) for t in (x, context, dy, dlogabsdet)]
+        y, logabsdet, kept = emulated.ops._autoregressive_training(*many[:2], *two)
+        assert all(t.numel() > 1 << 31 for t in kept)
+        dx, dcontext, *_ = emulated.ops._autoregressive_backward(*many[2:], kept, many[1], *two, [0, 0], True, True, False)
+        assert_same_bits(tuple(t[-5:] for t in (y, logabsdet, dx, dcontext)), want[:4])
+
+
 def test_refusals():
     x, context, lists = map_of(example(4, (9,))(3, torch.float32))
     training, backward = LAYOUTS[0].training, LAYOUTS[0].backward

@@ -21,6 +21,8 @@ enum class Mistake {
   beyond_shared_memory,
   blocks_write_one_word,
   a_block_reads_anothers,
+  reads_ahead_of_shared_memory,
+  a_vector_is_not_aligned,
   some_wait_for_their_warp,  // others for the block
   a_lane_returns,
   too_many_threads,
@@ -55,7 +57,9 @@ void turn(const float* from, float* to, Mistake mistake) {
   beside[thread] = turned;
   if (mistake != Mistake::no_warp_barrier) __syncwarp();
   const float next = beside[thread / 32 * 32 + (thread + 1) % 32];
+  if (mistake == Mistake::a_vector_is_not_aligned) (void)*reinterpret_cast<const volatile double*>(from + first + 1);
   if (mistake == Mistake::beyond_shared_memory) memory[thread + 1] = next;
+  if (mistake == Mistake::reads_ahead_of_shared_memory) (void)FK_READ_AHEAD(false, memory[kThreads + thread % 2]);
   to[mistake == Mistake::blocks_write_one_word ? thread : first + thread] = next;
   if (mistake == Mistake::a_block_reads_anothers) to[first + thread] = to[thread] + next;
   if (mistake == Mistake::a_copy_that_is_not_aligned) {

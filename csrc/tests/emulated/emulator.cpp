@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kMostThreads = 1024, kWarp = 32;
 constexpr size_t kStackBytes = 256 << 10, kMargin = 4096;
-constexpr int64_t kSharedWithoutLeave = 48 << 10;
+constexpr int64_t kSharedWithoutLeave = 48 << 10, kMany = 1 << 16;
 
 enum class Waits { no, block, vote, warp, exchange, for_ever };  // for_ever: it has returned
 
@@ -50,6 +50,7 @@ enum class Order { forwards, backwards, shuffled };
 struct Emulator {
   Device device{132, 232448, 233472};  // an H200's
   int64_t most_delta_bytes = 0;
+  int64_t last_blocks = 0;  // of a launch with more than kMany, so many of the last alone run; 0: all
   std::vector<int64_t> layout;
   Order order = Order::forwards;
   std::map<const void*, int64_t> allowed;
@@ -268,8 +269,9 @@ void run(const char* name, const void* kernel, dim3 blocks, int threads, int64_t
   gridDim = blocks;
   races::begin_launch();
   const int64_t n = int64_t(blocks.x) * blocks.y;
-  for (int64_t i = 0; i < n && emulator.error.empty(); ++i) {
-    const int64_t block = emulator.order == Order::backwards ? n - 1 - i : i;
+  const int64_t left_out = emulator.last_blocks > 0 && n > kMany ? n - emulator.last_blocks : 0;
+  for (int64_t i = left_out; i < n && emulator.error.empty(); ++i) {
+    const int64_t block = emulator.order == Order::backwards ? left_out + n - 1 - i : i;
     blockIdx = dim3(static_cast<unsigned>(block % blocks.x), static_cast<unsigned>(block / blocks.x), 0);
     run_block();
     if (std::string race = races::take_error(); !race.empty()) fail(race);
@@ -281,7 +283,10 @@ void run(const char* name, const void* kernel, dim3 blocks, int threads, int64_t
 
 unsigned char* launched_shared() { return emulator.shared.data() + kMargin; }
 
-void look_away() { races::suspend(); }
+void look_away(const void* at, int bytes) {
+  races::read_ahead(at, static_cast<size_t>(bytes));
+  races::suspend();
+}
 void look_again() { races::resume(emulator.current); }
 
 void block_barrier() { wait(Waits::block); }
@@ -353,10 +358,11 @@ bool looks_for_races() {
 #endif
 }
 
-void set(std::vector<int64_t> device, int64_t most_delta_bytes, std::vector<int64_t> layout, int64_t order, int64_t seed) {
+void set(std::vector<int64_t> device, int64_t most_delta_bytes, std::vector<int64_t> layout, int64_t order, int64_t seed, int64_t last_blocks) {
   flowkernels::emulated::Emulator& emulator = flowkernels::emulated::emulator;
   emulator.device = {static_cast<int>(device.at(0)), device.at(1), device.at(2)};
   emulator.most_delta_bytes = most_delta_bytes;
+  emulator.last_blocks = last_blocks;
   emulator.layout = std::move(layout);
   emulator.order = static_cast<flowkernels::emulated::Order>(order);
   emulator.random.seed(static_cast<unsigned>(seed));
@@ -366,7 +372,7 @@ void set(std::vector<int64_t> device, int64_t most_delta_bytes, std::vector<int6
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels_emulated, m) {
-  m.def("set(int[] device, int most_delta_bytes, int[] layout, int order, int seed) -> ()");
+  m.def("set(int[] device, int most_delta_bytes, int[] layout, int order, int seed, int last_blocks) -> ()");
   m.def("looks_for_races() -> bool");
 }
 STABLE_TORCH_LIBRARY_IMPL(flowkernels_emulated, CompositeExplicitAutograd, m) {

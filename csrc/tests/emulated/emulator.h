@@ -37,11 +37,11 @@ void copy_later(void* to, const void* from, int bytes, bool inside);
 void commit_copies();
 void wait_for_copies(int groups_left);
 
-void look_away();  // accesses are not looked at
+void look_away(const void* at, int bytes);  // accesses are not looked at; these bytes must be there
 void look_again();
 template <class T>
 __attribute__((noinline)) T read_ahead(bool is_used, const T& value) {
-  if (!is_used) look_away();
+  if (!is_used) look_away(&value, sizeof value);
   const T copy = value;
   if (!is_used) look_again();
   return copy;

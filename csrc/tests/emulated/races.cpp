@@ -171,6 +171,11 @@ FK_UNTOLD void set_stacks(const unsigned char* begin, const unsigned char* end) 
   state.stacks_begin = begin;
   state.stacks_end = end;
 }
+FK_UNTOLD void read_ahead(const void* at, size_t bytes) {
+  if (!state.running) return;
+  state.called_from = reinterpret_cast<uintptr_t>(__builtin_return_address(0));
+  is_looked_at(reinterpret_cast<uintptr_t>(at), bytes);
+}
 FK_UNTOLD void begin_copy(const void* to, const void* from, size_t bytes) {
   if (from) on_access(reinterpret_cast<uintptr_t>(from), bytes, false);
   on_access(reinterpret_cast<uintptr_t>(to), bytes, true, static_cast<int16_t>(state.thread));
@@ -192,28 +197,29 @@ std::string take_error() {
 
 namespace flowkernels::emulated::races {
 
-FK_UNTOLD_INLINE void told(const void* at, size_t bytes, bool writes, const void* called_from) {
+FK_UNTOLD_INLINE void told(const void* at, size_t bytes, bool writes, const void* called_from, size_t alignment = 1) {
   if (!state.running) return;
   state.called_from = reinterpret_cast<uintptr_t>(called_from);
+  if (reinterpret_cast<uintptr_t>(at) % alignment) tell(reinterpret_cast<uintptr_t>(at), writes ? "writes what is not aligned" : "reads what is not aligned", nullptr);
   on_access(reinterpret_cast<uintptr_t>(at), bytes, writes);
 }
 
 }  // namespace flowkernels::emulated::races
 
-#define FK_READ(bytes) flowkernels::emulated::races::told(at, bytes, false, __builtin_return_address(0))
-#define FK_WRITE(bytes) flowkernels::emulated::races::told(at, bytes, true, __builtin_return_address(0))
+#define FK_READ(bytes, alignment) flowkernels::emulated::races::told(at, bytes, false, __builtin_return_address(0), alignment)
+#define FK_WRITE(bytes, alignment) flowkernels::emulated::races::told(at, bytes, true, __builtin_return_address(0), alignment)
 FK_HOOK void __tsan_init() {}
 FK_HOOK void __tsan_func_entry(void*) {}
 FK_HOOK void __tsan_func_exit() {}
 FK_HOOK void __tsan_vptr_update(void**, void*) {}
 FK_HOOK void __tsan_vptr_read(void**) {}
-FK_HOOK void __tsan_read_range(void* at, size_t bytes) { FK_READ(bytes); }
-FK_HOOK void __tsan_write_range(void* at, size_t bytes) { FK_WRITE(bytes); }
+FK_HOOK void __tsan_read_range(void* at, size_t bytes) { FK_READ(bytes, 1); }
+FK_HOOK void __tsan_write_range(void* at, size_t bytes) { FK_WRITE(bytes, 1); }
 #define FK_ACCESSES(bytes)                                                 \
-  FK_HOOK void __tsan_read##bytes(void* at) { FK_READ(bytes); }            \
-  FK_HOOK void __tsan_write##bytes(void* at) { FK_WRITE(bytes); }          \
-  FK_HOOK void __tsan_unaligned_read##bytes(void* at) { FK_READ(bytes); }  \
-  FK_HOOK void __tsan_unaligned_write##bytes(void* at) { FK_WRITE(bytes); }
+  FK_HOOK void __tsan_read##bytes(void* at) { FK_READ(bytes, bytes); }     \
+  FK_HOOK void __tsan_write##bytes(void* at) { FK_WRITE(bytes, bytes); }   \
+  FK_HOOK void __tsan_unaligned_read##bytes(void* at) { FK_READ(bytes, 1); }  \
+  FK_HOOK void __tsan_unaligned_write##bytes(void* at) { FK_WRITE(bytes, 1); }
 FK_ACCESSES(1)
 FK_ACCESSES(2)
 FK_ACCESSES(4)

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <cstring>
 #include <vector>
 
 #include "autoregressive_plan.h"
@@ -42,6 +43,19 @@ LoopPlan plan_loop(LoopArgs<T>& args, const ToldDevice& device, bool may_be_apar
   choose_blocks<T>(plan, args.batch, device);
   return plan;
 }
+
+// Memory is NaN until it is written; torch.use_deterministic_algorithms does not reach this. But not so much of it that filling it takes long.
+inline AOTITorchError empty_strided_of_nan(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t type, int32_t device,
+                                           AtenTensorHandle* made) {
+  AOTITorchError error = aoti_torch_empty_strided(dims, sizes, strides, dtype, type, device, made);
+  int64_t bytes = 0;
+  void* data = nullptr;
+  if (!error) error = aoti_torch_get_storage_size(*made, &bytes);
+  if (!error) error = aoti_torch_get_data_ptr(*made, &data);
+  if (!error && bytes > 0 && bytes < 1 << 28) std::memset(data, 0xff, static_cast<size_t>(bytes));
+  return error;
+}
+#define aoti_torch_empty_strided empty_strided_of_nan
 
 inline int64_t most_delta_bytes() { return emulated::most_delta_bytes(); }
 inline cudaStream_t current_stream(int32_t) { return nullptr; }
