@@ -1,6 +1,7 @@
 """Every CUDA source compiles for sm_80 and sm_90 without a warning, spills nothing, and takes what is on record."""
 
 import json
+import re
 import subprocess
 
 import pytest
@@ -50,6 +51,36 @@ def test_every_source_is_on_record_without_spills():
     for source in RECORDED["sources"].values():
         for kernels in source.values():
             assert kernels and all(taken["spilled_bytes"] == 0 for taken in kernels.values())
+
+
+def threads_of(kernel: str) -> int:
+    """Of a block, at most: as csrc/cuda launches it."""
+    name, _, arguments = kernel.partition("<")
+    if name.endswith("_loop"):
+        has_more_registers = arguments.startswith("double") or (name == "autoregressive_loop" and arguments.split(", ")[2] == "false")
+        return 320 if has_more_registers else 512  # set_warps in csrc/autoregressive_plan.h
+    if "TileShape" in arguments:
+        rows, columns, _, thread_rows, thread_columns = map(int, re.findall(r" (\d+)", arguments))
+        return rows // thread_rows * (columns // thread_columns)
+    return {"schedule": 512, "pack": 256, "kernel": 512, "sum": 1024, "parts": 256, "unit": 256}.get(name.rpartition("_")[2], 128)
+
+
+def test_every_block_fits_a_multiprocessor():
+    """With the registers of all its threads, and its static shared memory, of which a kernel that may be given all there is has none."""
+    for source in RECORDED["sources"].values():
+        for kernels in source.values():
+            for name, taken in kernels.items():
+                assert threads_of(name) * up_to_multiple(taken["registers"], 8) <= 65536, name
+                asks = name.partition("<")[0]
+                if asks.endswith(("_loop", "lu_kernel")):
+                    assert taken["static_shared_bytes"] == 0, name
+                else:
+                    asked = 40 * 1024 if asks.endswith("_schedule") else 0  # chain_bytes in csrc/cuda/autoregressive_loop.cuh
+                    assert taken["static_shared_bytes"] + asked <= 48 * 1024, name
+
+
+def up_to_multiple(n: int, of: int) -> int:
+    return -(-n // of) * of
 
 
 def test_the_listing_is_read():

@@ -369,3 +369,60 @@ def test_what_a_compiler_is_told_has_the_kernels_shapes(parts):
             fake_gradients = ops._autoregressive_backward(*map(fake, cotangents(x)), fake_kept, *fakes)
         shapes = lambda *tensors: [t.shape for t in tensors]
         assert shapes(*fake_outputs, *fake_kept, *fake_gradients) == shapes(*outputs, *kept, *gradients)
+
+
+def on_gpu(value):
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_gpu(v) for v in value)
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+class Gpu:
+    """The two ops of a training step on a GPU, as `Kernels`."""
+
+    def training(self, *arguments):
+        return torch.ops.flowkernels._autoregressive_training(*on_gpu(arguments))
+
+    def backward(self, *arguments):
+        return [t.cpu() for t in torch.ops.flowkernels._autoregressive_backward(*on_gpu(arguments))]
+
+
+def step_on_gpu(*arguments, **options):
+    return tuple(t.cpu() for t in step(*arguments, by=Gpu(), **options))
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_gpu_has_the_emulators_bits(self, case, dtype):
+        own = Kernels(H200._replace(multiprocessors=torch.cuda.get_device_properties(0).multi_processor_count), Order.FORWARDS, 64 << 20)
+        for batch in (0, 1, 37):
+            x, context, lists = map_of(CASES[case](batch, dtype))
+            assert_same_bits(step_on_gpu(x, context, stacked(2, lists)), step(x, context, stacked(2, lists), by=own))
+
+    @pytest.mark.parametrize(("hidden", "batch"), [((520, 500), 2200), ((530, 520), 9000)])  # beyond an H200's smallest tiles
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_gpu_large_tiles(self, hidden, batch, dtype):
+        x, context, lists = map_of(example(40, hidden, context=3, activation="tanh", rule="random")(batch, dtype))
+        exact = step(*doubled((x, context, stacked(2, lists))))
+        tolerance = 1e-9 if dtype is torch.float64 else 2e-3
+        for got, want in zip(step_on_gpu(x, context, stacked(2, lists)), exact, strict=True):
+            torch.testing.assert_close(got.double() / want.abs().max(), want / want.abs().max(), rtol=0, atol=tolerance)
+
+    def test_gpu_more_than_2_31_elements(self):
+        if torch.cuda.mem_get_info()[0] < 60 << 30:
+            pytest.skip("needs 60 GB of a GPU's memory")
+        x, context, lists = map_of(example(3, (60,), context=2, order=[2, 0, 1])(5, torch.float32))
+        n, two = 31_500_003, on_gpu(stacked(2, lists))
+        given = x, context, *cotangents(x)
+
+        def found(x, context, dy, dlogabsdet):
+            y, logabsdet, kept = torch.ops.flowkernels._autoregressive_training(x, context, *two)
+            rest = [0, 0], True, True, False
+            dx, dcontext, *_ = torch.ops.flowkernels._autoregressive_backward(dy, dlogabsdet, kept, context, *two, *rest)
+            return tuple(t[-5:].clone() for t in (y, logabsdet, dx, dcontext))
+
+        with torch.no_grad():
+            want = found(*on_gpu(given))
+            assert_same_bits(found(*(emulated.last_of_many(t.cuda(), n) for t in given)), want)
