@@ -124,6 +124,24 @@ def test_sizes_beyond_a_tile(features, parts, context, batch, dtype):
     assert_is_the_cpus(*map_of(made))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sizes_around_a_chunk(dtype):
+    """And around a tile: one more than there is would be read where one is missing."""
+    for features, hidden, batch in ((7, 15, 15), (8, 16, 7), (9, 17, 9), (15, 65, 31), (64, 64, 32), (17, 63, 33)):
+        made = example(features, (hidden,), context=features, activation="tanh", rule="random")(batch, dtype)
+        assert_is_the_cpus(*map_of(made), layouts=LAYOUTS[:2])
+
+
+@pytest.mark.parametrize("features", [5, 40])
+def test_maps_of_different_orders(features):
+    """What a lane hands on to the next map is another's."""
+    x, context, lists = map_of(example(features, (11,), activation="tanh")(9, torch.float32))
+    g = torch.Generator().manual_seed(0)
+    three = stacked(3, lists)
+    orders = [torch.randperm(features, generator=g) for _ in range(3)]
+    assert_is_the_cpus(x, context, (*three[:5], orders, *three[6:]))
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("scale", [*SCALES, ScaleMap.exp_half(0.1)], ids=repr)
 def test_maps_and_forms(scale, form):

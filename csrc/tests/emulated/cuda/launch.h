@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <cstring>
 #include <vector>
@@ -44,16 +45,22 @@ LoopPlan plan_loop(LoopArgs<T>& args, const ToldDevice& device, bool may_be_apar
   return plan;
 }
 
-// Memory is NaN until it is written; torch.use_deterministic_algorithms does not reach this. But not so much of it that filling it takes long.
+// Memory is NaN until it is written, and so is what lies before and behind it; torch.use_deterministic_algorithms does not reach this. But not so
+// much of it that filling it takes long.
 inline AOTITorchError empty_strided_of_nan(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t type, int32_t device,
                                            AtenTensorHandle* made) {
-  AOTITorchError error = aoti_torch_empty_strided(dims, sizes, strides, dtype, type, device, made);
-  int64_t bytes = 0;
-  void* data = nullptr;
-  if (!error) error = aoti_torch_get_storage_size(*made, &bytes);
-  if (!error) error = aoti_torch_get_data_ptr(*made, &data);
-  if (!error && bytes > 0 && bytes < 1 << 28) std::memset(data, 0xff, static_cast<size_t>(bytes));
-  return error;
+  constexpr int64_t kBeside = 1024;
+  int64_t n = 1, bytes = 0;
+  const int64_t one = 1;
+  for (int64_t d = 0; d < dims; ++d) n *= sizes[d];
+  const int64_t all = n + 2 * kBeside;
+  AtenTensorHandle whole = nullptr;
+  AOTITorchError error = aoti_torch_empty_strided(1, &all, &one, dtype, type, device, &whole);
+  if (error) return error;
+  const torch::stable::Tensor owner(whole);
+  error = aoti_torch_get_storage_size(whole, &bytes);
+  if (!error && bytes < 1 << 28) std::memset(owner.mutable_data_ptr(), 0xff, static_cast<size_t>(bytes));
+  return error ? error : aoti_torch__reinterpret_tensor(whole, dims, sizes, strides, kBeside, made);
 }
 #define aoti_torch_empty_strided empty_strided_of_nan
 
