@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from ..layers import Inverse, MaskedAutoregressive
 from ..layers._sizes import parse_count, parse_widths
 from ..ops import ScaleMap
+from .base import Base
 from .flow import Flow
 
 
@@ -28,6 +29,7 @@ class IAF(Flow):
             a step's scale is at most 1.
         scale: scale map; `ScaleMap.softclip()` by default, `ScaleMap.sigmoid(bias=2.0)` with `gate` (the paper's bias is 1 to 2).
         activation, residual, context_rule: see `layers.MaskedAutoregressive`.
+        base: base distribution of the noise; standard normal by default.
 
     Raises:
         ValueError: an argument is out of range, or not one of the listed choices.
@@ -45,6 +47,7 @@ class IAF(Flow):
         residual: bool = False,
         scale: ScaleMap | None = None,
         context_rule: str = "every_output",
+        base: Base | None = None,
     ) -> None:
         transforms, hidden_features = parse_count("transforms", transforms), parse_widths(hidden_features)
         if gate and scale is None:
@@ -64,4 +67,4 @@ class IAF(Flow):
             for i in range(transforms)
         ]
         # a flow's layers go from data to noise
-        super().__init__([Inverse(step) for step in reversed(steps)], features, context_features=context_features)
+        super().__init__([Inverse(step) for step in reversed(steps)], features, context_features=context_features, base=base)

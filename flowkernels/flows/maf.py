@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from ..layers import FlowBatchNorm, MaskedAutoregressive
 from ..layers._sizes import parse_count, parse_widths
 from ..ops import ScaleMap
+from .base import Base
 from .flow import Flow
 
 
@@ -21,6 +22,7 @@ class MAF(Flow):
         hidden_features: widths of each layer's hidden layers.
         batch_norm: flow batch norm after each autoregressive layer; in training mode a density then depends on the batch it is in.
         activation, residual, scale, context_rule: see `layers.MaskedAutoregressive`.
+        base: base distribution of the noise; standard normal by default.
 
     Raises:
         ValueError: an argument is out of range, or not one of the listed choices.
@@ -38,6 +40,7 @@ class MAF(Flow):
         residual: bool = False,
         scale: ScaleMap | None = None,
         context_rule: str = "every_output",
+        base: Base | None = None,
     ) -> None:
         transforms, hidden_features = parse_count("transforms", transforms), parse_widths(hidden_features)
         layers = []
@@ -57,4 +60,4 @@ class MAF(Flow):
             )
             if batch_norm:
                 layers.append(FlowBatchNorm(features))
-        super().__init__(layers, features, context_features=context_features)
+        super().__init__(layers, features, context_features=context_features, base=base)

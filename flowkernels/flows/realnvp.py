@@ -6,6 +6,7 @@ from torch import nn
 
 from ..layers import MLP, AffineCoupling, FactorOut, FlowBatchNorm, Permute, Reshape, Squeeze
 from ..layers._sizes import parse_count, parse_image_shape, parse_shape, parse_widths
+from .base import Base
 from .flow import Flow
 from .networks import ResNet
 
@@ -30,6 +31,7 @@ class RealNVP(Flow):
         levels: number of scales, for images.
         blocks: residual blocks of each conditioner, for images.
         hidden_channels: channels inside the conditioners of the first level, for images.
+        base: base distribution of the noise; standard normal by default.
 
     Raises:
         ValueError: there are fewer than two features to split, or height or width cannot be halved once for each level but the last.
@@ -46,6 +48,7 @@ class RealNVP(Flow):
         levels: int = 2,
         blocks: int = 8,
         hidden_channels: int = 64,
+        base: Base | None = None,
     ) -> None:
         shape = parse_shape(shape)
         transforms, levels = parse_count("transforms", transforms), parse_count("levels", levels)
@@ -55,7 +58,7 @@ class RealNVP(Flow):
         else:
             _check_sizes(shape, levels)
             layers = _Scales(context_features, batch_norm, blocks).layers(shape, levels, hidden_channels)
-        super().__init__(layers, shape, context_features=context_features)
+        super().__init__(layers, shape, context_features=context_features, base=base)
 
 
 def _vector_layers(

@@ -240,6 +240,34 @@ def test_a_base_that_is_none_is_refused(base, got):
         Flow([DiagonalScale(3)], 3, base=base)
 
 
+@pytest.mark.parametrize("kind", [MAF, IAF, RealNVP, NICE])
+def test_a_flow_takes_a_base_whose_parameters_train(kind):
+    """Normals with a learned mean: what the flow adds to its density does not change."""
+
+    class Learned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean = nn.Parameter(torch.tensor([3.0, -2.0, 1.0]))
+
+        def log_prob(self, z):
+            return StandardNormal().log_prob(z - self.mean)
+
+        def sample(self, n, features, *, like, generator=None):
+            return self.mean + StandardNormal().sample(n, features, like=like, generator=generator)
+
+    torch.manual_seed(0)
+    flow = kind(3, hidden_features=(4,), base=Learned()).eval()
+    x = torch.randn(5, 3)
+    z, logabsdet = flow(x)
+    log_prob = flow.log_prob(x)
+    torch.testing.assert_close(log_prob, torch.distributions.Normal(flow.base.mean, 1.0).log_prob(z).sum(1) + logabsdet)
+    (gradient,) = torch.autograd.grad(log_prob.sum(), flow.base.mean)
+    torch.testing.assert_close(gradient, (z - flow.base.mean).sum(0).detach())
+    with torch.no_grad():
+        noise, _ = flow(flow.sample(4000))
+    torch.testing.assert_close(noise.mean(0), flow.base.mean.detach(), rtol=0, atol=0.1)
+
+
 def test_a_base_that_gives_a_density_for_each_feature_is_refused():
     class Each(StandardNormal):
         def log_prob(self, z):
