@@ -100,10 +100,10 @@ class Watch:
 class Program:
     """The steps of one direction of a module, with what C++ keeps of them."""
 
-    def __init__(self, owner: nn.Module, watch: Watch, steps: Sequence[Step], dtype: torch.dtype, inverse: bool) -> None:
+    def __init__(self, owner: nn.Module, watch: Watch, steps: Sequence[Step], inverse: bool) -> None:
         maps = [map_ for step in steps for map_ in step.maps]
         limits = [step.most_rows for step in steps if step.most_rows is not None]
-        self.watch, self.dtype, self.inverse = watch, dtype, inverse
+        self.watch, self.inverse = watch, inverse
         self.takes_context = all(map_.conditioner.context_weights for map_ in maps)
         self.most_rows = min(limits, default=None)
         self.calls, self.failed = 0, False
@@ -113,7 +113,7 @@ class Program:
     def fits(self, x: Tensor, context: Tensor | None) -> bool:
         if self.most_rows is not None and x.shape[0] > self.most_rows:
             return False
-        return x.dtype is self.dtype and (context is None or self.takes_context)
+        return context is None or self.takes_context
 
     def __call__(self, x: Tensor, context: Tensor | None) -> Result | None:
         """None where the owner itself has to be asked, which is its only step."""
@@ -183,7 +183,7 @@ class Programs:
         steps: list[Step] = []
         result = by_modules(x, context, inverse=inverse, steps=steps)
         if any(step.maps for step in steps):
-            program = _learn(owner, steps, x.dtype, inverse)
+            program = _learn(owner, steps, inverse)
             if program is None:
                 self._wait()
             else:
@@ -202,7 +202,7 @@ class Programs:
         self._calls, self._patience = 0, min(2 * self._patience, 1024)
 
 
-def _learn(owner: nn.Module, steps: Sequence[Step], dtype: torch.dtype, inverse: bool) -> Program | None:
+def _learn(owner: nn.Module, steps: Sequence[Step], inverse: bool) -> Program | None:
     """The program of these steps, or None where their tensors or their classes' methods are not the modules' own."""
     if not all(step.layers for step in steps):
         return None
@@ -212,7 +212,7 @@ def _learn(owner: nn.Module, steps: Sequence[Step], dtype: torch.dtype, inverse:
     watch = Watch(owner, modules if owner in modules else [owner.layers, *modules])
     if not watch.knows([t for step in steps for map_ in step.maps for t in _tensors(map_)]):
         return None
-    return Program(owner, watch, steps, dtype, inverse)
+    return Program(owner, watch, steps, inverse)
 
 
 class KeepsPrograms(nn.Module):
