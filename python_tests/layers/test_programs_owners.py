@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from flowkernels.layers import MaskedAutoregressive
+from flowkernels.ops import Conditioner
 from flowkernels.ops.autoregressive.kept import CAN_KEEP
 from python_tests.layers.programs import both, equal, fresh, learn, make, programs
 
@@ -43,6 +45,21 @@ def test_parameters_of_a_subclass_are_not_kept():
     for _ in range(5):
         equal(both(layer, x), want)
     assert not programs(layer)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "context_weight", "context_bias"])
+def test_what_pruning_makes_for_every_call_is_not_kept(name):
+    plain = MaskedAutoregressive(4, (9,), context_features=3).conditioner()
+    biases = [torch.randn(len(visible)) for visible in plain.visible]
+    layer, args = MaskedAutoregressive.of(Conditioner(*plain[:-1], biases)), (torch.randn(5, 4), torch.randn(5, 3))
+    prune.random_unstructured(layer.layers[0], name, 0.4)
+    for _ in range(4):
+        before = both(layer, *args)
+    with torch.no_grad():
+        getattr(layer.layers[0], f"{name}_orig").add_(1.0)
+    want = both(fresh(layer), *args)
+    assert not torch.equal(want[0], before[0])
+    equal(both(layer, *args), want)
 
 
 @pytest.mark.parametrize("name", ["MAF with batch norm", "RealNVP with batch norm"])
