@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flowkernels
-from flowkernels.flows import RealNVP
+from flowkernels.flows import Flow, RealNVP
 from flowkernels.layers import FlowBatchNorm
 from flowkernels.ops.autoregressive.kept import CAN_KEEP
 from python_tests.layers.programs import MAKE, arguments, both, equal, first, fresh, learn, make, programs, replace_parameter
@@ -191,6 +191,34 @@ def test_a_call_that_fails_in_another_thread_meanwhile():
         for program in programs(module).values():
             program.failed = True
         torch.testing.assert_close(both(module, x), want)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_call_that_does_not_fit_is_no_reason_to_go_by_modules_from_then_on(name):
+    module, args = make(name), arguments(name)
+    learn(module, *args)
+    with torch.no_grad(), pytest.raises(ValueError):
+        module(args[0].double(), *args[1:])
+    for _ in range(3):
+        learn(module, *args)
+    assert not any(program.failed for program in programs(module).values())
+
+
+class Fixed(nn.Module):
+    """A layer of a user that returns the log-determinants of one row, whatever it is given."""
+
+    def forward(self, x, context=None):
+        return x, torch.zeros(1)
+
+    inverse = forward
+
+
+def test_log_determinants_that_were_right_for_the_calls_before():
+    flow, x = Flow([*make("MAF").layers, Fixed()], 4), torch.randn(5, 4)
+    learn(flow, x[:1])
+    for call in (flow, flow.inverse):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"Fixed must return log\|det\| of each row .*, \[5\]; got \[1\]"):
+            call(x)
 
 
 def test_what_was_replaced_is_let_go_in_both_directions():
