@@ -58,6 +58,14 @@ def test_averages_of_floating_point_buffers_are_no_change(flow, decay):
     average.eval().state_dict()
 
 
+def test_means_of_floating_point_buffers_are_no_change(flow):
+    """ten tenths of 1 are 1.0000001"""
+    for buffer in flow.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(sum([buffer / 10] * 10))
+    flow.eval().state_dict()
+
+
 @pytest.mark.parametrize(
     "move",
     [
@@ -69,8 +77,9 @@ def test_averages_of_floating_point_buffers_are_no_change(flow, decay):
         lambda m: m.share_memory(),
         lambda m: m.to("meta"),
         lambda m: m.to("meta").to_empty(device="cpu"),
+        lambda m: m.to_empty(device="cpu"),
     ],
-    ids=["half", "bfloat16", "double", "deepcopy", "pickle", "share_memory", "meta", "to_empty"],
+    ids=["half", "bfloat16", "double", "deepcopy", "pickle", "share_memory", "meta", "meta to_empty", "to_empty"],
 )
 def test_what_people_do_is_no_change(flow, move):
     state = flow.state_dict()
@@ -98,11 +107,12 @@ def test_sums_are_exact_in_half_precision():
         layer.eval()
 
 
-def test_large_sums_are_exact():
+@pytest.mark.parametrize("digit", range(24))
+def test_large_sums_are_exact(digit):
     """beyond 2^24 float32 no longer counts by ones"""
     layer = Structured()
     layer.register_integers("numbers", torch.full((1000,), 60_000))
-    layer.eval().numbers[3] -= 1
+    layer.eval().numbers[3] -= 1 << digit
     with pytest.raises(ValueError, match="numbers of Structured must be what it was"):
         layer.eval()
 
