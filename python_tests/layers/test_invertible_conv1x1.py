@@ -207,6 +207,15 @@ class TestFreeze:
         sum(t.sum() for t in (*flow(z), *flow.inverse(z))).backward()
         assert all(p.grad is not None and p.grad.ne(0).any() for p in flow.parameters())
 
+    def test_again_after_a_write_that_torch_does_not_count(self):
+        flow, z = self.flow().freeze(), torch.randn(5, 4)
+        for p in flow.parameters():
+            p.data.add_(0.1)
+        thawed = copy.deepcopy(flow).train()
+        flow.freeze()
+        with torch.no_grad():
+            torch.testing.assert_close((*flow(z), *flow.inverse(z)), (*thawed(z), *thawed.inverse(z)))
+
     def test_a_singular_weight_is_named(self):
         flow = self.flow()
         with torch.no_grad():
@@ -243,6 +252,7 @@ def test_state_and_dtypes(kind):
         z, logabsdet = half(x.bfloat16())
         assert z.dtype == torch.bfloat16 and logabsdet.dtype == torch.float32
         assert half.inverse(z)[0].dtype == torch.bfloat16
+        torch.testing.assert_close(logabsdet, copy.deepcopy(half).float()(x)[1])  # what is rounded are the parameters alone
         with torch.autocast("cpu", dtype=torch.bfloat16):
             z, logabsdet = layer(x)
         assert logabsdet.dtype == torch.float32
