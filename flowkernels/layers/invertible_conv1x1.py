@@ -189,7 +189,7 @@ class ActNormConv1x1(nn.Module):
 
     def inverse(self, z: Tensor, context: Tensor | None = None, *, folded: Folded | None = None, at: int = 0) -> tuple[Tensor, Tensor]:
         """folded: what `fold(..., inverse=True)` made of several layers, of which this is number `at`, where it is known already."""
-        if folded is None and (has_global_hooks() or not self.folds()):
+        if folded is None and not self.folds():
             return _in_turn(z, self.conv.inverse, self.actnorm.inverse)
         self.actnorm.prepare_inverse(z)
         weight, logabsdet = _number(at, fold([self], inverse=True) if folded is None else folded)
