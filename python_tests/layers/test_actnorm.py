@@ -96,6 +96,15 @@ def test_a_flag_that_is_taken_back_asks_for_another_first_batch():
     assert layer.ready
 
 
+def test_a_flag_of_one_call_that_was_written_as_often():
+    layer, other, x = ActNorm(2), ActNorm(2), torch.randn(50, 2)
+    layer(x)
+    other.load_state_dict(ActNorm(2).state_dict())
+    assert other.initialised._version == layer.initialised._version
+    with pytest.raises(RuntimeError, match="before it was initialised"):
+        torch.func.functional_call(layer.eval(), other.state_dict(), (x,))
+
+
 def test_compiles_without_graph_breaks():
     layer, x = ActNorm(3), data(20, 3, 4)
     layer(x)
