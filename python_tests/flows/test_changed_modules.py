@@ -204,6 +204,7 @@ def test_a_log_determinant_may_be_added_to():
         (lambda: ActNorm(2)(torch.full((3, 2), torch.nan)), "x must be finite: it is the first batch"),
         (lambda: FlowBatchNorm(2)(torch.randint(0, 9, (6, 2))), "x must be torch.float32, like the layer's statistics; got torch.int64"),
         (lambda: FlowBatchNorm(2).eval()(torch.randn(6, 2).double()), "x must be torch.float32, like the layer's statistics"),
+        (lambda: FlowBatchNorm(2).double()(torch.randn(6, 2).half()), "x must be torch.float64, like the layer's statistics"),
         (lambda: FlowBatchNorm(0), "features must be a whole number of at least 1; got 0"),
         (lambda: FlowBatchNorm(2, eps=-1.0), "eps must be positive"),
         (lambda: MAF((1, 4, 4)), r"features must be a whole number of at least 1; got \(1, 4, 4\)"),
