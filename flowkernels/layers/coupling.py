@@ -55,7 +55,7 @@ class _Coupling(nn.Module):
         if 0 in shape[2:] or not x.is_floating_point():  # before the conditioner stumbles over it
             raise ValueError(f"x must be floating-point and have at least one site; got {x.dtype}, {list(shape)}")
         written = None
-        if checkerboard and len(shape) == 4 and type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
+        if checkerboard and len(shape) == 4 and not torch.compiler.is_compiling():
             untouched = torch.where(_mask(part, *shape[2:], x.device), 0, x)
         else:
             untouched = part.untouched(x)
