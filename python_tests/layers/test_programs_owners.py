@@ -74,10 +74,14 @@ def test_back_to_training(name):
     equal([*module.buffers()], [*copied.buffers()])
 
 
-@pytest.mark.parametrize("kind", ["conditioner", "as_map"])
+@pytest.mark.parametrize("kind", ["conditioner", "conditioner of its class", "as_map"])
 def test_a_method_of_its_own_is_asked_at_every_call(kind):  # what it gives today is made of the module's own tensors
+    class Subclass(MaskedAutoregressive):
+        pass
+
+    of_class, kind = kind.endswith("class"), kind.split()[0]
     if kind == "conditioner":
-        module = layer = MaskedAutoregressive(4, (9, 9, 9))
+        module = layer = (Subclass if of_class else MaskedAutoregressive)(4, (9, 9, 9))
     else:
         module = make("RealNVP")
         layer = module.layers[1]
@@ -98,7 +102,10 @@ def test_a_method_of_its_own_is_asked_at_every_call(kind):  # what it gives toda
             map_ = whole(x, inverse=inverse)
             return map_._replace(form=type(map_.form).DIVIDE) if changed else map_
 
-    setattr(layer, kind, own)
+    if of_class:
+        Subclass.conditioner = lambda self: own()
+    else:
+        setattr(layer, kind, own)
     for _ in range(5):
         before = both(module, x)
     changed.append(1)
