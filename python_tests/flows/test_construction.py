@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from flowkernels.flows import IAF, MAF, NICE, Flow, Glow, RealNVP
-from flowkernels.layers import InvertibleConv1x1, MaskedAutoregressive, Permute
+from flowkernels.layers import InvertibleConv1x1, MaskedAutoregressive, MaskedLinear, Permute
 
 MAKE = {
     "NICE": lambda: NICE(4, hidden_features=(8,)),
@@ -95,6 +95,21 @@ def test_an_op_refuses_a_part_without_data():
 def test_an_order_that_is_none(call, name, order):
     with pytest.raises(ValueError, match=rf"^{name} must be a permutation of 0\.\.2; got \["):
         call(order)
+
+
+@pytest.mark.parametrize(
+    ("given", "make"),
+    [
+        (torch.tensor([2, 0, 1]), lambda order: MaskedAutoregressive(3, (4,), order=order).order),
+        (torch.tensor([2, 0, 1]), lambda permutation: Permute(permutation).permutation),
+        (torch.tensor([0, 1, 3], dtype=torch.int32), lambda visible: MaskedLinear(visible, 3).visible),
+    ],
+    ids=["order", "permutation", "visible"],
+)
+def test_a_tensor_that_a_layer_is_made_of_stays_its_givers(given, make):
+    before, kept = given.clone(), make(given)
+    given.zero_()
+    assert torch.equal(kept, before)
 
 
 @pytest.mark.parametrize("name", ["NICE", "RealNVP", "RealNVP of images", "Glow", "MAF", "IAF"])
