@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowkernels.flows import glow_steps
+from flowkernels.flows import Glow, glow_steps
 from flowkernels.layers import ActNormConv1x1
 from python_tests.flows.test_changed_modules import glow, module_by_module
 
@@ -100,3 +100,22 @@ def test_half_precision_is_float32_where_torch_is_slow_in_it(inverse, monkeypatc
 def test_data_of_another_dtype_is_told_as_the_layers_tell_it():
     with pytest.raises(ValueError, match="like the parameters, or be cast by torch.autocast; got torch.float64"):
         glow()(torch.randn(5, 3, 8, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_context_of_another_dtype_is_told_as_the_layers_tell_it(dtype, quick, monkeypatch):
+    monkeypatch.setattr(glow_steps, "has_half_products", lambda dtype: quick)
+    flow, x = Glow((1, 4, 4), levels=1, steps=2, hidden_channels=4, context_features=2), torch.randn(5, 1, 4, 4)
+    flow(x, torch.randn(5, 2))
+    other = torch.float64 if dtype == torch.float32 else torch.float32
+    with pytest.raises(ValueError, match=f"context must be {dtype}, like the parameters, or be cast by torch.autocast; got {other}"):
+        flow.to(dtype)(x.to(dtype), torch.randn(5, 2, dtype=other))
+
+
+def test_the_last_prior_in_half_precision_sums_in_float32():
+    flow, x = Glow((3, 8, 8), levels=1, steps=1, hidden_channels=4), torch.randn(5, 12, 4, 4).bfloat16()
+    prior = flow.layers[2].bfloat16()
+    nn.init.normal_(prior.bias)
+    want = copy.deepcopy(prior).float()(x.float())[1]
+    torch.testing.assert_close((prior(x)[1], prior.inverse(x)[1]), (want, -want))
