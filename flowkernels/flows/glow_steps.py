@@ -78,11 +78,11 @@ def _fold(mixings: Sequence[nn.Module], *, inverse: bool = False) -> Folded | No
 
 
 def _begins(mixings: Sequence[nn.Module], couplings: Sequence[nn.Module]) -> bool:
-    """Whether this is the first batch in training, of parts that are Glow's own: nobody is there to see them called twice."""
+    """Whether this is the first batch, of parts that are Glow's own: nobody is there to see them called twice."""
     first = mixings[0]
     if type(first) is not ActNormConv1x1 or not first.folds() or first._modules["actnorm"].ready or has_global_hooks():
         return False
-    own = all([is_plain(m, ActNormConv1x1) and m.training and m.folds() and not m._modules["actnorm"].ready for m in mixings])
+    own = all([is_plain(m, ActNormConv1x1) and m.folds() and not m._modules["actnorm"].ready for m in mixings])
     plain = all([is_plain(c, AffineCoupling) or is_plain(c, AdditiveCoupling) for c in couplings])
     return own and plain and all([plain_parameters(c._modules["conditioner"]) is not None for c in couplings])
 
