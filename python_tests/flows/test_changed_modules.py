@@ -270,6 +270,16 @@ def test_a_conditioner_of_other_convolutions_calls_them(change):
     torch.testing.assert_close(flow.inverse(flow(x)[0])[0], x, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_convolution_of_a_tensor_that_is_no_parameter_is_called(name):  # a hypernetwork sets it anew at every call
+    flow, x = glow(), torch.randn(5, 3, 8, 8)
+    convolution = flow.layers[1].couplings[0].conditioner.conv_mid
+    want, value = flow(x), getattr(convolution, name).detach().clone()
+    delattr(convolution, name)
+    setattr(convolution, name, value)
+    torch.testing.assert_close(flow(x), want)
+
+
 class Twice(InvertibleConv1x1):
     """Twice the map of its parent."""
 

@@ -27,6 +27,16 @@ def test_hooks_on_one_kind_of_module_of_a_glow_run(part, inverse):  # one at a t
     assert called == [1]
 
 
+@pytest.mark.parametrize("part", ["actnorm", "conv", "mixing", "coupling", "conditioner", "conv_mid"])
+def test_a_hook_sees_the_first_batch_once(part):
+    flow, called = Glow((3, 8, 8), levels=1, steps=2, hidden_channels=4), []
+    mixing, coupling = flow.layers[1].mixings[1], flow.layers[1].couplings[1]
+    parts = {"actnorm": mixing.actnorm, "conv": mixing.conv, "mixing": mixing, "coupling": coupling, "conditioner": coupling.conditioner}
+    parts.get(part, coupling.conditioner.conv_mid).register_forward_hook(lambda *_: called.append(1))
+    flow(torch.randn(5, 3, 8, 8))
+    assert called == [1]
+
+
 @pytest.mark.parametrize("coupling", ["affine", "additive"])
 def test_global_hooks_see_the_modules_of_a_glow(coupling):
     flow, x, seen = glow(coupling=coupling), torch.randn(5, 3, 8, 8), set()
