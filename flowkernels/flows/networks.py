@@ -134,8 +134,8 @@ class ConvNet(nn.Module):
 
 
 def plain_parameters(conditioner: nn.Module) -> tuple[Tensor, ...] | None:
-    """The tensors of a `ConvNet` as `conv_net` takes them, or None where it has to be called to have what it computes."""
-    return _parameters(conditioner) if is_plain(conditioner, ConvNet) and not has_global_hooks() else None
+    """The tensors of a `ConvNet` as `conv_net` takes them, or None where it has to be called. The caller asks for global hooks."""
+    return _parameters(conditioner) if is_plain(conditioner, ConvNet) else None
 
 
 def _parameters(net: ConvNet) -> tuple[Tensor, ...] | None:
