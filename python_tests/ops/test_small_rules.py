@@ -1,11 +1,14 @@
-"""Rules of gradients, which no other test would miss."""
+"""Rules of gradients and of memory, which no other test would miss."""
 
+import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flowkernels import ops
 from flowkernels.layers import FlowBatchNorm, MaskedAutoregressive
-from flowkernels.ops import autoregressive_stack, coupling, glow_step
+from flowkernels.ops import autoregressive_stack, channel_affine, coupling, glow_step
 from flowkernels.ops.autoregressive.loop import Map
+from flowkernels.ops.channel_affine.normalize import normalize_channels
 
 
 def test_the_log_determinant_of_an_additive_coupling_has_no_gradient():
@@ -47,3 +50,22 @@ def test_one_tensor_in_two_places_of_a_conv_net_counts_once_each():
         return torch.autograd.grad(ops.conv_net(x, *p).sin().sum(), (x, p[0]), create_graph=create)
 
     torch.testing.assert_close(first(True), first(False))
+
+
+@pytest.mark.parametrize("lie", [(0, 1, 2, 3), (0, 2, 3, 1), (0, 1, 3, 2), (1, 0, 2, 3), (3, 2, 1, 0)], ids=str)
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x: channel_affine(x, None, x.new_zeros(4)),
+        lambda x: normalize_channels(x, None, None, 1e-5),
+        lambda x: coupling(x, x[:, :2]),
+        lambda x: coupling(x, x[:, :2], x[:, 2:]),
+    ],
+    ids=["channel_affine", "normalize_channels", "additive", "affine"],
+)
+def test_what_is_faked_lies_as_what_is_computed(op, lie):
+    x = torch.randn([(2, 4, 3, 5)[d] for d in lie]).permute([lie.index(d) for d in range(4)])
+    assert x.shape == (2, 4, 3, 5)
+    with FakeTensorMode() as mode:
+        faked = [t.stride() for t in op(mode.from_tensor(x))]
+    assert faked == [t.stride() for t in op(x)]
