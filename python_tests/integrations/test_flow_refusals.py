@@ -224,7 +224,8 @@ def test_an_inverse_or_a_density_of_its_own_is_refused():
 
     patched = nflows_layer(features=4)
     patched._elementwise_inverse = lambda inputs, parameters: (inputs, inputs.sum(1))
-    flow = nflows_flow()
+    flow, replaced = nflows_flow(), nflows_flow()
+    replaced.sample = lambda num_samples, context=None: flow.sample(num_samples) + 1
     for take_over, module in (
         (from_nflows, Inverted(3, 8)),
         (from_nflows, nflows_flow(Inverted(4, 8))),
@@ -237,10 +238,17 @@ def test_an_inverse_or_a_density_of_its_own_is_refused():
             take_over(module)
     for take_over, module in (
         (from_nflows, Sampled(flow._transform, flow._distribution)),
+        (from_nflows, replaced),
         (from_normflows, Drawn(normflows.distributions.DiagGaussian(4), [normflows_coupling()])),
     ):
         with pytest.raises(ValueError, match="has a _?sample of its own, which would not be taken over"):
             take_over(module)
+
+
+def test_a_flow_without_memory_is_taken_over_unseen():
+    module = normflows_model(normflows_coupling())
+    flow = from_normflows(module.to("meta"))
+    assert all(t.is_meta for t in flow.state_dict().values()) and flow.features == 4
 
 
 def test_networks_of_couplings_that_mix_their_batch_are_refused_and_left_alone():

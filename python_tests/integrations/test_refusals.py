@@ -212,6 +212,16 @@ def test_another_map_is_refused_beside_a_nan_too():
         from_nflows(stretched)
 
 
+def test_a_map_to_nothing_but_nan_is_refused():
+    class Lost(autoregressive.MaskedAffineAutoregressiveTransform):
+        def _elementwise_forward(self, inputs, autoregressive_params):
+            z, logabsdet = super()._elementwise_forward(inputs, autoregressive_params)
+            return torch.nan * z, logabsdet
+
+    with pytest.raises(ValueError, match="Lost does not compute"):
+        from_nflows(Lost(3, 8))
+
+
 def test_flows_whose_layers_take_other_contexts_are_refused():
     layers = [zuko.flows.MaskedAutoregressiveTransform(3, context, hidden_features=(8,)) for context in (0, 2)]
     base = zuko.flows.MAF(3, transforms=1).base
