@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from flowkernels.data import Identity, Split, Standardize, Table
-from flowkernels.flows import MAF, NICE, RealNVP
-from flowkernels.layers import FlowBatchNorm
+from flowkernels.flows import MAF, NICE, Flow, Glow, RealNVP
+from flowkernels.layers import FlowBatchNorm, InvertibleConv1x1
 from flowkernels.training import DataModel, Trainer, TrainingSettings, set_training_statistics
 
 
@@ -100,7 +100,7 @@ def test_batch_norm_takes_the_statistics_of_the_whole_training_set_layer_by_laye
 def test_batch_norms_inside_scales_and_conditioners_take_the_training_sets_statistics(rows):
     torch.manual_seed(0)
     flow = RealNVP((1, 4, 4), blocks=1, hidden_channels=4)
-    x = torch.randn(400, 1, 4, 4) * 3 + 1
+    x = torch.randn(400, 1, 4, 4) * 3 + torch.linspace(-9, 11, 400)[:, None, None, None]  # neighbours are alike, as in sorted data
     difference = lambda: (flow.eval()(x)[0] - copy.deepcopy(flow).train()(x)[0]).abs().max()
     with torch.no_grad():
         before = difference()
@@ -128,6 +128,46 @@ def test_only_matrices_and_kernels_decay():
     run.optimizer.step()
     for name, p in flow.named_parameters():
         torch.testing.assert_close(p.detach(), kept[name] * (0.95 if p.dim() >= 2 else 1.0))
+
+
+def test_weights_to_be_inverted_do_not_decay():
+    torch.manual_seed(0)
+    conv = InvertibleConv1x1(4, parametrization="plain")
+    kept = conv.plain_weight.detach().clone()
+    run = Trainer(DataModel(Flow([conv], 4), Identity()), split(features=4), TrainingSettings(weight_decay=0.5, learning_rate=0.1))
+    conv.plain_weight.grad = torch.zeros_like(kept)
+    run.optimizer.step()
+    assert torch.equal(conv.plain_weight, kept)
+
+
+def test_a_glow_trains():
+    run = Trainer(DataModel(Glow((1, 4, 4), levels=1, steps=2, hidden_channels=4), Identity()), split(features=16), TrainingSettings())
+    for _ in range(2):
+        assert math.isfinite(run.run_epoch()["validation_nats"])
+    assert all(flag for name, flag in run.best.items() if name.endswith("initialised"))
+
+
+def test_the_average_grows_longer_from_epoch_to_epoch():
+    run, steps = trainer(split(), averaging=0.9), 0
+    mean = [p.detach().clone() for p in run.average.flow.parameters()]
+
+    def follow():
+        nonlocal steps
+        steps += 1
+        for mine, p in zip(mean, run.model.flow.parameters(), strict=True):
+            mine.lerp_(p.detach(), 1 - min(0.9, (1 + steps) / (10 + steps)))
+
+    for _ in range(3):
+        run.run_epoch(follow)
+    torch.testing.assert_close([p.detach() for p in run.average.flow.parameters()], mean)
+
+
+def test_the_first_of_equal_epochs_is_the_best(monkeypatch):
+    run = trainer(split(rows=20), patience=2)
+    monkeypatch.setattr(run, "validate", lambda: 1.0)
+    while not run.finished:
+        run.run_epoch()
+    assert (run.best_epoch, run.epoch) == (1, 3)
 
 
 def test_a_loss_that_is_not_finite_is_one_error():
