@@ -272,3 +272,13 @@ def test_cuda_launch():
 def test_wrong_arguments_are_named(call, w, message):
     with pytest.raises(ValueError, match=message):
         call(w)
+
+
+@pytest.mark.parametrize("op", [slogdet, slogdet_inverse])
+def test_forward_mode(op):
+    w, tangent = (torch.randn(3, 5, 5, dtype=torch.float64) for _ in range(2))
+    _, (_, dlogabsdet, *dinverse) = torch.func.jvp(op, (w,), (tangent,))
+    x = torch.linalg.inv(w)
+    torch.testing.assert_close(dlogabsdet, (x @ tangent).diagonal(dim1=1, dim2=2).sum(1))
+    for got in dinverse:
+        torch.testing.assert_close(got, -x @ tangent @ x)

@@ -68,6 +68,19 @@ def test_gradients(inverse, scaled):
 
 
 @pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_many_cotangents_at_once(inverse, scaled):
+    factors, log_diagonal, sign, row, log_scale = lists(4, 2, scaled=scaled)
+    inputs = [t.requires_grad_() for each in (factors, log_diagonal, log_scale) for t in each]
+    outputs = lu_fold(factors, log_diagonal, sign, row, log_scale, inverse=inverse)
+    cotangents = [torch.randn(3, *o.shape, dtype=torch.float64) for o in outputs]
+    pull = lambda *v, **options: torch.autograd.grad(outputs, inputs, v, retain_graph=True, **options)
+    want = [torch.stack(g) for g in zip(*(pull(*v) for v in zip(*cotangents, strict=True)), strict=True)]
+    torch.testing.assert_close(pull(*cotangents, is_grads_batched=True), tuple(want))
+    torch.testing.assert_close(torch.func.vmap(pull)(*cotangents), tuple(want))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
 def test_bits(inverse):
     """Twice the same; a layer alone, and on several threads, as among others."""
     given = lists(48, 8, torch.float32)
@@ -133,6 +146,7 @@ def test_the_inverse_of_float32_factors_is_rounded_once():
         (lambda f, d, s, r, e: ([f[0][0, 0]], d, s, r, e), r"factors must be floating-point, \[n, n\]; got torch.float64, \[\]"),
         (lambda f, d, s, r, e: ([t.long() for t in f], d, s, r, e), r"factors must be floating-point, .* got torch.int64, \[5, 5\]"),
         (lambda f, d, s, r, e: (f, d[1:], s, r, e), "log_diagonal must hold a tensor for each of 3 layers; got 2"),
+        (lambda f, d, s, r, e: (f, d, [], r, e), "sign must hold a tensor for each of 3 layers; got 0"),
         (lambda f, d, s, r, e: (f, d, s, r, e[1:]), "log_scale must hold a tensor for each of 3 layers; got 2"),
         (
             lambda f, d, s, r, e: ([f[0], f[1], f[2][:4]], d, s, r, e),
