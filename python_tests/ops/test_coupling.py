@@ -436,6 +436,13 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             coupling(**(self.arguments | change))
 
+    def test_autocast_excuses_no_integers(self):
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            pytest.raises(ValueError, match="shift must be torch.float32 .* got torch.int64"),
+        ):
+            coupling(**(self.arguments | {"shift": torch.zeros(2, 3, 4, 4).long()}))
+
     def test_is_refused_by_the_kernel_too(self):
         bare = torch.ops.flowkernels.coupling.default
         x, s = torch.zeros(2, 4), torch.zeros(2, 2)

@@ -16,6 +16,11 @@ def test_the_log_determinant_of_an_additive_coupling_has_no_gradient():
     assert y.requires_grad and not logabsdet.requires_grad
 
 
+def test_the_log_determinant_of_a_glow_step_without_a_coupling_has_no_gradient():
+    y, logabsdet, passing = glow_step(torch.randn(3, 4, requires_grad=True), None, torch.randn(4, 4), torch.randn(4))
+    assert y.requires_grad and passing.requires_grad and not logabsdet.requires_grad
+
+
 def test_running_statistics_have_no_gradient():
     norm = FlowBatchNorm(3)
     for _ in range(2):
@@ -63,9 +68,10 @@ def test_one_tensor_in_two_places_of_a_conv_net_counts_once_each():
     ],
     ids=["channel_affine", "normalize_channels", "additive", "affine"],
 )
-def test_what_is_faked_lies_as_what_is_computed(op, lie):
-    x = torch.randn([(2, 4, 3, 5)[d] for d in lie]).permute([lie.index(d) for d in range(4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_faked_lies_as_what_is_computed(op, lie, dtype):
+    x = torch.randn([(2, 4, 3, 5)[d] for d in lie]).permute([lie.index(d) for d in range(4)]).to(dtype)
     assert x.shape == (2, 4, 3, 5)
     with FakeTensorMode() as mode:
-        faked = [t.stride() for t in op(mode.from_tensor(x))]
-    assert faked == [t.stride() for t in op(x)]
+        faked = [(t.dtype, t.stride()) for t in op(mode.from_tensor(x))]
+    assert faked == [(t.dtype, t.stride()) for t in op(x)]
