@@ -5,8 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flowkernels import ops
-from flowkernels.layers import FlowBatchNorm, MaskedAutoregressive
-from flowkernels.ops import autoregressive_stack, channel_affine, coupling, glow_step
+from flowkernels.layers import Chain, FlowBatchNorm, MaskedAutoregressive
+from flowkernels.ops import PoweredMap, ScaleMap, autoregressive_stack, channel_affine, coupling, glow_step
 from flowkernels.ops.autoregressive.loop import Map
 from flowkernels.ops.channel_affine.normalize import normalize_channels
 
@@ -55,6 +55,29 @@ def test_one_tensor_in_two_places_of_a_conv_net_counts_once_each():
         return torch.autograd.grad(ops.conv_net(x, *p).sin().sum(), (x, p[0]), create_graph=create)
 
     torch.testing.assert_close(first(True), first(False))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("kind", ["one layer", "the same twice", "learned scale"])
+def test_what_inputs_owe_to_each_other_counts_once(kind, inverse):
+    torch.manual_seed(0)
+    layer = MaskedAutoregressive(3, (4,), context_features=2).double()
+    chain, a, parameters = Chain([layer, layer]), torch.tensor([0.7], dtype=torch.float64, requires_grad=True), [*layer.parameters()]
+    x, context = (torch.randn(5, n, dtype=torch.float64, requires_grad=True) for n in (3, 2))
+
+    def gradients(create_graph):
+        own = x * parameters[0].exp().sum() * 0.1
+        given = own, context + own.sum(1, keepdim=True) * parameters[1].sum() + a
+        if kind == "learned scale":
+            scale = PoweredMap(ScaleMap.exp_tanh(1.0), a)
+            outputs = ops.autoregressive(given[0], layer.conditioner(), given[1], scale=scale, inverse=inverse)
+        else:
+            module = layer if kind == "one layer" else chain
+            outputs = module.inverse(*given) if inverse else module(*given)
+        wanted = [x, context, *parameters, *([a] if kind == "learned scale" else [])]
+        return torch.autograd.grad(sum(o.sin().sum() for o in outputs), wanted, create_graph=create_graph)
+
+    torch.testing.assert_close(gradients(True), gradients(False))
 
 
 @pytest.mark.parametrize("lie", [(0, 1, 2, 3), (0, 2, 3, 1), (0, 1, 3, 2), (1, 0, 2, 3), (3, 2, 1, 0)], ids=str)
