@@ -69,7 +69,7 @@ def test_what_inputs_owe_to_each_other_counts_once(kind, inverse):
         own = x * parameters[0].exp().sum() * 0.1
         given = own, context + own.sum(1, keepdim=True) * parameters[1].sum() + a
         if kind == "learned scale":
-            scale = PoweredMap(ScaleMap.exp_tanh(1.0), a)
+            scale = PoweredMap(ScaleMap.exp_tanh(0.7), a)
             outputs = ops.autoregressive(given[0], layer.conditioner(), given[1], scale=scale, inverse=inverse)
         else:
             module = layer if kind == "one layer" else chain
