@@ -54,6 +54,19 @@ def test_training_raises_the_bound(posterior):
     assert vae.iaf is None or any(p.abs().sum() > 0 for p in vae.iaf.parameters())
 
 
+def test_the_weights_of_the_best_bound_are_kept(monkeypatch):
+    found = []
+
+    def falling(vae, x, samples):
+        found.append({name: p.detach().clone() for name, p in vae.named_parameters()})
+        return torch.tensor([-1.0 * len(found)])
+
+    monkeypatch.setattr(VAE, "log_prob", falling)
+    x = torch.randint(0, 17, (20, 5))
+    vae = train_vae(x, x, 17, VAESettings(posterior="diagonal", epochs=10, **SMALL))
+    assert len(found) == 2 and all(torch.equal(p, found[0][name]) for name, p in vae.named_parameters())
+
+
 def test_the_command_line(tmp_path, capsys):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")

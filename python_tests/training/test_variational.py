@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flowkernels.flows import IAF, MAF, RealNVP
-from flowkernels.training import log_normalizer, reverse_kl, train_reverse_kl
+from flowkernels.training import log_normalizer, reverse_kl, train_reverse_kl, variational
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,6 +104,19 @@ def test_a_density_that_is_zero_at_all_samples():
 
 def nan_at_two(x):
     return torch.where(torch.arange(len(x)) == 2, math.nan, gaussian(x))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_log_normalizer_names_the_sample_among_all(value, monkeypatch):
+    monkeypatch.setattr(variational, "rows_in_flight", lambda flow: 10)
+    seen = []
+
+    def density(x):
+        seen.extend(x)
+        return torch.where(torch.arange(len(seen) - len(x), len(seen)) == 13, value, gaussian(x))
+
+    with pytest.raises(ValueError, match=f"log_density must be finite or -inf; it is {value} for sample 13, x = "):
+        log_normalizer(flow(), density, 25)
 
 
 @pytest.mark.parametrize(
