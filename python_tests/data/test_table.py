@@ -57,7 +57,8 @@ def test_images_are_flattened_channels_first(tmp_path, shape, image_shape, last)
 
 
 def test_npz_brings_its_context(tmp_path):
-    np.savez(tmp_path / "x.npz", x=X, context=X[:, :1], labels=np.zeros(3))
+    labels = np.array(["a", None, 3], dtype=object)  # a pickle, which nobody asks for
+    np.savez(tmp_path / "x.npz", x=X, context=X[:, :1], labels=labels)
     table = load_table(tmp_path / "x.npz")
     assert torch.equal(table.x, torch.from_numpy(X))
     assert torch.equal(table.context, torch.from_numpy(X[:, :1]))
@@ -68,6 +69,7 @@ def test_npz_brings_its_context(tmp_path):
     [
         "1,2.5\n3,-4\n5,6.25\n",
         "a,b\n1,2.5\n3,-4\n5,6.25",
+        "1,2.5\n  \n3,-4\n5,6.25\n \t\n",
         "\ufeffa,b\r\n1,2.5\r\n\r\n3,-4\r\n 5 ,6.25e0\r\n",
         '\n"a\n of it",b\n1,2.5\n3,-4\n5,6.25\n',
     ],
