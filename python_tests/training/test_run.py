@@ -41,6 +41,15 @@ def run(tmp_path, data):
     return tmp_path / "run"
 
 
+def test_weights_begin_with_the_seed_of_the_run_alone(data):
+    states = []
+    for global_seed, seed in ((1, 0), (2, 0), (1, 5)):
+        torch.manual_seed(global_seed)
+        states.append(torch.cat([p.detach().flatten() for p in build_model(config(data, seed=seed)).flow.parameters()]))
+        assert torch.initial_seed() == global_seed
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+
+
 def test_a_run_is_a_config_a_checkpoint_and_metrics(run, data):
     assert sorted(os.listdir(run)) == ["checkpoint.pt", "config.json", "metrics.csv"]
     lines = (run / "metrics.csv").read_text().splitlines()
