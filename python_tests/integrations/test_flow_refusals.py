@@ -245,6 +245,30 @@ def test_an_inverse_or_a_density_of_its_own_is_refused():
             take_over(module)
 
 
+def test_batch_norms_keep_their_settings_and_have_statistics_of_their_own():
+    module = transforms.BatchNorm(4, eps=1e-3, momentum=0.3).eval()
+    flow, before = from_nflows(module), copy.deepcopy(module.state_dict())
+    assert (flow.layers[0].eps, flow.layers[0].momentum) == (1e-3, 0.3)
+    flow.train()(torch.randn(9, 4) + 5)
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["shift", "log_scale"])
+def test_what_is_frozen_of_an_actnorm_stays_frozen(name):
+    module = transforms.ActNorm(4)
+    module(torch.randn(9, 4))
+    getattr(module, name).requires_grad_(False)
+    layer = from_nflows(module.eval()).layers[0]
+    assert (layer.bias.requires_grad, layer.log_scale.requires_grad) == (name != "shift", name != "log_scale")
+
+
+def test_a_coupling_that_transforms_the_rest_too_is_named():
+    rest = lambda features: transforms.PointwiseAffineTransform(torch.ones(features))
+    network = lambda inputs, outputs: WithoutContext(nn.Linear(inputs, outputs))
+    with pytest.raises(TypeError, match="transform 0, AffineCouplingTransform, is none of the transforms that are taken over"):
+        from_nflows(transforms.AffineCouplingTransform([0, 1, 0, 1], network, unconditional_transform=rest))
+
+
 def test_a_flow_without_memory_is_taken_over_unseen():
     module = normflows_model(normflows_coupling())
     flow = from_normflows(module.to("meta"))
