@@ -40,7 +40,6 @@ def coupling_map(
         and x.dim() == 2
         and x.is_cpu
         and (x.dtype in (torch.float32, torch.float64) or (x.dtype in HALF and not has_half_products(x.dtype)))
-        and part < Part.CHECKERBOARD_EVEN
         and not torch.compiler.is_compiling()
         and prefers_compiled()
         and not transformed()
