@@ -50,7 +50,7 @@ def _inverse(quick: bool, device: torch.device) -> Iterator[Case]:
     problem = Problem(6, (100, 100), 100_000, device, check_rows=16_384)
     others = [peer("nflows", problem, "inverse"), peer("zuko", problem, "inverse")]
     if not quick:
-        others += [peer("normflows", problem, "inverse"), reference(problem, "inverse")]
+        others += [peer("normflows", problem, "inverse"), peer("pyro", problem, "inverse"), reference(problem, "inverse")]
     targets = [Target("speedup", 20, 28, "nflows"), Target("speedup", 30, 45, "zuko")]
     yield _case("inverse", problem, [ours(problem, "inverse"), dense_forward(problem), *others], *targets, seconds=seconds)
 

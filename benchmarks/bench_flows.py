@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .case import Call, Case, Competitor, Target
-from .flow_models import EAGER, OURS, Model, channel_couplings, image_realnvp, nice, realnvp
+from .flow_models import COMPILED, EAGER, OURS, CompiledModel, Model, channel_couplings, image_realnvp, nice, realnvp
 
 Models = dict[str, Callable[[], Model]]
 
@@ -18,6 +18,8 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
 
 def _cases(seconds: float, quick: bool, device: torch.device) -> Iterator[Case]:
     def both(name: str, models: Models, shape: tuple[int, ...], *targets: Target) -> Iterator[Case]:
+        if len(shape) == 2 and not quick:  # of vectors; an image model takes minutes to compile
+            models = models | {COMPILED: lambda plain=models[EAGER]: CompiledModel(plain())}
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
         yield Case(
             f"training step, {name}", [training(n, m, x) for n, m in models.items()], targets=targets, seconds=seconds, device=device
@@ -72,4 +74,4 @@ def sampling(name: str, build: Callable[[], Model], z: Tensor) -> Competitor:
 
 
 def _package(name: str) -> str:
-    return "torch" if name == EAGER else name
+    return "torch" if name in (EAGER, COMPILED) else name

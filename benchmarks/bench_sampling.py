@@ -4,7 +4,9 @@ batches; and what it gains to send each tile of rows through all five layers in 
 
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 
@@ -32,7 +34,7 @@ def _cases(quick: bool, device: torch.device) -> Iterator[Case]:
         each = f"{n:,} sample{'s' * (n > 1)}"
         if contexts:
             each = f"{contexts} context{'s' * (contexts > 1)} of {CONTEXT_FEATURES} x {each}"
-        builders = {OURS: _ours, "zuko": _zuko, "nflows": _nflows}
+        builders = {OURS: _ours, "zuko": _zuko, "nflows": _nflows, "pyro": _pyro}
         competitors = [_competitor(name, make, n, contexts, 1 if name == OURS else divisor, device) for name, make in builders.items()]
         held_to = targets if n in (1, 10_000) and not contexts else ()
         yield Case(f"{each}, {what}", competitors, targets=held_to, seconds=0.2 if quick else 1.5, most_rounds=25, device=device)
@@ -113,6 +115,27 @@ def _nflows(context_features: int) -> tuple[torch.nn.Module, Sampler]:
         ]
     flow = _import("nflows.flows").Flow(transforms.CompositeTransform(layers), _import("nflows.distributions").StandardNormal([FEATURES]))
     return flow, lambda n, context: flow.sample(n, context=context)
+
+
+def _pyro(context_features: int) -> tuple[torch.nn.Module, Sampler]:
+    dist, transforms = _import("pyro.distributions"), _import("pyro.distributions.transforms")
+    if context_features:
+        make = lambda: transforms.conditional_affine_autoregressive(FEATURES, context_features, list(HIDDEN))
+    else:
+        make = lambda: transforms.affine_autoregressive(FEATURES, list(HIDDEN))
+    layers = torch.nn.ModuleList(make() for _ in range(TRANSFORMS))
+
+    @cache
+    def flow() -> Any:  # made when the layers are on their device
+        like = next(layers.parameters())
+        base = torch.distributions.Normal(like.new_zeros(FEATURES), like.new_ones(FEATURES))
+        kind = dist.ConditionalTransformedDistribution if context_features else dist.TransformedDistribution
+        return kind(base, [layer.inv for layer in layers])
+
+    def sample(n: int, context: torch.Tensor | None) -> torch.Tensor:
+        return flow().sample((n,)) if context is None else flow().condition(context).sample((n, len(context)))
+
+    return layers, sample
 
 
 def _import(module: str):

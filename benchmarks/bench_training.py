@@ -11,7 +11,7 @@ from flowkernels.flows import MAF
 
 from .autoregressive_problem import DENSE as DENSE_FORWARD
 from .autoregressive_problem import OURS, Problem
-from .case import Call, Case, Competitor, Target
+from .case import Call, Case, Competitor, Target, compiled
 from .peers import build_peer, build_residual, build_stack, forward_of, taken_over
 
 DENSE = DENSE_FORWARD.replace("forward", "network")
@@ -19,19 +19,20 @@ Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
 def cases(quick: bool, device: torch.device) -> list[Case]:
-    """All cases; `quick` has fewer turns."""
+    """All cases; `quick` has fewer turns, and compiles nothing."""
     seconds = 0.5 if quick else 4.0
-    return [*_layer(seconds, device), *_flow(seconds, device), *_residual(seconds, device), *_memory(device)]
+    return [*_layer(quick, seconds, device), *_flow(quick, seconds, device), *_residual(seconds, device), *_memory(device)]
 
 
-def _layer(seconds: float, device: torch.device) -> Iterator[Case]:
+def _layer(quick: bool, seconds: float, device: torch.device) -> Iterator[Case]:
     problem = Problem(63, (512, 512), 1024, device)
-    competitors = [_ours(problem), _dense(problem), _peer("nflows", problem), _peer("zuko", problem)]
+    competitors = [_ours(problem), _dense(problem), *(_peer(library, problem) for library in ("nflows", "zuko", "pyro"))]
+    competitors += [] if quick else [_peer("nflows", problem, compile=True)]
     targets = [Target("share", 0.75, 0.65, DENSE), Target("share", 0.7, 0.6, "nflows")]
     yield Case(f"training step, {problem.name}", competitors, _macs(problem), targets=targets, seconds=seconds, device=device)
 
 
-def _flow(seconds: float, device: torch.device) -> Iterator[Case]:
+def _flow(quick: bool, seconds: float, device: torch.device) -> Iterator[Case]:
     """MAF(5) at the sizes of its paper."""
     features, hidden, batch, transforms = 63, (100, 100), 100, 5
     problem = Problem(features, hidden, batch, device)
@@ -41,9 +42,10 @@ def _flow(seconds: float, device: torch.device) -> Iterator[Case]:
         return MAF(features, transforms=transforms, hidden_features=hidden).to(device)
 
     competitors = [_competitor(OURS, flow, _nll, problem.input, package="flowkernels")]
-    for library in ("nflows", "zuko"):
+    for library in ("nflows", "zuko", "pyro"):
         build = partial(build_stack, library, features, hidden, transforms)
-        competitors.append(_competitor(library, build, partial(_nll_of, library), problem.input, package=library))
+        for compile in (False, True) if library == "nflows" and not quick else (False,):
+            competitors.append(_competitor(library, build, partial(_nll_of, library), problem.input, package=library, compile=compile))
     targets = [Target("share", 0.5, 0.35, "nflows"), Target("share", 0.4, 0.3, "zuko")]
     name = f"training step, MAF({transforms}), {problem.name}"
     yield Case(name, competitors, transforms * _macs(problem), targets=targets, seconds=seconds, device=device)
@@ -100,18 +102,21 @@ def _nll_of(library: str, module: nn.Module, x: Tensor) -> Tensor:
     return (z.square().sum(1) / 2 - logabsdet).mean()
 
 
-def _competitor(name: str, build: Callable[[], nn.Module], loss: Loss, x: Tensor, *, package: str, memory: bool = False) -> Competitor:
-    """A training step; the first one's loss and gradients are compared with float64."""
+def _competitor(
+    name: str, build: Callable[[], nn.Module], loss: Loss, x: Tensor, *, package: str, memory: bool = False, compile: bool = False
+) -> Competitor:
+    """A training step; the first one's loss and gradients are compared with float64. compile: forward and loss by torch.compile."""
 
     def make() -> Call:
         module = build().to(x.device)
         exact_module = deepcopy(module).double()
         parameters = list(module.parameters())
         adam = torch.optim.Adam(parameters, lr=0.0, fused=True)
+        forward = compiled(partial(loss, module)) if compile else partial(loss, module)
 
         def step() -> tuple[Tensor, ...]:
             adam.zero_grad()
-            value = loss(module, x)
+            value = forward(x)
             value.backward()
             adam.step()
             # a case of memory asks for the loss alone: what is returned is not counted
@@ -124,4 +129,5 @@ def _competitor(name: str, build: Callable[[], nn.Module], loss: Loss, x: Tensor
 
         return Call(step, exact, grad=True)
 
-    return Competitor(name, make, ours=name == OURS, package=package, memory=memory)
+    label = f"{name}, compiled" if compile else name
+    return Competitor(label, make, ours=name == OURS, package=package, memory=memory)

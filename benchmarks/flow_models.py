@@ -16,9 +16,10 @@ from flowkernels.flows import NICE, Flow, RealNVP
 from flowkernels.flows.networks import ResNet
 from flowkernels.layers import MLP, AdditiveCoupling, AffineCoupling, Chain, DiagonalScale, FlowBatchNorm
 
-from .case import Unavailable
+from .case import Unavailable, compiled
+from .peers import PyroTransforms
 
-OURS, EAGER = "flowkernels", "eager"
+OURS, EAGER, COMPILED = "flowkernels", "eager", "torch.compile"
 SIGMOID = ScaleMap.sigmoid(bias=2.0, floor=1e-3)  # nflows' scale map
 
 
@@ -40,6 +41,17 @@ class Model:
 
     def double(self) -> "Model":
         return Model(copy.deepcopy(self.module).double(), self.to_noise, self.to_data)
+
+
+class CompiledModel(Model):
+    """The same by torch.compile."""
+
+    def __init__(self, plain: Model) -> None:
+        super().__init__(plain.module, compiled(plain.to_noise), compiled(plain.to_data))
+        self.plain = plain
+
+    def double(self) -> Model:
+        return self.plain.double()
 
 
 def ours(flow: Chain) -> Model:
@@ -109,6 +121,7 @@ def realnvp(features: int, transforms: int, hidden: tuple[int, ...]) -> dict[str
         "nflows": lambda: _nflows("AffineCouplingTransform", _alternating(features, transforms), lambda i, o: _PeerMLP(i, hidden, o)),
         "normflows": lambda: _normflows(transforms, lambda k: mlp(half, hidden, 2 * half), scale=True),
         "zuko": lambda: _zuko(features, transforms, hidden),
+        "pyro": lambda: _pyro(features, transforms, hidden),
     }
 
 
@@ -273,6 +286,19 @@ def _zuko(features: int, transforms: int, hidden: tuple[int, ...]) -> Model:
         lambda module, x: module().transform.call_and_ladj(x),
         lambda module, z: module().transform.inv(z),
     )
+
+
+def _pyro(features: int, transforms: int, hidden: tuple[int, ...]) -> Model:
+    """The features are turned round between the couplings, as its split has no parity."""
+    library = _import("pyro.distributions.transforms")
+    torch.manual_seed(0)
+    layers = [
+        part
+        for _ in range(transforms)
+        for part in (library.affine_coupling(features, list(hidden)), library.Permute(torch.arange(features).flip(0)))
+    ]
+    transforms = PyroTransforms([layer.inv for layer in reversed(layers[:-1])])
+    return Model(transforms, lambda module, x: module(x), lambda module, z: module.inverse(z)[0])
 
 
 def _import(module: str) -> Any:

@@ -4,7 +4,7 @@ Each function returns the module; `forward_of` and `inverse_of` call it in its l
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -16,7 +16,7 @@ from flowkernels.layers import Chain
 
 from .case import Unavailable
 
-LIBRARIES = ("nflows", "zuko", "normflows")
+LIBRARIES = ("nflows", "zuko", "normflows", "pyro")
 
 
 def build_peer(library: str, features: int, hidden_features: tuple[int, ...]) -> nn.Module:
@@ -34,8 +34,10 @@ def build_peer(library: str, features: int, hidden_features: tuple[int, ...]) ->
 
 
 def build_stack(library: str, features: int, hidden_features: tuple[int, ...], transforms: int) -> nn.Module:
-    """So many of nflows' or zuko's layers, whose orders alternate, as one transform."""
+    """So many of nflows', zuko's or Pyro's layers as one transform; orders alternate, Pyro draws them."""
     torch.manual_seed(0)
+    if library == "pyro":
+        return PyroTransforms([_pyro_layer(features, hidden_features) for _ in range(transforms)])
     if library == "zuko":
         return _import("zuko.flows").MAF(features, transforms=transforms, hidden_features=hidden_features).transform
     nflows = _import("nflows.transforms")
@@ -54,6 +56,40 @@ def build_residual(features: int, width: int, blocks: int, transforms: int) -> n
 def taken_over(transform: nn.Module) -> Chain:
     """The same transforms as our layers."""
     return Chain(map(from_nflows, transform._transforms))
+
+
+class PyroTransforms(nn.Module):
+    """Pyro's transforms from data to noise, without what they remember of the last call: a call with the same x would find it made."""
+
+    def __init__(self, transforms: Sequence[Any]) -> None:
+        super().__init__()
+        self.transforms = transforms
+        self.owners = [part if isinstance(part, nn.Module) else part.inv for part in transforms]  # of parameters and memories
+        self.parts = nn.ModuleList(part for part in self.owners if isinstance(part, nn.Module))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._through(x, self.transforms)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(z.dtype)  # with zeros of which Pyro's inverse begins
+        try:
+            return self._through(z, [part.inv for part in reversed(self.transforms)])
+        finally:
+            torch.set_default_dtype(before)
+
+    def _through(self, x: Tensor, transforms: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        self._forget()
+        total = x.new_zeros(len(x))
+        for transform in transforms:
+            z = transform(x)
+            x, total = z, total + transform.log_abs_det_jacobian(x, z)
+        self._forget()
+        return x, total
+
+    def _forget(self) -> None:
+        for part in self.owners:
+            part._cached_x_y, part._cached_log_scale = (None, None), None
 
 
 def inverse_of(library: str, module: nn.Module) -> Callable[[Tensor], Any]:
@@ -83,6 +119,16 @@ def masked_into_dense(weight: Tensor, bias: Tensor) -> nn.Linear:
     return linear
 
 
+def _pyro(features: int, hidden_features: tuple[int, ...]) -> nn.Module:
+    return PyroTransforms([_pyro_layer(features, hidden_features)])
+
+
+def _pyro_layer(features: int, hidden_features: tuple[int, ...]) -> nn.Module:
+    if min(hidden_features) < features:
+        raise Unavailable("its hidden layers are at least as wide as the features are many")
+    return _import("pyro.distributions.transforms").affine_autoregressive(features, list(hidden_features))
+
+
 def _nflows(features: int, hidden_features: tuple[int, ...]) -> nn.Module:
     layer = _import("nflows.transforms").MaskedAffineAutoregressiveTransform
     return _made(layer, features, hidden_features)
@@ -110,4 +156,4 @@ def _import(module: str) -> Any:
         raise Unavailable(f"{module.split('.')[0]} cannot be imported ({error})") from error
 
 
-_BUILDERS = {"nflows": _nflows, "zuko": _zuko, "normflows": _normflows}
+_BUILDERS = {"nflows": _nflows, "zuko": _zuko, "normflows": _normflows, "pyro": _pyro}

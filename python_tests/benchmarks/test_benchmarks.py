@@ -288,7 +288,7 @@ def test_multiply_adds_are_the_ones_of_the_masks():
     assert problem.macs == 9 * count
 
 
-@pytest.mark.parametrize("name", ["flowkernels", "nflows", "zuko"])
+@pytest.mark.parametrize("name", ["flowkernels", "nflows", "zuko", "pyro"])
 def test_training_steps_have_the_gradients_of_float64(name):
     if name != OURS:
         pytest.importorskip(name)

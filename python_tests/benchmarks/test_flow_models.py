@@ -33,7 +33,7 @@ def test_eager_layers_compute_the_same(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_library_gives_a_right_answer(name):
-    for library in ("nflows", "normflows", "zuko"):
+    for library in ("nflows", "normflows", "zuko", "pyro"):
         pytest.importorskip(library)
     models, shape = MODELS[name]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
