@@ -26,7 +26,7 @@ SIZES = [
     "D=63, H=512x2, batch 1",
 ]
 INVERSE = {size: f"inverse, {size}" for size in SIZES} | {f"density without gradient, {SIZES[0]}": f"density, no gradient, {SIZES[0]}"}
-PEERS = ("dense forward", "nflows", "zuko", "normflows")
+PEERS = ("dense forward", "nflows", "zuko", "normflows", "pyro")
 
 MAP = "ScaleMap.sigmoid(bias=2.0, floor=0.0)"
 CONDITIONER = "[16, 6, 16, 16] to 12 channels, hidden 64"
@@ -36,19 +36,19 @@ OTHERS: list[tuple[str, str, Sequence[str], dict[str, str]]] = [
         "a million samples of MAF(5), D=6, H=50x2",
         "sampling",
         ["1,000,000 samples, MAF(5), D=6, H=50x2"],
-        {"zuko": "zuko", "nflows": "nflows"},
+        {"zuko": "zuko", "nflows": "nflows", "pyro": "Pyro"},
     ),
     (
         "10,000 samples / one sample of it",
         "sampling",
         ["10,000 samples, MAF(5), D=6, H=50x2", "1 sample, MAF(5), D=6, H=50x2"],
-        {"zuko": "zuko", "nflows": "nflows"},
+        {"zuko": "zuko", "nflows": "nflows", "pyro": "Pyro"},
     ),
     (
         "10,000 samples given one context of 8 / given each of 100 contexts",
         "sampling",
         ["1 context of 8 x 10,000 samples, MAF(5), D=6, H=50x2", "100 contexts of 8 x 10,000 samples, MAF(5), D=6, H=50x2"],
-        {"zuko": "zuko", "nflows": "nflows"},
+        {"zuko": "zuko", "nflows": "nflows", "pyro": "Pyro"},
     ),
     (
         "gradient of the inverse, D=63, H=512x2, batch 1,024",
@@ -78,13 +78,13 @@ OTHERS: list[tuple[str, str, Sequence[str], dict[str, str]]] = [
         "training step of one layer, D=63, H=512x2, batch 1,024",
         "training",
         ["training step, D=63, H=512x2, batch 1,024"],
-        {"dense network": "dense network", "zuko": "zuko", "nflows": "nflows"},
+        {"dense network": "dense network", "zuko": "zuko", "nflows": "nflows", "nflows, compiled": "compiled", "pyro": "Pyro"},
     ),
     (
         "training step of MAF(5), D=63, H=100x2, batch 100",
         "training",
         ["training step, MAF(5), D=63, H=100x2, batch 100"],
-        {"zuko": "zuko", "nflows": "nflows"},
+        {"zuko": "zuko", "nflows": "nflows", "nflows, compiled": "compiled", "pyro": "Pyro"},
     ),
     (
         "training step of five of nflows' default layers, two residual blocks, D=63, H=100, batch 100",
@@ -108,25 +108,25 @@ OTHERS: list[tuple[str, str, Sequence[str], dict[str, str]]] = [
         "RealNVP, D=8, H=64x2, 8 couplings, batch 1,000: sampling / training step",
         "flows",
         [f"{work}, RealNVP, D=8, H=64x2, 8 couplings, batch 1,000" for work in ("sampling", "training step")],
-        {"eager": "eager", "normflows": "normflows", "nflows": "nflows", "zuko": "zuko"},
+        {"eager": "eager", "torch.compile": "compiled", "normflows": "normflows", "nflows": "nflows", "zuko": "zuko", "pyro": "Pyro"},
     ),
     (
         "RealNVP, D=64, H=256x2, 6 couplings, batch 1,000: sampling / training step",
         "flows",
         [f"{work}, RealNVP, D=64, H=256x2, 6 couplings, batch 1,000" for work in ("sampling", "training step")],
-        {"eager": "eager", "normflows": "normflows", "nflows": "nflows", "zuko": "zuko"},
+        {"eager": "eager", "torch.compile": "compiled", "normflows": "normflows", "nflows": "nflows", "zuko": "zuko", "pyro": "Pyro"},
     ),
     (
         "NICE, D=64, H=256, 4 couplings, batch 100: sampling / training step",
         "flows",
         [f"{work}, NICE, D=64, H=256x1, 4 couplings, batch 100" for work in ("sampling", "training step")],
-        {"eager": "eager", "normflows": "normflows", "nflows": "nflows"},
+        {"eager": "eager", "torch.compile": "compiled", "normflows": "normflows", "nflows": "nflows"},
     ),
     (
         "NICE, D=784, H=1000x5, 4 couplings, batch 200: sampling / training step",
         "flows",
         [f"{work}, NICE, D=784, H=1000x5, 4 couplings, batch 200" for work in ("sampling", "training step")],
-        {"eager": "eager", "normflows": "normflows", "nflows": "nflows"},
+        {"eager": "eager", "torch.compile": "compiled", "normflows": "normflows", "nflows": "nflows"},
     ),
     (
         "RealNVP on digits: sampling / training step",
@@ -208,14 +208,16 @@ def with_tables(text: str, made: dict[str, str]) -> str:
 def _headlines(found: dict[tuple[str, str, str], Row]) -> str:
     def times(benchmark: str, cases: Sequence[str], peers: Sequence[str]) -> str:
         ratios = sorted(found[benchmark, case, peer]["ratio"] for case in cases for peer in peers)
-        return f"{_ratio(ratios[0])} to {_ratio(ratios[-1])} times as fast as {', '.join(peers)}"
+        return f"{_ratio(ratios[0])} to {_ratio(ratios[-1])} times as fast as {', '.join(peers).replace('pyro', 'Pyro')}"
 
     glow = [f"{work}, 3 levels x 8 steps, hidden 64, [16, 3, 32, 32]" for work in ("density", "sampling", "training step")]
     lines = {
-        "sampling a MAF layer of 63 features": times("autoregressive", [f"inverse, {SIZES[0]}"], ["nflows", "zuko", "normflows"]),
-        "a million samples of a MAF of 6": times("sampling", ["1,000,000 samples, MAF(5), D=6, H=50x2"], ["nflows", "zuko"]),
+        "sampling a MAF layer of 63 features": times("autoregressive", [f"inverse, {SIZES[0]}"], ["nflows", "zuko", "normflows", "pyro"]),
+        "a million samples of a MAF of 6": times("sampling", ["1,000,000 samples, MAF(5), D=6, H=50x2"], ["nflows", "zuko", "pyro"]),
         "a training step of MAFs": times(
-            "training", ["training step, D=63, H=512x2, batch 1,024", "training step, MAF(5), D=63, H=100x2, batch 100"], ["nflows", "zuko"]
+            "training",
+            ["training step, D=63, H=512x2, batch 1,024", "training step, MAF(5), D=63, H=100x2, batch 100"],
+            ["nflows", "zuko", "pyro"],
         ),
         "Glow, from density to training": times("glow", glow, ["normflows"]),
     }
@@ -223,7 +225,7 @@ def _headlines(found: dict[tuple[str, str, str], Row]) -> str:
 
 
 def _inverse(found: dict[tuple[str, str, str], Row]) -> str:
-    lines = ["| | flowkernels | dense pass | nflows | zuko | normflows | share of the limit |", "|---|---|---|---|---|---|---|"]
+    lines = ["| | flowkernels | dense pass | nflows | zuko | normflows | Pyro | share of the limit |", "|---|---|---|---|---|---|---|---|"]
     for label, case in INVERSE.items():
         ours = found["autoregressive", case, "flowkernels"]
         peers = [found.get(("autoregressive", case, peer)) for peer in PEERS]
@@ -252,7 +254,8 @@ def _others(found: dict[tuple[str, str, str], Row]) -> str:
         if any((benchmark, case, "flowkernels") not in found for case in cases):
             continue  # newer than these rows
         times = " / ".join(duration(found[benchmark, case, "flowkernels"]["seconds"]) for case in cases)
-        against = (f"{name} {' / '.join(_ratio(found[benchmark, case, who]['ratio']) for case in cases)}" for who, name in names.items())
+        known = {who: name for who, name in names.items() if all((benchmark, case, who) in found for case in cases)}
+        against = (f"{name} {' / '.join(_ratio(found[benchmark, case, who]['ratio']) for case in cases)}" for who, name in known.items())
         lines.append(f"| {label} | {times} | {', '.join(against)} |")
     return "\n".join(lines)
 
