@@ -50,12 +50,24 @@ def test_columns_of_a_context_keep_their_names_and_order(files, tmp_path, capsys
     rows = np.load(files / "context.npy")
     np.savetxt(context, rows, delimiter=",", header="mass,price", comments="")
     np.savetxt(turned, rows[:, ::-1], delimiter=",", header="price,mass", comments="")
-    assert main(["train", "maf", "--data", str(numbers), "--context", str(context), "--out", str(run), *SMALL]) == 0
+    train = ["train", "maf", "--data", str(numbers), "--context", str(context), "--out", str(run), *SMALL]
+    assert main(train) == 0
     for command in (["density", run, "--data", numbers], ["sample", run, "-n", "1"]):
         out = ["--out", str(tmp_path / "out.npy")]
         assert main([str(part) for part in [*command, "--context", context, *out]]) == 0
         said = refusal(capsys, [*command, "--context", turned, *out])
         assert "turned.csv must have the columns mass, price, in the order of training; got price, mass" in said
+    renamed = tmp_path / "renamed.csv"
+    renamed.write_text(context.read_text().replace("mass,price", "weight,cost"))
+    assert main([*train[:5], str(renamed), *train[6:]]) == 0  # the same content: the run is gone on with
+
+
+def test_a_context_for_a_run_that_left_it_out(files, tmp_path, capsys):
+    run, data = tmp_path / "run", ["--data", str(files / "xc.npz")]
+    assert main(["train", "maf", *data, "--unconditional", "--out", str(run), *SMALL]) == 0
+    assert main(["density", str(run), *data]) == 0
+    context = ["--context", files / "context.npy"]
+    assert "context was given, [40, 2], but the run takes none" in refusal(capsys, ["density", run, "--data", files / "x.npy", *context])
 
 
 def test_images_of_another_shape(tmp_path, capsys):
