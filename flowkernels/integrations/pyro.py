@@ -1,6 +1,6 @@
 """Transforms and distributions of Pyro (1.9), taken over, and flows as distributions of Pyro."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 
@@ -96,21 +96,38 @@ def _pyro_distribution() -> type[FlowDistribution]:
     from pyro.distributions.torch_distribution import TorchDistributionMixin
 
     class PyroFlowDistribution(FlowDistribution, TorchDistributionMixin):
-        _last: tuple[Tensor, Tensor] | None = None
+        _last: tuple[Tensor, int, Tensor] | None = None
 
         def rsample(self, sample_shape: Size | tuple = (), temperature: float = 1.0, *, generator: Generator | None = None) -> Tensor:
             if temperature != 1.0:  # such samples have another density
                 return super().rsample(sample_shape, temperature, generator=generator)
-            self._last = self.rsample_and_log_prob(sample_shape, generator=generator)
-            return self._last[0]
+            x, log_prob = self.rsample_and_log_prob(sample_shape, generator=generator)
+            self._last = x, _version(x), log_prob
+            return x
 
         def log_prob(self, value: Tensor) -> Tensor:
-            x, log_prob = self._last or (None, None)
-            if value is x and (x.requires_grad or not torch.is_grad_enabled()):  # a sample without gradient is scored with one
-                return log_prob
-            return super().log_prob(value)
+            x, version, log_prob = self._last or (None, 0, None)
+            if value is not x or _version(x) != version:
+                return super().log_prob(value)
+            if not torch.is_grad_enabled():
+                return log_prob.detach()
+            # a sample that was drawn without gradient is scored with one: of the parameters, or of itself where somebody moves it
+            return super().log_prob(value) if x.grad_fn is None else log_prob
+
+        def __reduce__(self) -> tuple[Callable, tuple, dict]:  # copies and pickles have no samples, as those of Pyro's transforms
+            return _unpickled, (), {name: value for name, value in vars(self).items() if name != "_last"}
 
     return PyroFlowDistribution
+
+
+def _unpickled() -> FlowDistribution:
+    """What a copy's attributes are put into."""
+    return object.__new__(_pyro_distribution())
+
+
+def _version(x: Tensor) -> int:
+    """How often somebody has written into it, which nobody counts of inference tensors."""
+    return 0 if x.is_inference() else x._version
 
 
 def _flow(module: object) -> Flow:

@@ -1,6 +1,7 @@
 """What Pyro's distributions become: what is refused, what trains, and flows in Pyro's own programs."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ class TestToPyro:
         x = p.rsample((7,))
         weights = list(flow.parameters())
         both = (p.log_prob(x), flow.log_prob(x))
-        assert both[0] is p._last[1]
+        assert both[0] is p._last[-1]
         torch.testing.assert_close(*both)
         torch.testing.assert_close(*(torch.autograd.grad(y.sum(), weights, retain_graph=True) for y in both))
 
@@ -166,9 +167,34 @@ class TestToPyro:
         x = p.sample((7,))
         assert not x.requires_grad and p.log_prob(x).requires_grad
         with torch.no_grad():
-            assert p.log_prob(x) is p._last[1]
+            assert p.log_prob(x).data_ptr() == p._last[-1].data_ptr()
         cooler = p.rsample((7,), 0.5)
         torch.testing.assert_close(p.log_prob(cooler), flow.log_prob(cooler))
+
+    def test_a_sample_that_was_changed_is_scored_anew(self):
+        """It may be moved by an optimizer, or written into; the density that is kept belongs to what was drawn."""
+        torch.manual_seed(0)
+        flow = MAF(3, transforms=1, hidden_features=(8,)).double()
+        p = to_pyro(flow)
+        x = p.sample((7,)).requires_grad_()
+        (of_x,), (other,) = (torch.autograd.grad(q.log_prob(x).sum(), x) for q in (p, flow))
+        torch.testing.assert_close(of_x, other)
+        with torch.no_grad():
+            x = p.sample((7,)).mul_(2)
+            torch.testing.assert_close(p.log_prob(x), flow.log_prob(x))
+        x = p.rsample((7,))
+        with torch.no_grad():
+            assert not p.log_prob(x).requires_grad
+        with torch.inference_mode():
+            x = p.sample((7,))
+            torch.testing.assert_close(p.log_prob(x), flow.log_prob(x))
+
+    def test_copies_and_pickles_are_without_the_last_sample(self):
+        p = to_pyro(MAF(3, context_features=2, transforms=1, hidden_features=(8,)), torch.randn(5, 2)).expand([4, 5]).has_rsample_(False)
+        x = p.rsample()
+        for twin in (copy.copy(p), copy.deepcopy(p), pickle.loads(pickle.dumps(p))):
+            assert type(twin) is type(p) and twin._last is None and twin.batch_shape == (4, 5) and not twin.has_rsample
+            torch.testing.assert_close(twin.log_prob(x), p.log_prob(x))
 
     def test_it_is_the_guide_of_a_posterior(self):
         pyro.set_rng_seed(0)
