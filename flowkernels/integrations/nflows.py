@@ -154,7 +154,7 @@ def _batch_norm(part: nn.Module) -> FlowBatchNorm:
         norm = FlowBatchNorm(len(part.bias), eps=part.eps, momentum=part.momentum)
     norm.log_gain, norm.bias = (nn.Parameter(t.detach().clone()) for t in (part.weight.log(), part.bias))
     norm.running_mean, norm.running_var = part.running_mean.clone(), part.running_var.clone()
-    return norm
+    return norm.eval()
 
 
 def _features(transform: nn.Module, module: nn.Module) -> int:

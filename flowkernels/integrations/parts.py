@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import AffineTransform
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..flows import Flow
-from ..layers import MLP, ActNorm, Permute
+from ..layers import MLP, ActNorm, FlowBatchNorm, Permute
 from ..ops import Part
 from .foreign import check_batch_norm, check_dropout
 
@@ -35,7 +36,8 @@ def flow_of(layers: Sequence[nn.Module], features: int, contexts: Sequence[int],
         raise ValueError(f"all transforms must take the same context; theirs have {list(contexts)} features")
     flow = Flow(layers, features, context_features=contexts[0] if contexts else 0)
     for module in flow.modules():
-        if type(module).__module__.startswith(__package__.split(".")[0]):  # networks that were copied stay in their mode
+        own = type(module).__module__.startswith(__package__.split(".")[0])
+        if own and not isinstance(module, FlowBatchNorm):  # they, and networks that were copied, stay in their mode
             module.training = training
     return flow.to(next(flow.parameters(), torch.empty(0)).device)  # permutations are made on the CPU
 
@@ -104,6 +106,13 @@ def copied(network: nn.Module) -> nn.Module:
         return copy.deepcopy(network)
     except RuntimeError as error:
         raise ValueError(f"{type(network).__name__} cannot be copied: {error}") from None
+
+
+def expanded(affine: AffineTransform, row: Tensor) -> tuple[Tensor, Tensor]:
+    """Its loc and scale for each feature of a row; numbers among them become the row's dtype, on its device."""
+    values = (value if isinstance(value, Tensor) else row.new_tensor(value) for value in (affine.loc, affine.scale))
+    loc, scale = (value.expand(row.shape) for value in values)
+    return loc, scale
 
 
 def affine_layer(bias: Tensor, log_scale: Tensor, *, learned: tuple[bool, bool]) -> ActNorm:

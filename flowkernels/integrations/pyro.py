@@ -15,7 +15,7 @@ from ..layers import MLP, AffineCoupling, FlowBatchNorm, Inverse, MaskedAutoregr
 from ..ops import ScaleMap
 from ..ops.activation import Activation, parse_activation
 from .foreign import ForeignLayer, check_same, conditioner_of, freeze_like, is_of_library
-from .parts import affine_layer, copied, coupling_layers, flow_of, is_relu, mlp_of
+from .parts import affine_layer, copied, coupling_layers, expanded, flow_of, is_relu, mlp_of
 
 
 def from_pyro(module: object) -> MaskedAutoregressive | Flow:
@@ -131,15 +131,17 @@ def _version(x: Tensor) -> int:
 
 
 def _flow(module: object) -> Flow:
+    from pyro.distributions.conditional import ConstantConditionalDistribution
+
     conditional = not isinstance(module, Distribution)
     given = module.base_dist
-    loc, scale = _base(getattr(given, "base_dist", given) if conditional else given)
+    loc, scale = _base(given.base_dist if isinstance(given, ConstantConditionalDistribution) else given)
     transforms = [part for transform in module.transforms for part in _parts(transform, False)]
     layers: list[nn.Module] = []
     contexts: list[int] = []
     for number, (transform, inverted) in reversed(list(enumerate(transforms))):
         try:
-            own = _layers(transform, len(loc), contexts)
+            own = _layers(transform, loc, contexts)
         except (TypeError, ValueError) as error:
             raise type(error)(f"transform {number} of the distribution, {type(transform).__name__}, {error}") from None
         layers += own if inverted else map(_inverse, reversed(own))
@@ -185,14 +187,14 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _base(base: Distribution) -> tuple[Tensor, Tensor]:
+def _base(base: object) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each feature."""
     normal = base
     while isinstance(normal, Independent):
         normal = normal.base_dist
-    shape = base.batch_shape + base.event_shape
-    if not isinstance(normal, Normal) or len(shape) != 1:
-        raise ValueError(f"the base must be independent normals of a vector, Normal(loc, scale); got {base} of {list(shape)}")
+    if not isinstance(normal, Normal) or normal.loc.dim() != 1:
+        of = f" of {list(base.batch_shape + base.event_shape)}" if isinstance(base, Distribution) else ""
+        raise ValueError(f"the base must be independent normals of a vector, Normal(loc, scale); got {base}{of}")
     return normal.loc, normal.scale
 
 
@@ -216,8 +218,9 @@ def _parts(transform: object, inverted: bool) -> Iterator[tuple[object, bool]]:
         yield transform, inverted
 
 
-def _layers(transform: object, features: int, contexts: list[int]) -> list[nn.Module]:
-    """What a transform becomes, in its own direction. contexts: the width of what it takes is appended, where it might take one."""
+def _layers(transform: object, row: Tensor, contexts: list[int]) -> list[nn.Module]:
+    """What a transform of rows like this one becomes, in its own direction. contexts: the width of what it takes is appended, where it
+    might take one."""
     from pyro.distributions import transforms as t
 
     if isinstance(transform, t.AffineAutoregressive | t.ConditionalAffineAutoregressive):
@@ -225,14 +228,14 @@ def _layers(transform: object, features: int, contexts: list[int]) -> list[nn.Mo
         contexts.append(layer.context_features)
         return [layer]
     if isinstance(transform, t.AffineCoupling | t.ConditionalAffineCoupling):
-        return _coupling(transform, features, contexts)
+        return _coupling(transform, len(row), contexts)
     if isinstance(transform, t.Permute):
         _check_dim(transform.dim)
         return [Permute(transform.permutation)]
     if isinstance(transform, t.BatchNorm):
         return [Inverse(_batch_norm(transform))]
     if isinstance(transform, AffineTransform):
-        loc, scale = (torch.as_tensor(value).expand(features) for value in (transform.loc, transform.scale))
+        loc, scale = expanded(transform, row)
         if not (scale > 0).all():
             raise ValueError("must have a positive scale")
         return [affine_layer(loc / scale, scale.log(), learned=(loc.requires_grad, scale.requires_grad))]
@@ -352,7 +355,7 @@ def _batch_norm(part: nn.Module) -> FlowBatchNorm:
     gain, bias = part.constrained_gamma.log(), part.beta
     norm.log_gain, norm.bias = _like(gain.clone(), part.gamma), _like(bias.clone(), bias)
     norm.running_mean, norm.running_var = part.moving_mean.clone(), part.moving_variance.clone()
-    return norm
+    return norm.eval()
 
 
 def _check_dim(dim: int) -> None:

@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions.transforms import AffineTransform
 
 from ..flows import Flow
@@ -11,7 +11,7 @@ from ..layers import ActNorm, AffineCoupling, MaskedAutoregressive
 from ..ops import ScaleMap
 from ..ops.activation import parse_activation
 from .foreign import ForeignLayer, check_same, conditioner_of, freeze_like, is_of_library
-from .parts import ContextAppended, affine_layer, copied, coupling_layers, flow_of, mlp_of
+from .parts import ContextAppended, affine_layer, copied, coupling_layers, expanded, flow_of, mlp_of
 
 
 def from_zuko(module: nn.Module) -> MaskedAutoregressive | Flow:
@@ -48,7 +48,8 @@ def from_zuko(module: nn.Module) -> MaskedAutoregressive | Flow:
     transforms = list(getattr(module.transform, "transforms", [module.transform]))
     if not transforms:
         raise ValueError("module must have at least one transform; got none")
-    features = _features(module.base)
+    row = _row(module.base)
+    features = len(row)
     layers: list[nn.Module] = []
     sizes: list[tuple[int, int]] = []  # features and context features of each
     for number, transform in enumerate(transforms):
@@ -60,7 +61,7 @@ def from_zuko(module: nn.Module) -> MaskedAutoregressive | Flow:
             layers += _coupling(transform)
             sizes.append((len(transform.mask), transform.hyper.in_features - int(transform.mask.sum())))
         elif isinstance(transform, UnconditionalTransform) and transform.f is AffineTransform:
-            layers.append(_standardisation(transform, features))
+            layers.append(_standardisation(transform, row))
         else:
             raise TypeError(
                 f"transform {number} of the flow must be a MaskedAutoregressiveTransform, a GeneralCouplingTransform or an "
@@ -134,15 +135,15 @@ def _without_context(first: ForeignLayer, features: int) -> ForeignLayer:
     return first._replace(weight=own, mask=first.mask[:, :features], context_weight=context)
 
 
-def _standardisation(transform: nn.Module, features: int) -> ActNorm:
-    loc, scale = (torch.as_tensor(value).expand(features) for value in (transform().loc, transform().scale))
+def _standardisation(transform: nn.Module, row: Tensor) -> ActNorm:
+    loc, scale = expanded(transform(), row)
     if not (scale > 0).all():
         raise ValueError(f"an UnconditionalTransform(AffineTransform, ...) must have a positive scale; got {scale.tolist()}")
     return affine_layer(loc / scale, scale.log(), learned=(loc.requires_grad, scale.requires_grad))
 
 
-def _features(base: nn.Module) -> int:
-    """How many there are.
+def _row(base: nn.Module) -> Tensor:
+    """As many numbers as there are features.
 
     Raises:
         ValueError: the base is not a standard normal.
@@ -152,4 +153,4 @@ def _features(base: nn.Module) -> int:
     normal = getattr(base, "f", None) is DiagNormal and base().base_dist
     if not normal or normal.loc.dim() != 1 or normal.loc.ne(0).any() or normal.scale.ne(torch.ones(())).any():
         raise ValueError(f"base must be a standard normal, DiagNormal(0, 1), of a vector; got {base}")
-    return len(normal.loc)
+    return normal.loc

@@ -1,6 +1,7 @@
 """Whole flows that cannot be taken over are refused with the reason, and those that can train and are independent."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -342,3 +343,18 @@ def test_flows_are_compared_without_autocast_and_count_their_features_by_their_b
         assert from_nflows(flow).features == 4
         from_nflows(nflows_layer())
         from_zuko(zuko.flows.MAF(3))
+
+
+def test_zukos_standardisation_by_numbers_is_of_the_flows_dtype():
+    plain = zuko.flows.MAF(2, transforms=2, hidden_features=(8,)).double()
+    affine = zuko.flows.UnconditionalTransform(torch.distributions.AffineTransform, 0.1, 2.0)
+    flow = from_zuko(zuko.flows.Flow([affine, *plain.transform.transforms], plain.base))
+    assert flow.layers[0].log_scale.tolist() == [math.log(2.0)] * 2 and flow.sample(2).dtype == torch.float64
+
+
+def test_nflows_batch_norms_alone_may_be_in_evaluation_mode():
+    torch.manual_seed(0)
+    module, x = nflows_flow(nflows_layer(features=4), transforms.BatchNorm(4).eval()), torch.randn(7, 4)
+    flow = from_nflows(module)
+    assert module.training and flow.training
+    torch.testing.assert_close(flow.log_prob(x), module.log_prob(x))

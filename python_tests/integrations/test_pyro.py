@@ -1,6 +1,7 @@
 """What Pyro's distributions become: what is refused, what trains, and flows in Pyro's own programs."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 from flowkernels.flows import IAF, MAF
 from flowkernels.integrations import from_pyro, to_pyro
-from flowkernels.layers import MLP, Inverse, MaskedAutoregressive
+from flowkernels.layers import MLP, FlowBatchNorm, Inverse, MaskedAutoregressive
 
 pyro = pytest.importorskip("pyro")
 dist = pytest.importorskip("pyro.distributions")
@@ -58,6 +59,13 @@ def autoregressive(**settings):
             "independent norm",
         ),
         (
+            lambda: dist.ConditionalTransformedDistribution(
+                dist.ConditionalTransformedDistribution(normal(4), [t.conditional_affine_autoregressive(4, 2)]), [t.permute(4)]
+            ),
+            ValueError,
+            "the base must be independent normals .* got <.*ConditionalTransformedDistribution object",
+        ),
+        (
             lambda: dist.ConditionalTransformedDistribution(normal(4), [t.conditional_affine_autoregressive(4, 2), autoregressive()]),
             ValueError,
             r"all transforms must take the same context; theirs have \[0, 2\] features",
@@ -89,9 +97,10 @@ def test_a_map_or_an_inverse_of_its_own_is_refused():
 
 
 def test_float64_is_taken_over_whatever_the_default_is():
-    module = distribution(autoregressive().double(), base=dist.Normal(torch.zeros(4).double(), torch.ones(4).double()))
-    flow = from_pyro(module)
+    base = dist.Normal(torch.zeros(4).double(), torch.ones(4).double())
+    flow = from_pyro(distribution(autoregressive().double(), t.AffineTransform(0.1, 2.0), base=base))
     assert torch.get_default_dtype() == torch.float32 and flow.sample(2).dtype == torch.float64
+    assert flow.layers[0].layer.log_scale.tolist() == [math.log(2.0)] * 4
 
 
 def test_a_flow_taken_over_trains_copies_and_is_independent():
@@ -134,6 +143,17 @@ def test_what_is_frozen_stays_frozen():
     flow = from_pyro(distribution(transform, t.AffineTransform(0.0, torch.full((4,), 2.0), event_dim=1)))
     frozen = [p.numel() for p in flow.parameters() if not p.requires_grad]
     assert sorted(frozen) == [4, 4, transform.nn.layers[-1].weight.numel()]
+
+
+def test_a_batch_norm_stays_in_evaluation_mode_beside_transforms_that_train():
+    """Each transform has a mode of its own; nobody has to call eval() on others than the batch norms."""
+    torch.manual_seed(0)
+    norm = t.BatchNorm(4).eval()
+    module, x = distribution(autoregressive(), norm, t.affine_coupling(4)), torch.randn(7, 4)
+    flow = from_pyro(module)
+    torch.testing.assert_close(flow.log_prob(x), module.log_prob(x))
+    assert flow.training and [m.training for m in flow.modules() if isinstance(m, FlowBatchNorm)] == [False]
+    assert all(m.training for m in flow.train().modules())
 
 
 class TestToPyro:
