@@ -54,6 +54,11 @@ def forward_mode() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
+def times_written(t: torch.Tensor) -> int:
+    """How often somebody has written into it; nobody counts that of inference tensors."""
+    return 0 if t.is_inference() else t._version
+
+
 def is_wanted(ctx: Any, tensors: slice) -> bool:
     """In a function's backward: whether this pass goes on to any of those of its inputs that are tensors.
 

@@ -7,7 +7,8 @@ The other library is imported when one of its modules is taken over, not before.
 
 from .nflows import from_nflows
 from .normflows import from_normflows
-from .pyro import from_pyro, to_pyro
+from .pyro import from_pyro
+from .pyro_distribution import to_pyro
 from .zuko import from_zuko
 
 __all__ = ["from_nflows", "from_normflows", "from_pyro", "from_zuko", "to_pyro"]

@@ -1,16 +1,15 @@
-"""Transforms and distributions of Pyro (1.9), taken over, and flows as distributions of Pyro."""
+"""Transforms and distributions of Pyro (1.9), taken over."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 
 import torch
-from torch import Generator, Size, Tensor, nn
+from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import AffineTransform, ComposeTransform, _InverseTransform
 
 from ..flows import Flow
-from ..flows.flow import FlowDistribution
 from ..layers import MLP, AffineCoupling, FlowBatchNorm, Inverse, MaskedAutoregressive, Permute
 from ..ops import ScaleMap
 from ..ops.activation import Activation, parse_activation
@@ -63,71 +62,6 @@ def from_pyro(module: object) -> MaskedAutoregressive | Flow:
 
     check_same(layer, forward, module, inverse=None if is_of_library(module, "pyro") else inverse)
     return layer
-
-
-def to_pyro(flow: Flow, context: Tensor | None = None) -> Distribution:
-    """The distribution of a flow as one of Pyro's, for `pyro.sample` in models and guides.
-
-        def guide():
-            pyro.module("flow", flow)
-            pyro.sample("z", to_pyro(flow))
-
-    Its log_prob of its own last sample comes from the pass that drew it, with the same gradients, as in Pyro's own transforms: so an IAF
-    is a guide at the price of a pass. It is that of the parameters then: make the distribution anew in each step, as guides do. Any other
-    value is scored as by `flow.log_prob`.
-
-    Args:
-        flow: any flow of this package.
-        context: [*batch, context features], or None for a flow without; see `Flow.distribution`.
-
-    Returns:
-        A Pyro distribution of batch shape [*batch] and event shape `flow.shape`.
-
-    Raises:
-        TypeError, ValueError: flow is none, or the context does not fit it.
-    """
-    if not isinstance(flow, Flow):
-        raise TypeError(f"flow must be a flowkernels.flows.Flow; got {type(flow).__name__}")
-    return _pyro_distribution()(flow, context)
-
-
-@cache
-def _pyro_distribution() -> type[FlowDistribution]:
-    from pyro.distributions.torch_distribution import TorchDistributionMixin
-
-    class PyroFlowDistribution(FlowDistribution, TorchDistributionMixin):
-        _last: tuple[Tensor, int, Tensor] | None = None
-
-        def rsample(self, sample_shape: Size | tuple = (), temperature: float = 1.0, *, generator: Generator | None = None) -> Tensor:
-            if temperature != 1.0:  # such samples have another density
-                return super().rsample(sample_shape, temperature, generator=generator)
-            x, log_prob = self.rsample_and_log_prob(sample_shape, generator=generator)
-            self._last = x, _version(x), log_prob
-            return x
-
-        def log_prob(self, value: Tensor) -> Tensor:
-            x, version, log_prob = self._last or (None, 0, None)
-            if value is not x or _version(x) != version:
-                return super().log_prob(value)
-            if not torch.is_grad_enabled():
-                return log_prob.detach()
-            # a sample that was drawn without gradient is scored with one: of the parameters, or of itself where somebody moves it
-            return super().log_prob(value) if x.grad_fn is None else log_prob
-
-        def __reduce__(self) -> tuple[Callable, tuple, dict]:  # copies and pickles have no samples, as those of Pyro's transforms
-            return _unpickled, (), {name: value for name, value in vars(self).items() if name != "_last"}
-
-    return PyroFlowDistribution
-
-
-def _unpickled() -> FlowDistribution:
-    """What a copy's attributes are put into."""
-    return object.__new__(_pyro_distribution())
-
-
-def _version(x: Tensor) -> int:
-    """How often somebody has written into it, which nobody counts of inference tensors."""
-    return 0 if x.is_inference() else x._version
 
 
 def _flow(module: object) -> Flow:

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._torch import is_wrapped, unwrapped
+from .._torch import is_wrapped, times_written, unwrapped
 from .._wide import wide
 from ..ops import channel_affine
 from ._sizes import check_channels, parse_count
@@ -49,7 +49,7 @@ class ActNorm(nn.Module):
             return self._seen is not None or flag.is_meta or bool(flag)
         if flag.is_meta:  # it has no value there, and shapes alone are asked for
             return True
-        if flag is self._seen and _times_written(flag) == self._seen_at:
+        if flag is self._seen and times_written(flag) == self._seen_at:
             return True
         if type(flag) is not Tensor:  # nor has a fake one
             return self._seen is not None
@@ -59,7 +59,7 @@ class ActNorm(nn.Module):
         return True
 
     def _see(self, flag: Tensor | None) -> None:
-        self._seen, self._seen_at = flag, 0 if flag is None else _times_written(flag)
+        self._seen, self._seen_at = flag, 0 if flag is None else times_written(flag)
 
     def prepare(self, x: Tensor) -> None:
         """Check x, and initialise from it if this is the first batch in training."""
@@ -116,10 +116,6 @@ class ActNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"
-
-
-def _times_written(flag: Tensor) -> int:
-    return 0 if flag.is_inference() else flag._version
 
 
 def _is_true(flag: Tensor) -> bool:

@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from .._torch import any_autocast, has_global_hooks
+from .._torch import any_autocast, has_global_hooks, times_written
 from ..ops import glow_step
 from ..ops.glow_step import runs_in_triton
 from ._building import built_on_cpu
@@ -78,7 +78,7 @@ class InvertibleConv1x1(Structured):
         return len(kept) == len(now) and all(p is q and m == n for (p, m), (q, n) in zip(kept, now, strict=True))
 
     def _versions(self) -> tuple[tuple[Tensor, int], ...]:
-        return tuple((t, _version(t)) for tensors in (self._parameters, self._buffers) for t in tensors.values())
+        return tuple((t, times_written(t)) for tensors in (self._parameters, self._buffers) for t in tensors.values())
 
     def __getstate__(self) -> dict:
         frozen = self._frozen
@@ -141,11 +141,6 @@ class InvertibleConv1x1(Structured):
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, parametrization={self.parametrization!r}"
-
-
-def _version(t: Tensor) -> int:
-    """How often somebody has written into it; nobody counts that of inference tensors."""
-    return 0 if t.is_inference() else t._version
 
 
 class ActNormConv1x1(nn.Module):
