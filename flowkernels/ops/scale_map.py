@@ -5,6 +5,7 @@ csrc/scale_map.h is the same mathematics for the compiled kernels; the integer c
 
 import enum
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -375,8 +376,9 @@ def apply_form(form: Form, x: Tensor, shift: Tensor, s: Tensor, scale_map: Scale
         y and log|dy/dx|.
     """
     if form == Form.DIVIDE:
-        return (x - shift) * scale_map.reciprocal(s), scale_map.log_reciprocal(s)
-    sigma, log_sigma = scale_map.sigma(s), scale_map.log_sigma(s)
+        reciprocal, log_reciprocal = _with_log(scale_map.reciprocal, scale_map.log_reciprocal, scale_map.kind, s)
+        return (x - shift) * reciprocal, log_reciprocal
+    sigma, log_sigma = _with_log(scale_map.sigma, scale_map.log_sigma, scale_map.kind, s)
     if form == Form.SCALE_SHIFT:
         return x * sigma + shift, log_sigma
     if form == Form.SHIFT_SCALE:
@@ -387,10 +389,17 @@ def apply_form(form: Form, x: Tensor, shift: Tensor, s: Tensor, scale_map: Scale
 def invert_form(form: Form, y: Tensor, shift: Tensor, s: Tensor, scale_map: ScaleMap) -> tuple[Tensor, Tensor]:
     """Undo `apply_form`: x and log|dx/dy|."""
     if form == Form.DIVIDE:
-        return y * scale_map.sigma(s) + shift, scale_map.log_sigma(s)
-    reciprocal, log_reciprocal = scale_map.reciprocal(s), scale_map.log_reciprocal(s)
+        sigma, log_sigma = _with_log(scale_map.sigma, scale_map.log_sigma, scale_map.kind, s)
+        return y * sigma + shift, log_sigma
+    reciprocal, log_reciprocal = _with_log(scale_map.reciprocal, scale_map.log_reciprocal, scale_map.kind, s)
     if form == Form.SCALE_SHIFT:
         return (y - shift) * reciprocal, log_reciprocal
     if form == Form.SHIFT_SCALE:
         return y * reciprocal - shift, log_reciprocal
     return (y - scale_map.complement(s) * shift) * reciprocal, log_reciprocal
+
+
+def _with_log(value: Callable[[Tensor], Tensor], log: Callable[[Tensor], Tensor], kind: ScaleKind, s: Tensor) -> tuple[Tensor, Tensor]:
+    """value(s) and log(s). Where the one is the exponential of the other, both are nodes of one graph."""
+    log_of_s = log(s)
+    return (value(s) if kind in (ScaleKind.SIGMOID, ScaleKind.SOFTPLUS) else torch.exp(log_of_s)), log_of_s

@@ -11,6 +11,7 @@ from ..._torch import any_autocast
 from .._autocast import cast
 from .._differentiation import needs_autograd, transformed
 from ..masked_linear import masked_linear
+from ..masked_linear.reference import masked_linear_dense
 from ..scale_map import Form, PoweredMap, ScaleKind, ScaleMap, parse_form, parse_scale
 from .conditioner import Conditioner, context_features
 from .implicit import inverse_with_gradient
@@ -83,7 +84,8 @@ def autoregressive(
         elif inverse and _passes_are_many(conditioner, scale, x.device):
             y, logabsdet = inverse_with_gradient(x, conditioner, context, scale, form)
         else:
-            y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse, linear=masked_linear)
+            linear = masked_linear_dense if transformed() else masked_linear
+            y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse, linear=linear)
     elif wants_reference("autoregressive", x.device) or not loop_serves(conditioner, scale, x.is_cuda):
         _check(x, conditioner, context, scale, form)
         y, logabsdet = autoregressive_reference(x, conditioner, context, scale, form, inverse)

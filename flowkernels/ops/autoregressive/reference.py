@@ -76,7 +76,7 @@ def is_coupling(conditioner: Conditioner, passing: int) -> bool:
 
 
 def _shift_and_raw(outputs: Tensor, scale: ScaleMap | PoweredMap) -> tuple[Tensor, Tensor]:
-    return (outputs, outputs) if scale.kind == ScaleKind.UNIT else (outputs[:, 0::2], outputs[:, 1::2])
+    return (outputs, outputs) if scale.kind == ScaleKind.UNIT else outputs.unflatten(1, (-1, 2)).unbind(2)
 
 
 def _inverse(

@@ -30,12 +30,13 @@ from ..._torch import is_wanted
 from .._differentiation import apply_function, each_cotangent, pulled_back, transformed
 from ..activation import DERIVED_FROM_SUM, Activation
 from ..masked_linear import masked_linear
+from ..masked_linear.reference import masked_linear_dense
 from ..scale_map import PoweredMap, ScaleKind, ScaleMap
 from .conditioner import Conditioner, MaskedLayer, Wiring
 from .loop import Lists, Map, autoregressive_op, begins_with_inverse, in_turn, stack_op
 from .mirror import is_plain, mirrored_layers
 from .products import backward_by_products, training_by_products
-from .reference import autoregressive_reference
+from .reference import Linear, autoregressive_reference
 
 _LISTS = "Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] context_biases, Tensor[] visible"
 _STACK = f"{_LISTS}, Tensor[] orders, int[] activations, int[] wiring, int[] stages, float[] scales"
@@ -60,6 +61,7 @@ _COMPILED = _extension.has_kernel("autoregressive_training", "CPU")
 _COMPILED_FOR_CUDA = _extension.has_kernel("_autoregressive_training", "CUDA")
 CUDA_LAYERS = 32  # kMaxLayers of the CUDA kernels, which take all layers as one argument
 _LARGE_PRODUCT = 1 << 32  # multiply-adds, some 0.2 ms of an H200 in float32: what a launch from Python takes is no matter then
+_SMALL_PRODUCT = 1 << 22  # multiply-adds: from there on two cores of a Zen 4 feel the half that is skipped
 _MOST_WEIGHTS = 1 << 31  # of a network, as the GPU's loop packs them: it counts 34 GB, their staircases' paddings among them
 
 
@@ -330,11 +332,21 @@ def _split(items: Sequence, sizes: Sequence[int]) -> list[list]:
     return [list(items[a:b]) for a, b in itertools.pairwise(ends)] + [list(items[ends[-1] :])]
 
 
+def _linear(x: Tensor, conditioner: Conditioner) -> Linear:
+    """Of which a graph is made that is differentiated once more: a small dense product takes less time than to skip half of it."""
+    largest = max(w.numel() for w in conditioner.weights)
+    return masked_linear_dense if transformed() or x.shape[0] * largest < _SMALL_PRODUCT else masked_linear
+
+
 def _differentiable_gradient(
     ctx, x: Tensor, context: Tensor | None, maps: Sequence[Map], parameters: Sequence[Tensor], dy: Tensor, dlogabsdet: Tensor
 ) -> tuple:
     """The same gradient as a graph of its own, for create_graph=True."""
-    by_parts = lambda x, own, m: autoregressive_reference(x, m.conditioner, own, m.scale, m.form, m.inverse, linear=masked_linear)
+
+    def by_parts(x: Tensor, own: Tensor | None, m: Map) -> tuple[Tensor, Tensor]:
+        linear = _linear(x, m.conditioner)
+        return autoregressive_reference(x, m.conditioner, own, m.scale, m.form, m.inverse, linear=linear)
+
     y, total = in_turn(x, context, maps, by_parts)
     inputs, needs = (x, context, None, None, *parameters), ctx.needs_input_grad
     if not is_wanted(ctx, slice(-len(parameters), None)):

@@ -30,6 +30,14 @@ def masked_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, visi
 
 
 @autocast_off
+def masked_linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
+    """The same by one dense product, for x without infinities and NaN: of a row that holds one, all outputs may be NaN. Torch's graph of it
+    is a third of the reference's."""
+    masked = torch.where(staircase_mask(visible, weight.shape[0]), weight, 0)
+    return x @ masked if bias is None else torch.addmm(bias, x, masked)
+
+
+@autocast_off
 def masked_linear_dx_reference(dy: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
     """dx[:, k] = sum_{j: visible[j] > k} dy[:, j] * weight[k, j]."""
     inputs, outputs = weight.shape
