@@ -30,7 +30,8 @@ def coupling_map(
 
     It is a map for vectors on a CPU that has the kernels, with an `MLP` whose outputs are interleaved; those of half precision, which
     kernels compute in float32, where torch has no quick products of such. What a hook, a subclass, a parametrization, torch.func, a
-    compiler or autocast has to see is made of parts, and so is an inverse with a gradient, and a network that BLAS runs faster.
+    compiler or autocast has to see is made of parts, and so are gradients of an inverse that is none of the other forms, and a network that
+    BLAS runs faster.
     """
     if not (
         is_plain(conditioner, MLP)
@@ -68,7 +69,8 @@ def coupling_map(
         return None
     gradient = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
     most = None if x.dtype in HALF else most_rows(weights)
-    if (gradient and (inverse or most is not None)) or (most is not None and len(x) > most):
+    by_parts = most is not None or (inverse and form.undone_by is None)
+    if (gradient and by_parts) or (most is not None and len(x) > most):
         return None
     visible = [_whole(*w.shape) for w in weights]
     network = Conditioner(weights, biases, visible, _activations(len(weights)), context_weights, _order(part, features))

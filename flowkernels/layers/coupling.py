@@ -96,8 +96,8 @@ class AdditiveCoupling(_Coupling):
 
         z = x + shift on the transformed part,   shift = conditioner(untouched part, context);   z = x on the rest
 
-    With a `layers.MLP` as conditioner of vectors on a CPU, network and coupling are one kernel, in both directions and with gradients of
-    the forward one, and a `Chain` of such layers is one call.
+    With a `layers.MLP` as conditioner of vectors on a CPU, network and coupling are one kernel, in both directions and with gradients, and
+    a `Chain` of such layers is one call.
 
     Args:
         conditioner: any module. It is called with the untouched part, and the context where there is one, and returns the shift,
@@ -133,7 +133,7 @@ class AffineCoupling(_Coupling):
         z = x * sigma(s) + shift on the transformed part,   (shift, s) = conditioner(untouched part, context);   z = x on the rest
 
     With a `layers.MLP` as conditioner of vectors on a CPU and `interleaved`, network and coupling are one kernel, in both directions and
-    with gradients of the forward one, and a `Chain` of such layers is one call.
+    with gradients (those of the inverse with forms "scale_shift" and "divide"), and a `Chain` of such layers is one call.
 
     Args:
         conditioner: any module. It is called with the untouched part, and the context where there is one, and returns shift and raw

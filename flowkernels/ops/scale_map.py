@@ -157,11 +157,13 @@ class ScaleMap:
         if kind == ScaleKind.EXP_CLAMPED:
             return _clamp_straight_through(s, *params)
         if kind == ScaleKind.EXP_TANH:
-            return params[0] * torch.tanh(s / params[1])
+            bound, inner = params  # forward mode takes a millisecond for a few products by 1
+            t = torch.tanh(s if inner == 1.0 else s / inner)
+            return t if bound == 1.0 else bound * t
         if kind == ScaleKind.EXP_ATAN:
             return (params[0] * _ATAN_FACTOR) * torch.atan(s)
         if kind == ScaleKind.SOFTCLIP:
-            return s / (1.0 + _abs(s / math.log(params[0])))
+            return s / torch.rsub(_abs(s), 1.0, alpha=1.0 / math.log(params[0]))
         if kind == ScaleKind.SIGMOID:
             return _log_sigmoid_plus(s + params[0], params[1])
         return _log_softplus_plus(s, params[0]).clamp(max=math.log(params[1]))
@@ -318,6 +320,11 @@ class Form(enum.IntEnum):
     SHIFT_SCALE = 1
     DIVIDE = 2
     GATE = 3
+
+    @property
+    def undone_by(self) -> "Form | None":
+        """The form that undoes this one with the same shift and sigma, if there is one."""
+        return {Form.SCALE_SHIFT: Form.DIVIDE, Form.DIVIDE: Form.SCALE_SHIFT}.get(self)
 
 
 _SOFTCLIP, _TANH = ScaleMap.softclip(), ScaleMap.exp_tanh(1.0)

@@ -1,6 +1,7 @@
 """Couplings of vectors whose network is an MLP: one kernel, and the same function as the conditioner and the coupling apart."""
 
 import copy
+import importlib
 from contextlib import contextmanager
 
 import pytest
@@ -52,11 +53,11 @@ def in_parts():
         coupling_map._COMPILED = compiled
 
 
-def values_and_gradients(layer, x, context):
+def values_and_gradients(layer, x, context, *, inverse=False):
     inputs = [x, *([] if context is None else [context]), *layer.parameters()]
     for t in inputs:
         t.requires_grad_()
-    y, logabsdet = layer(x, context)
+    y, logabsdet = (layer.inverse if inverse else layer)(x, context)
     loss = (y * torch.linspace(1, 2, y.shape[1], dtype=y.dtype)).sum() + (logabsdet * torch.linspace(-1, 2, len(y), dtype=y.dtype)).sum()
     return [y, logabsdet, *torch.autograd.grad(loss, inputs)]
 
@@ -89,28 +90,44 @@ def test_is_the_conditioner_and_the_coupling(kind, part, context):
         layer = coupling(kind, features, part, context).double()
         x = torch.randn(batch, features, dtype=torch.float64)
         c = torch.randn(batch, context, dtype=torch.float64) if context else None
-        assert layer.as_map(x, inverse=False) is not None
-        got = values_and_gradients(layer, x, c)
-        with in_parts():
-            want = values_and_gradients(layer, x, c)
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+        for inverse in (False, True):
+            assert (layer.as_map(x, inverse=inverse) is None) == (inverse and kind == "gate")
+            got = values_and_gradients(layer, x, c, inverse=inverse)
+            with in_parts():
+                want = values_and_gradients(layer, x, c, inverse=inverse)
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+        got = [t.detach() for t in layer(x, c)]
         with torch.no_grad():
             back, opposite = layer.inverse(got[0], c)
         torch.testing.assert_close(back, x.detach(), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(opposite, -got[1].detach(), rtol=1e-9, atol=1e-9)
 
 
-def test_a_gradient_of_the_inverse_goes_through_the_parts():
-    layer = coupling("learned", 5, "even")
-    z = torch.randn(4, 5)
-    assert layer.as_map(z, inverse=True) is None
-    x, logabsdet = layer.inverse(z)
-    (x.sum() + logabsdet.sum()).backward()
-    assert all(p.grad is not None and p.grad.any() for p in layer.parameters())
-    with torch.no_grad():
-        assert layer.as_map(z, inverse=True) is not None
-    layer.requires_grad_(False)
-    assert layer.as_map(z, inverse=True) is not None and layer.as_map(z.requires_grad_(), inverse=True) is None
+def test_the_inverse_trains_as_one_kernel_where_it_is_another_form(monkeypatch):
+    calls, training = [], importlib.import_module("flowkernels.ops.autoregressive.training")  # whose package has a function of its name
+    apply = training.apply_function
+    monkeypatch.setattr(training, "apply_function", lambda *args: calls.append(len(args[3])) or apply(*args))
+    for kind, parts in {"additive": 1, "softclip": 1, "learned": 1, "divide": 1, "gate": 0}.items():
+        layers = [coupling(kind, 6, part) for part in ("even", "odd", "first_half")]
+        z = torch.randn(4, 6, requires_grad=True)
+        for flow in (layers[0], Chain(layers)):
+            calls.clear()
+            x, logabsdet = flow.inverse(z)
+            assert len(calls) == parts
+            (x.sum() + logabsdet.sum()).backward()
+            assert kind == "additive" or all(p.grad is not None and p.grad.any() for p in flow.parameters())
+        with torch.no_grad():  # as it is without a gradient
+            torch.testing.assert_close(Chain(layers).inverse(z), (x, logabsdet))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_gradients_of_the_inverse(kind):
+    torch.manual_seed(0)
+    layer = coupling(kind, 4, "odd", context=2, hidden=(5,)).double()
+    layer.conditioner.layers[0].bias.data.add_(0.3)
+    inputs = [torch.randn(3, n, dtype=torch.float64, requires_grad=True) for n in (4, 2)]
+    assert torch.autograd.gradcheck(layer.inverse, inputs)
+    assert torch.autograd.gradgradcheck(layer.inverse, inputs)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +236,8 @@ def test_bad_input_is_told_alike():
 @pytest.mark.parametrize("way", ["reference", "large", "gradient of the inverse"])
 def test_bad_contexts_are_told_by_the_parts_too(way):
     hidden = (1000, 1000) if way == "large" else (9,)
-    plain, taking = coupling("softclip", 6, "odd", hidden=hidden), coupling("softclip", 6, "odd", context=2, hidden=hidden)
+    kind = "gate" if way == "gradient of the inverse" else "softclip"
+    plain, taking = coupling(kind, 6, "odd", hidden=hidden), coupling(kind, 6, "odd", context=2, hidden=hidden)
     x = torch.randn(20, 6)
     with backend("reference" if way == "reference" else "auto"):
         for layer, context, message in (

@@ -17,7 +17,7 @@ from .conditioner import Conditioner, context_features
 from .implicit import inverse_with_gradient
 from .loop import Lists, Map, autoregressive_op, stack_op
 from .reference import autoregressive_reference, is_coupling
-from .training import loop_serves, serves, with_gradient
+from .training import in_parallel, loop_serves, serves, with_gradient
 
 
 def autoregressive(
@@ -78,7 +78,7 @@ def autoregressive(
     learned = scale.a if isinstance(scale, PoweredMap) else None
     if needs_autograd((x, context, learned, *weights, *biases, *context_weights, *context_biases)):
         _check(x, conditioner, context, scale, form)
-        maps = [Map(conditioner, scale, form, inverse)]
+        maps = [in_parallel(Map(conditioner, scale, form, inverse))]
         if serves(maps, x):
             y, logabsdet = with_gradient(x, context, maps, Lists.of(maps))
         elif inverse and _passes_are_many(conditioner, scale, x.device):

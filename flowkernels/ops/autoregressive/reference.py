@@ -30,7 +30,8 @@ def conditioner_reference(x: Tensor, conditioner: Conditioner, context: Tensor |
 
 def _sum(layer: MaskedLayer, h: Tensor, linear: Linear) -> Tensor:
     if not layer.unitwise:
-        return linear(h[:, : layer.weight.shape[0]], layer.weight, layer.bias, layer.visible)
+        inputs = layer.weight.shape[0]
+        return linear(h if h.shape[1] == inputs else h[:, :inputs], layer.weight, layer.bias, layer.visible)
     return h if layer.weight is None else h * layer.weight + layer.bias
 
 
@@ -62,9 +63,13 @@ def autoregressive_reference(
     if inverse and at is None and not is_coupling(conditioner, passing):
         y, log_derivative = _inverse(x, passing, conditioner, context, scale, form, linear)
     else:
-        shift, raw = _shift_and_raw(conditioner_reference(x if at is None else at, conditioner, context, linear), scale)
-        y, log_derivative = (invert_form if inverse else apply_form)(form, x[:, passing:], shift, raw, scale)
-        y = torch.cat([x[:, :passing], y], dim=1) if passing else y
+        # few and large pieces: each is a node of a graph, and of the graph of its gradient
+        kept, old = x.tensor_split((passing,), 1) if passing else (None, x)
+        seen = x if at is None else at
+        seen = kept if seen is x and is_coupling(conditioner, passing) else seen
+        shift, raw = _shift_and_raw(conditioner_reference(seen, conditioner, context, linear), scale)
+        y, log_derivative = (invert_form if inverse else apply_form)(form, old, shift, raw, scale)
+        y = torch.cat([kept, y], dim=1) if passing else y
     if conditioner.order is not None:
         y = torch.index_copy(torch.zeros_like(y), 1, conditioner.order, y)  # a sort and x[:, order]'s gradient cost more than the map
     return y, log_derivative.sum(-1)

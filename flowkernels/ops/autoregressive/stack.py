@@ -3,6 +3,7 @@ tile begins, so that what goes from map to map stays in the cache, and a small f
 """
 
 from collections.abc import Sequence
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from .._differentiation import needs_autograd, transformed
 from ..scale_map import PoweredMap
 from .loop import Lists, Map, in_turn, stack_op
 from .map import autoregressive, check_input, check_outputs, checked
-from .training import loop_serves, serves, with_gradient
+from .training import in_parallel, loop_serves, serves, with_gradient
 
 # torch.compile cannot ask
 _COMPILED_FOR_CPU, _COMPILED_FOR_CUDA = (_extension.has_kernel("autoregressive_stack", d) for d in ("CPU", "CUDA"))
@@ -49,7 +50,9 @@ def autoregressive_stack(x: Tensor, maps: Sequence[Map], context: Tensor | None 
                 lists = Lists.of(maps, bfloat16_weights=True)
             y, logabsdet, _ = checked(_check, (x, maps, context), stack_op, x, context, *lists, False)
             return y, logabsdet
+        given, maps = maps, [*map(in_parallel, maps)]
         if serves(maps, x):
+            lists = lists if all(map(is_, given, maps)) else Lists.of(maps)
             return checked(_check, (x, maps, context), with_gradient, x, context, maps, lists)
     by_itself = lambda x, own, m: autoregressive(x, m.conditioner, own, scale=m.scale, form=m.form, inverse=m.inverse)
     return in_turn(x, context, maps, by_itself)

@@ -30,13 +30,13 @@ from ..._torch import is_wanted
 from .._differentiation import apply_function, each_cotangent, pulled_back, transformed
 from ..activation import DERIVED_FROM_SUM, Activation
 from ..masked_linear import masked_linear
-from ..masked_linear.reference import masked_linear_dense
+from ..masked_linear.reference import masked_linear_dense, sees_all
 from ..scale_map import PoweredMap, ScaleKind, ScaleMap
 from .conditioner import Conditioner, MaskedLayer, Wiring
 from .loop import Lists, Map, autoregressive_op, begins_with_inverse, in_turn, stack_op
 from .mirror import is_plain, mirrored_layers
 from .products import backward_by_products, training_by_products
-from .reference import Linear, autoregressive_reference
+from .reference import autoregressive_reference, is_coupling
 
 _LISTS = "Tensor[] weights, Tensor[] biases, Tensor[] context_weights, Tensor[] context_biases, Tensor[] visible"
 _STACK = f"{_LISTS}, Tensor[] orders, int[] activations, int[] wiring, int[] stages, float[] scales"
@@ -197,6 +197,14 @@ def serves(maps: Sequence[Map], x: Tensor) -> bool:
     return True
 
 
+def in_parallel(m: Map) -> Map:
+    """The map; of a coupling's inverse the forward map that it is: (z - shift) / sigma is the form "divide" of the same network."""
+    undone_by = m.form.undone_by if m.inverse else None
+    if undone_by is None or not is_coupling(m.conditioner, m.conditioner.passing(m.scale)):
+        return m
+    return m._replace(form=undone_by, inverse=False)
+
+
 def _inverts(network: Conditioner, device: torch.device) -> bool:
     layers = mirrored_layers(network)
     return layers is not None and layers <= CUDA_LAYERS and _has_library(device)
@@ -332,21 +340,17 @@ def _split(items: Sequence, sizes: Sequence[int]) -> list[list]:
     return [list(items[a:b]) for a, b in itertools.pairwise(ends)] + [list(items[ends[-1] :])]
 
 
-def _linear(x: Tensor, conditioner: Conditioner) -> Linear:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
     """Of which a graph is made that is differentiated once more: a small dense product takes less time than to skip half of it."""
-    largest = max(w.numel() for w in conditioner.weights)
-    return masked_linear_dense if transformed() or x.shape[0] * largest < _SMALL_PRODUCT else masked_linear
+    dense = x.shape[0] * weight.numel() < _SMALL_PRODUCT or sees_all(visible, weight.shape[0])
+    return (masked_linear_dense if dense else masked_linear)(x, weight, bias, visible)
 
 
 def _differentiable_gradient(
     ctx, x: Tensor, context: Tensor | None, maps: Sequence[Map], parameters: Sequence[Tensor], dy: Tensor, dlogabsdet: Tensor
 ) -> tuple:
     """The same gradient as a graph of its own, for create_graph=True."""
-
-    def by_parts(x: Tensor, own: Tensor | None, m: Map) -> tuple[Tensor, Tensor]:
-        linear = _linear(x, m.conditioner)
-        return autoregressive_reference(x, m.conditioner, own, m.scale, m.form, m.inverse, linear=linear)
-
+    by_parts = lambda x, own, m: autoregressive_reference(x, m.conditioner, own, m.scale, m.form, m.inverse, linear=_linear)
     y, total = in_turn(x, context, maps, by_parts)
     inputs, needs = (x, context, None, None, *parameters), ctx.needs_input_grad
     if not is_wanted(ctx, slice(-len(parameters), None)):

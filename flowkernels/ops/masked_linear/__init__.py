@@ -98,7 +98,9 @@ class _Dx(torch.autograd.Function):
     @as_called
     def backward(ctx, g: Tensor):
         dy, weight, visible = ctx.saved_tensors
-        return _product(g, weight, None, visible), _dweight(g, dy, visible), None
+        ddy = _product(g, weight, None, visible) if ctx.needs_input_grad[0] else None
+        dweight = _dweight(g, dy, visible) if ctx.needs_input_grad[1] and is_wanted(ctx, slice(1, 2)) else None
+        return ddy, dweight, None
 
 
 class _Dweight(torch.autograd.Function):
@@ -115,7 +117,9 @@ class _Dweight(torch.autograd.Function):
     @as_called
     def backward(ctx, g: Tensor):
         x, dy, visible = ctx.saved_tensors
-        return _dx(dy, g, visible), _product(x, g, None, visible), None
+        dx = _dx(dy, g, visible) if ctx.needs_input_grad[0] else None
+        ddy = _product(x, g, None, visible) if ctx.needs_input_grad[1] else None
+        return dx, ddy, None
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:

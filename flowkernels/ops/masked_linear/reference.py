@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..._torch import is_wrapped
 from .._autocast import autocast_off
 from .._differentiation import as_dtype
 
@@ -33,8 +34,16 @@ def masked_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, visi
 def masked_linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
     """The same by one dense product, for x without infinities and NaN: of a row that holds one, all outputs may be NaN. Torch's graph of it
     is a third of the reference's."""
-    masked = torch.where(staircase_mask(visible, weight.shape[0]), weight, 0)
-    return x @ masked if bias is None else torch.addmm(bias, x, masked)
+    if not sees_all(visible, weight.shape[0]):
+        weight = torch.where(staircase_mask(visible, weight.shape[0]), weight, 0)
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+
+def sees_all(visible: Tensor, inputs: int) -> bool:
+    """Whether the first output, and so each, sees all inputs; False where asking would make a GPU wait, or break a graph."""
+    if torch.compiler.is_compiling() or not visible.is_cpu or is_wrapped(visible) or not len(visible):
+        return False
+    return visible[0].item() == inputs
 
 
 @autocast_off
