@@ -1,4 +1,6 @@
-"""NICE and RealNVP: a training step (forward, loss, backward, Adam) and sampling, with the same conditioners in every library."""
+"""NICE and RealNVP: a training step (forward, loss, backward, Adam), one through samples, as reverse KL needs it, and sampling, with the
+same conditioners in every library.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -26,6 +28,9 @@ def _cases(seconds: float, quick: bool, device: torch.device) -> Iterator[Case]:
         )
         z = x.flatten(1) if "levels" in name else x
         yield Case(f"sampling, {name}", [sampling(n, m, z) for n, m in models.items()], seconds=seconds, device=device)
+        if len(shape) == 2:
+            through = [training(n, m, x, through_samples=True) for n, m in models.items()]
+            yield Case(f"training step through samples, {name}", through, seconds=seconds, device=device)
 
     not_slower = Target("speedup", 1.0, 1.2, EAGER)
     digits = {"levels": 2, "blocks": 1, "hidden_channels": 16}
@@ -40,8 +45,11 @@ def _cases(seconds: float, quick: bool, device: torch.device) -> Iterator[Case]:
     yield from both("NICE, D=784, H=1000x5, 4 couplings, batch 200", nice(784, 4, (1000,) * 5), (200, 784), not_slower)
 
 
-def training(name: str, build: Callable[[], Model], x: Tensor) -> Competitor:
-    """One step; the learning rate is 0, so that every step has the same loss, which is checked."""
+def training(name: str, build: Callable[[], Model], x: Tensor, *, through_samples: bool = False) -> Competitor:
+    """One step; the learning rate is 0, so that every step has the same loss, which is checked.
+
+    through_samples: x is noise, and the loss the energy of a normal density at what the flow makes of it.
+    """
 
     def made() -> Call:
         model = build()
@@ -49,14 +57,17 @@ def training(name: str, build: Callable[[], Model], x: Tensor) -> Competitor:
         exact = model.double()
         optimizer = torch.optim.Adam(model.module.parameters(), lr=0.0, fused=True)
 
+        def loss_of(model: Model, x: Tensor) -> Tensor:
+            return model.to_data(model.module, x).square().sum(1).mean() / 2 if through_samples else model.loss(x)
+
         def run() -> Tensor:
-            loss = model.loss(x)
+            loss = loss_of(model, x)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             return loss.detach()
 
-        return Call(run, lambda: exact.loss(x.double()).detach(), grad=True)
+        return Call(run, lambda: loss_of(exact, x.double()).detach(), grad=True)
 
     return Competitor(name, made, ours=name == OURS, package=_package(name))
 

@@ -2,10 +2,12 @@
 
 On the CPU this is the kernel's own high-water mark of resident memory (VmHWM in /proc/self/status, reset through
 /proc/self/clear_refs just before the call), so that nothing is missed between two samples. It is the process's first call at this
-size, so working memory that an implementation keeps for later calls is counted, and so are the code pages it touches: about 1 MB.
+size, so working memory that an implementation keeps for later calls is counted, and so are the code pages it touches: about 1 MB. Not those
+of which a process uses the same in every call, as torch's threads, its autograd, and what Python and C++ need to pass on an error.
 The malloc thresholds are left alone there, and what the heap holds free is given back first. On a GPU it is the allocator's peak.
 """
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -51,7 +53,11 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
 
 
 def _start_threads(grad: bool) -> None:
-    """What torch sets up once for all calls: its threads, and autograd where there are gradients (35 MB of modules at the first call)."""
+    """What torch sets up once for all calls: its threads; autograd where there are gradients (35 MB of modules at the first call); and what
+    its first error reads on the way to Python, 1.5 MB of code and tables: the engine's answer to whether a leaf is wanted is one.
+    """
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1) @ torch.ones(2)
     a = torch.ones(512, 512, requires_grad=grad)
     for _ in range(3):
         result = torch.exp(a @ a).sum()
