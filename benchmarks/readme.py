@@ -29,6 +29,8 @@ INVERSE = {size: f"inverse, {size}" for size in SIZES} | {f"density without grad
 PEERS = ("dense forward", "nflows", "zuko", "normflows", "pyro")
 
 MAP = "ScaleMap.sigmoid(bias=2.0, floor=0.0)"
+COUPLING_WORK = "sampling", "training step", "training step through samples"
+SMALL_MAF = "MAF(5), D=6, H=50x2, batch 512"
 CONDITIONER = "[16, 6, 16, 16] to 12 channels, hidden 64"
 # of everything else: label, benchmark, cases that share the line, and how the line calls those it compares with
 OTHERS: list[tuple[str, str, Sequence[str], dict[str, str]]] = [
@@ -93,6 +95,18 @@ OTHERS: list[tuple[str, str, Sequence[str], dict[str, str]]] = [
         {"nflows": "nflows"},
     ),
     (
+        "score of MAF(5), D=6, H=50x2, batch 512 / gradient of a score matching loss / Hessian-vector product",
+        "derivatives",
+        [f"{work}, {SMALL_MAF}" for work in ("score", "gradient of a score matching loss", "Hessian-vector product")],
+        {"zuko": "zuko", "nflows": "nflows"},
+    ),
+    (
+        "the same by torch.func: `vmap(grad)` / gradients of each sample / `jvp`",
+        "derivatives",
+        [f"{work}, {SMALL_MAF}" for work in ("scores by vmap of grad", "gradients of each sample", "directional derivative by jvp")],
+        {"zuko": "zuko", "nflows": "nflows"},
+    ),
+    (
         "coupling, [32, 48, 32, 32], forward / forward and backward",
         "coupling",
         [f"forward, [32, 48, 32, 32] float32, {MAP}", f"forward + backward, [32, 48, 32, 32] float32, {MAP}"],
@@ -105,15 +119,15 @@ OTHERS: list[tuple[str, str, Sequence[str], dict[str, str]]] = [
         {"copy of the same bytes": "a copy of the same bytes"},
     ),
     (
-        "RealNVP, D=8, H=64x2, 8 couplings, batch 1,000: sampling / training step",
+        "RealNVP, D=8, H=64x2, 8 couplings, batch 1,000: sampling / training step / one through samples",
         "flows",
-        [f"{work}, RealNVP, D=8, H=64x2, 8 couplings, batch 1,000" for work in ("sampling", "training step")],
+        [f"{work}, RealNVP, D=8, H=64x2, 8 couplings, batch 1,000" for work in COUPLING_WORK],
         {"eager": "eager", "torch.compile": "compiled", "normflows": "normflows", "nflows": "nflows", "zuko": "zuko", "pyro": "Pyro"},
     ),
     (
-        "RealNVP, D=64, H=256x2, 6 couplings, batch 1,000: sampling / training step",
+        "RealNVP, D=64, H=256x2, 6 couplings, batch 1,000: sampling / training step / one through samples",
         "flows",
-        [f"{work}, RealNVP, D=64, H=256x2, 6 couplings, batch 1,000" for work in ("sampling", "training step")],
+        [f"{work}, RealNVP, D=64, H=256x2, 6 couplings, batch 1,000" for work in COUPLING_WORK],
         {"eager": "eager", "torch.compile": "compiled", "normflows": "normflows", "nflows": "nflows", "zuko": "zuko", "pyro": "Pyro"},
     ),
     (
