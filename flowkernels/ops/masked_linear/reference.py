@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..._torch import is_wrapped
+from ..._torch import dispatch_mode, is_wrapped
 from .._autocast import autocast_off
 from .._differentiation import as_dtype
 
@@ -40,8 +40,10 @@ def masked_linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None, visible:
 
 
 def sees_all(visible: Tensor, inputs: int) -> bool:
-    """Whether the first output, and so each, sees all inputs; False where asking would make a GPU wait, or break a graph."""
-    if torch.compiler.is_compiling() or not visible.is_cpu or is_wrapped(visible) or not len(visible):
+    """Whether the first output, and so each, sees all inputs; False where asking would make a GPU wait, or somebody records the ops."""
+    if torch.compiler.is_compiling() or type(visible) is not Tensor or is_wrapped(visible) or dispatch_mode() is not None:
+        return False
+    if not (visible.is_cpu and len(visible)):
         return False
     return visible[0].item() == inputs
 
