@@ -1,5 +1,5 @@
-"""NICE and RealNVP: a training step (forward, loss, backward, Adam), one through samples, as reverse KL needs it, and sampling, with the
-same conditioners in every library.
+"""NICE and RealNVP: a training step (forward, loss, backward, Adam), one through samples, and sampling, with the same conditioners in every
+library.
 """
 
 from collections.abc import Callable, Iterator

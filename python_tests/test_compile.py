@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.func import grad, hessian, vmap
+from torch.func import functional_call, grad, hessian, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from benchmarks.case import has_python_headers
-from flowkernels.flows import MAF, NICE, Flow, Glow, RealNVP, StandardLogistic, StandardNormal
+from flowkernels.flows import IAF, MAF, NICE, Flow, Glow, RealNVP, StandardLogistic, StandardNormal
 from flowkernels.layers import MaskedAutoregressive
 
 
@@ -139,3 +140,31 @@ def test_gradients_by_func_are_in_the_graph(make):
     density = lambda row: model.log_prob(row[None])[0]
     for call, fullgraph in ((vmap(grad(density)), True), (vmap(hessian(density)), False)):
         torch.testing.assert_close(torch.compile(call, fullgraph=fullgraph, backend="aot_eager")(x), call(x))
+
+
+@pytest.mark.skipif(not has_python_headers(), reason="what torch.compile writes needs Python.h: install Python's headers (python3-dev)")
+@pytest.mark.parametrize("kind", [MAF, IAF])
+def test_gradients_of_each_sample_by_inductor(kind):
+    """Which gets a permutation's gradient under vmap wrong where it is index_select's (torch 2.13)."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    flow, x = kind(5, transforms=2, hidden_features=(8,)), torch.randn(4, 5)
+
+    def value(parameters, row):
+        z, logabsdet = functional_call(flow, parameters, (row[None],))
+        return logabsdet.sum() + z.sin().sum()
+
+    call = vmap(grad(value, argnums=(0, 1)), (None, 0))
+    parameters = {name: p.detach() for name, p in flow.named_parameters()}
+    torch.testing.assert_close(torch.compile(call, fullgraph=True)(parameters, x), call(parameters, x))
+
+
+@pytest.mark.parametrize("make", [lambda: MAF(4, transforms=2, hidden_features=(6,)), COUPLINGS["RealNVP"]], ids=["MAF", "RealNVP"])
+def test_derivatives_can_be_recorded(make):
+    """make_fx and fake tensors, where no value of a tensor can be read."""
+    model = make()
+    x = torch.randn(3, *model.shape)
+    call = vmap(grad(lambda row: model.log_prob(row[None])[0]))
+    for mode in ("real", "fake"):
+        recorded = make_fx(call, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+        torch.testing.assert_close(recorded(x), call(x))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flowkernels import ScaleMap
+from flowkernels import ScaleMap, backend
 from flowkernels.ops import Conditioner, Form, Map, MaskedLayer, autoregressive, autoregressive_stack, check_conditioner
 from flowkernels.ops.activation import Activation
 from flowkernels.ops.scale_map import PoweredMap, apply_form, invert_form
@@ -202,3 +202,16 @@ class TestBadInput:
         for scale in (PoweredMap(ScaleMap.exp(), torch.ones(1)), PoweredMap(TANH, torch.ones(3))):
             with pytest.raises(ValueError, match="a learned scale must be one number over an exp_tanh map"):
                 autoregressive(torch.zeros(2, 5), self.network(), scale=scale)
+
+
+def test_a_network_that_reads_nothing_without_a_kernel():
+    counts = [torch.full((n,), seen, dtype=torch.int32) for n, seen in ((5, 0), (6, 5))]
+    weights, biases = [torch.randn(0, 5), torch.randn(5, 6)], [torch.randn(5), torch.randn(6)]
+    network = Conditioner(weights, biases, counts, [1, 0], [], torch.tensor([2, 0, 1]))
+    x = torch.randn(4, 3, requires_grad=True)
+    for inverse in (False, True):
+        got = autoregressive(x, network, inverse=inverse)
+        with backend("reference"):
+            torch.testing.assert_close(got, autoregressive(x, network, inverse=inverse))
+        (dx,) = torch.autograd.grad(got[0].square().sum(), x, create_graph=True)
+        assert torch.autograd.grad(dx.sum(), x)[0].isfinite().all()

@@ -4,6 +4,7 @@ import torch
 from flowkernels import backend
 from flowkernels._extension import has_kernel
 from flowkernels.ops import masked_linear
+from flowkernels.ops.masked_linear.reference import masked_linear_dense, masked_linear_reference, sees_all
 from python_tests.battery import Example, OpBattery, assert_as_exact_as_eager, assert_same_bits
 
 
@@ -198,3 +199,15 @@ def test_one_row_without_a_batch():
     x, weight, bias, visible = torch.randn(3), torch.randn(3, 4), torch.randn(4), torch.tensor([0, 1, 2, 3], dtype=torch.int32)
     y = masked_linear(x, weight, bias, visible)
     assert y.shape == (4,) and torch.equal(y, masked_linear(x[None], weight, bias, visible)[0])
+
+
+@pytest.mark.parametrize("visible", [[0, 2, 2, 3], [3, 3, 3, 3], [0, 0, 0, 0]])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_the_dense_product_is_the_map(visible, rows):
+    visible = torch.tensor(visible, dtype=torch.int32)
+    x, weight, bias = torch.randn(rows, 3, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    weight[torch.arange(3)[:, None] >= visible] = float("nan")  # what nobody sees
+    for b in (None, bias):
+        torch.testing.assert_close(masked_linear_dense(x, weight, b, visible), masked_linear_reference(x, weight, b, visible))
+    assert sees_all(visible, 3) == bool((visible == 3).all())
+    assert masked_linear_dense(x[:, :0], weight[:0], bias, visible.clamp(max=0)).equal(bias.expand(rows, 4))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._autocast import autocast_off
+from .._differentiation import transformed
 from ..activation import apply_activation
 from ..masked_linear.reference import masked_linear_reference
 from ..scale_map import Form, PoweredMap, ScaleKind, ScaleMap, apply_form, invert_form
@@ -57,22 +58,29 @@ def autoregressive_reference(
     at: the network is evaluated here, in one pass; where that is the inverse already, it is returned.
     """
     if conditioner.order is not None:
-        x = x.index_select(1, conditioner.order)
-        at = None if at is None else at.index_select(1, conditioner.order)
+        x = _in_order(x, conditioner.order)
+        at = None if at is None else _in_order(at, conditioner.order)
     passing = conditioner.passing(scale)
     if inverse and at is None and not is_coupling(conditioner, passing):
         y, log_derivative = _inverse(x, passing, conditioner, context, scale, form, linear)
     else:
-        # few and large pieces: each is a node of a graph, and of the graph of its gradient
+        # each piece is a node of a graph, and of the graph of its gradient: a coupling's network reads what passes
         kept, old = x.tensor_split((passing,), 1) if passing else (None, x)
-        seen = x if at is None else at
-        seen = kept if seen is x and is_coupling(conditioner, passing) else seen
+        reads_kept = passing and at is None and is_coupling(conditioner, passing)
+        seen = kept if reads_kept else x if at is None else at
         shift, raw = _shift_and_raw(conditioner_reference(seen, conditioner, context, linear), scale)
         y, log_derivative = (invert_form if inverse else apply_form)(form, old, shift, raw, scale)
         y = torch.cat([kept, y], dim=1) if passing else y
     if conditioner.order is not None:
         y = torch.index_copy(torch.zeros_like(y), 1, conditioner.order, y)  # a sort and x[:, order]'s gradient cost more than the map
     return y, log_derivative.sum(-1)
+
+
+def _in_order(x: Tensor, order: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() and transformed():
+        # under vmap torch 2.13's compiler puts the gradient of index_select into the wrong places, and x[:, order]'s beyond its memory
+        return x.gather(1, order.expand(x.shape[0], -1))
+    return x.index_select(1, order)
 
 
 def is_coupling(conditioner: Conditioner, passing: int) -> bool:
