@@ -30,8 +30,8 @@ def coupling_map(
 
     It is a map for vectors on a CPU that has the kernels, with an `MLP` whose outputs are interleaved; those of half precision, which
     kernels compute in float32, where torch has no quick products of such. What a hook, a subclass, a parametrization, torch.func, a
-    compiler or autocast has to see is made of parts, and so are gradients of an inverse that is none of the other forms, and a network that
-    BLAS runs faster.
+    compiler or autocast has to see is made of parts, and so are an inverse with a gradient that is no other form's forward map, and a
+    network that BLAS runs faster.
     """
     if not (
         is_plain(conditioner, MLP)

@@ -157,7 +157,7 @@ class ScaleMap:
         if kind == ScaleKind.EXP_CLAMPED:
             return _clamp_straight_through(s, *params)
         if kind == ScaleKind.EXP_TANH:
-            bound, inner = params  # forward mode takes a millisecond for a few products by 1
+            bound, inner = params  # products by 1 are left out, as forward mode takes 0.3 ms for each
             t = torch.tanh(s if inner == 1.0 else s / inner)
             return t if bound == 1.0 else bound * t
         if kind == ScaleKind.EXP_ATAN:
@@ -407,6 +407,6 @@ def invert_form(form: Form, y: Tensor, shift: Tensor, s: Tensor, scale_map: Scal
 
 
 def _with_log(value: Callable[[Tensor], Tensor], log: Callable[[Tensor], Tensor], kind: ScaleKind, s: Tensor) -> tuple[Tensor, Tensor]:
-    """value(s) and log(s). Where the one is the exponential of the other, both are nodes of one graph."""
+    """value(s) and log(s), the one as exponential of the other but for sigmoid and softplus, which are computed without a logarithm."""
     log_of_s = log(s)
     return (value(s) if kind in (ScaleKind.SIGMOID, ScaleKind.SOFTPLUS) else torch.exp(log_of_s)), log_of_s

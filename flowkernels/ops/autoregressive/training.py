@@ -341,7 +341,9 @@ def _split(items: Sequence, sizes: Sequence[int]) -> list[list]:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor) -> Tensor:
-    """Of which a graph is made that is differentiated once more: a small dense product takes less time than to skip half of it."""
+    """The masked linear map, for graphs that are differentiated once more: where it is small, a dense product takes less time than to skip
+    half of it.
+    """
     dense = x.shape[0] * weight.numel() < _SMALL_PRODUCT or sees_all(visible, weight.shape[0])
     return (masked_linear_dense if dense else masked_linear)(x, weight, bias, visible)
 
