@@ -163,7 +163,7 @@ class ScaleMap:
         if kind == ScaleKind.EXP_ATAN:
             return (params[0] * _ATAN_FACTOR) * torch.atan(s)
         if kind == ScaleKind.SOFTCLIP:
-            return s / torch.rsub(_abs(s), 1.0, alpha=1.0 / math.log(params[0]))
+            return s / torch.rsub(_abs(s / math.log(params[0])), 1.0, alpha=-1.0)  # 1 + |..|, whose tangent torch would make in Python
         if kind == ScaleKind.SIGMOID:
             return _log_sigmoid_plus(s + params[0], params[1])
         return _log_softplus_plus(s, params[0]).clamp(max=math.log(params[1]))
