@@ -2,8 +2,8 @@
 
 On the CPU this is the kernel's own high-water mark of resident memory (VmHWM in /proc/self/status, reset through
 /proc/self/clear_refs just before the call), so that nothing is missed between two samples. It is the process's first call at this
-size, so working memory that an implementation keeps for later calls is counted, and so are the code pages it touches: about 1 MB. Not those
-of which a process uses the same in every call, as torch's threads, its autograd, and what Python and C++ need to pass on an error.
+size, so working memory that an implementation keeps for later calls is counted, and so are the code pages it touches: about 1 MB. What
+torch sets up once for all calls is not: its threads, its autograd, and what its first error reads on the way to Python.
 The malloc thresholds are left alone there, and what the heap holds free is given back first. On a GPU it is the allocator's peak.
 """
 
